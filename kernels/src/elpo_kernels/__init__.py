@@ -1,0 +1,1 @@
+"""Fused log-prob and policy-loss kernels."""
