@@ -1,4 +1,4 @@
-"""The typed, strict configuration: YAML -> pydantic models, dotted overrides, one clear line a fault.
+"""The typed, strict configuration: YAML to pydantic models, dotted overrides, one line a fault.
 
 Unknown keys are refused with the nearest known name. Every numeric field states its range here, so
 that a wrong value is found before anything is loaded. Defaults follow the paper where it has a
@@ -7,6 +7,7 @@ number (`n_total` ... `eps_elc`).
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,9 @@ class ScratchConfig(Section):
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
         if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size={self.hidden_size} must be a multiple of heads={self.heads}")
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be a multiple of heads={self.heads}"
+            )
         return self
 
 
@@ -178,7 +181,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     tasks: NonNegative = 64
     samples: Positive = 1  # per task
-    temperature: NonNegativeFloat = 1.0
+    temperature: PositiveFloat = 1.0
     every: NonNegative = 0  # RL steps; 0: only before and after
 
 
@@ -252,10 +255,8 @@ def _apply(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"the value in override {override!r} is not valid YAML") from None
     if isinstance(parsed, str):
         # YAML 1.1 reads `1e-6` as text; a person means the number.
-        try:
+        with contextlib.suppress(ValueError):
             parsed = float(parsed)
-        except ValueError:
-            pass
     node = data
     *parents, last = key.split(".")
     for parent in parents:

@@ -90,14 +90,14 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class MalformedCall:
-    """The message asked for a tool but could not be read; `problem` tells the model what is wrong."""
+    """The message asked for a tool but could not be read; `problem` tells the model why."""
 
     problem: str
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    """What a tool answered. `state` is the new state; the state called on stays usable (branching)."""
+    """What a tool answered. `state` is new; the state called on stays usable (branching)."""
 
     content: str
     state: Any = None
@@ -172,7 +172,9 @@ class Engine(Protocol):
         self, prefix_ids: np.ndarray, n: int, sampling: Sampling
     ) -> list[Completion]: ...
 
-    async def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None: ...
+    async def update_weights(
+        self, named_tensors: Iterable[tuple[str, Any]], version: int
+    ) -> None: ...
 
     def stats(self) -> EngineStats: ...
 

@@ -1,0 +1,187 @@
+"""Chat rendering: messages to token ids, once, and tool calls out of generated text.
+
+Invariants
+- A prefix is never retokenised: a trajectory is the rendered prompt, then alternately the tokens
+  the engine returned and the *glue* rendered here (end of the assistant's turn, tool response,
+  opening of the next turn). Glue is environment text and carries no loss.
+- Glue bytes come from the model's own chat template, found once by rendering two sentinels, so that
+  the assembled trajectory equals `apply_chat_template` of the same messages. Templates that do not
+  render tool messages are replaced by `TOOL_TEMPLATE` (plain ChatML).
+- Tool output cannot forge control tokens: where it contains the text of one, it is encoded as text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from elpo_fast.types import MalformedCall, Message, ToolCall
+
+TOOL_TEMPLATE = (
+    "{%- if tools and messages[0]['role'] != 'system' %}"
+    "{%- set messages = [{'role': 'system', 'content': 'You can call tools.'}] + messages %}"
+    "{%- endif %}"
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{%- if tools and loop.first %}"
+    "{{- '\n\nTools, one JSON schema a line:' }}"
+    "{%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}"
+    '{{- \'\nTo call one, write: <tool_call>{"name": ..., "arguments": {...}}</tool_call>\' }}'
+    "{%- endif %}"
+    "{{- '<|im_end|>\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+"""ChatML with a tool role, for models whose own template has none."""
+
+CallFormat = Literal["hermes", "code"]
+_TAGS: dict[CallFormat, tuple[str, str]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "code": ("<code>", "</code>"),
+}
+_ASSISTANT, _RESPONSE = "\u2e22assistant\u2e22", "\u2e22response\u2e22"
+
+
+class Chat:
+    """Renders conversations for one tokenizer and one tool-call format.
+
+    `hermes`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, tools described to the
+    model by their JSON schemas. `code`: `<code>...</code>` for the one tool whose only required
+    argument is `code`; the task's system message tells the model so.
+    """
+
+    def __init__(
+        self, tokenizer: Any, call_format: CallFormat, tools: Sequence[Mapping[str, Any]]
+    ) -> None:
+        if call_format == "code" and len(tools) != 1:
+            names = [tool["function"]["name"] for tool in tools]
+            raise ValueError(
+                f"rollout.call_format code needs exactly one tool, got {names}; use hermes for more"
+            )
+        self.tokenizer = tokenizer
+        self.call_format: CallFormat = call_format
+        self.tools = list(tools)
+        self.open_tag, self.close_tag = _TAGS[call_format]
+        if not self._renders_tool_messages():
+            tokenizer.chat_template = TOOL_TEMPLATE
+        rendered = self._render(
+            [
+                {"role": "user", "content": "-"},
+                {"role": "assistant", "content": _ASSISTANT},
+                {"role": "tool", "content": _RESPONSE},
+            ],
+            generate=True,
+        )
+        after = rendered.partition(_ASSISTANT)[2]
+        self._before_response, _, self._after_response = after.partition(_RESPONSE)
+        first = self.encode(after)[:1]
+        if not len(first) or int(first[0]) not in tokenizer.all_special_ids:
+            raise ValueError(
+                "the chat template does not end an assistant message with a special token; "
+                "set a chat template that does, for example ChatML"
+            )
+        self.end_of_turn = int(first[0])
+        self._special_texts = [token for token in tokenizer.all_special_tokens if token]
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an assistant message."""
+        eos = self.tokenizer.eos_token_id
+        return tuple({self.end_of_turn} | ({eos} if eos is not None else set()))
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end an assistant message: the end of a tool call."""
+        return (self.close_tag,)
+
+    def encode(self, text: str, *, as_text: bool = False) -> np.ndarray:
+        """Token ids `int32 [N]` without added tokens; `as_text` reads special tokens as letters."""
+        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
+        return np.asarray(ids, dtype=np.int32)
+
+    def decode(self, token_ids: np.ndarray) -> str:
+        return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
+
+    def prompt(self, messages: Sequence[Message]) -> np.ndarray:
+        """The rendered conversation so far and the opening of the assistant's turn, `int32 [N]`."""
+        return self.encode(self._render(messages, generate=True))
+
+    def message_text(self, token_ids: np.ndarray) -> str:
+        """Text of one generated assistant message, the token that ended it left out."""
+        ended = len(token_ids) > 0 and int(token_ids[-1]) in self.stop_token_ids
+        return self.decode(token_ids[:-1] if ended else token_ids)
+
+    def response_glue(self, generated: np.ndarray, response: str) -> np.ndarray:
+        """Tokens between one generated message that called a tool and the next one, `int32 [N]`:
+        end of turn (unless generated), the tool's response, the opening of the next turn."""
+        if any(special in response for special in self._special_texts):
+            glue = np.concatenate(
+                [
+                    self.encode(self._before_response),
+                    self.encode(response, as_text=True),
+                    self.encode(self._after_response),
+                ]
+            )
+        else:
+            glue = self.encode(self._before_response + response + self._after_response)
+        return glue[1:] if self._ended(generated) else glue
+
+    def call_text(self, message: Message) -> str:
+        """Assistant text of a message in OpenAI form, its tool calls written in this format."""
+        text = message.get("content") or ""
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            arguments = function["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments)
+            if self.call_format == "code":
+                text += f"{self.open_tag}{arguments['code']}{self.close_tag}"
+            else:
+                body = json.dumps(
+                    {"name": function["name"], "arguments": arguments}, ensure_ascii=False
+                )
+                text += f"{self.open_tag}{body}{self.close_tag}"
+        return text
+
+    def parse_call(self, text: str) -> ToolCall | MalformedCall | None:
+        """The tool call in an assistant message, what is wrong with it, or `None` without one."""
+        start = text.find(self.open_tag)
+        if start < 0:
+            return None
+        end = text.find(self.close_tag, start)
+        if end < 0:
+            return MalformedCall(f"The tool call is not closed with {self.close_tag}.")
+        body = text[start + len(self.open_tag) : end]
+        if self.call_format == "code":
+            return ToolCall(self.tools[0]["function"]["name"], {"code": body})
+        try:
+            call = json.loads(body)
+        except json.JSONDecodeError as error:
+            return MalformedCall(f"The tool call is not valid JSON: {error}.")
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return MalformedCall('The tool call must be a JSON object with a string "name".')
+        arguments = call.get("arguments", {})
+        if not isinstance(arguments, dict):
+            return MalformedCall('"arguments" of the tool call must be a JSON object.')
+        return ToolCall(call["name"], arguments)
+
+    def _ended(self, token_ids: np.ndarray) -> bool:
+        return len(token_ids) > 0 and int(token_ids[-1]) == self.end_of_turn
+
+    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=self.tools if self.call_format == "hermes" else None,
+            tokenize=False,
+            add_generation_prompt=generate,
+        )
+
+    def _renders_tool_messages(self) -> bool:
+        """Whether the template knows tool responses: it must treat the role on its own, not print
+        any role's name, which is how templates without tool support render it."""
+        template = self.tokenizer.chat_template
+        return isinstance(template, str) and bool(re.search(r"""['"]tool['"]""", template))

@@ -1,0 +1,332 @@
+"""The collector drives planners, engine and tools, and fills one `Tree` a task.
+
+Many trees grow at once, and within a tree every trajectory runs on its own: while one waits for a
+tool, others decode. The planner says which node to sample from and how often; it alone counts the
+budget. All trajectories of one request are added to the tree in their ordinal order when the last
+of them has finished, so that a tree does not depend on who finished first.
+
+A trajectory ends by an answer (an assistant message without a tool call), at the turn limit, or at
+a token limit; its verdict and `End` are stored with its leaf. Faulty tool calls are answered with
+what was wrong and the trajectory goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from elpo_fast.algo.planners import Planner, trajectory_of
+from elpo_fast.config import RolloutConfig
+from elpo_fast.rollout.chat import Chat
+from elpo_fast.tools.truncate import truncate
+from elpo_fast.tree.store import Tree
+from elpo_fast.types import (
+    Completion,
+    End,
+    Engine,
+    MalformedCall,
+    Message,
+    Sampling,
+    Task,
+    TaskSource,
+    ToolCall,
+    ToolResult,
+    Verdict,
+)
+
+
+class Tools(Protocol):
+    """What the collector needs of a toolbox; states are opaque and branchable."""
+
+    async def open(self, task: Task) -> Any: ...
+    async def execute(self, state: Any, call: ToolCall | MalformedCall) -> ToolResult: ...
+    async def release(self, states: Iterable[Any]) -> None: ...
+
+
+@dataclass(slots=True)
+class CollectStats:
+    """Counts over everything collected since creation; times in seconds, tokens in tokens."""
+
+    trajectories: int = 0
+    turns: int = 0
+    tool_calls: int = 0
+    tool_errors: int = 0
+    malformed_calls: int = 0
+    tool_seconds: float = 0.0
+    generated_tokens: int = 0
+    tool_tokens: int = 0  # responses and the template's glue
+    ends: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Turn:
+    """One step before it becomes a tree node."""
+
+    token_ids: np.ndarray
+    agent: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    tool_call: bool
+    weight_version: int
+    messages: list[Message]
+    state: Any  # tool state after the step
+
+
+@dataclass(frozen=True, slots=True)
+class _Situation:
+    """Where a trajectory continues: what was said up to a node, its depth, the tools' state."""
+
+    messages: tuple[Message, ...]
+    turns: int
+    state: Any
+
+    def after(self, turn: _Turn) -> _Situation:
+        return _Situation((*self.messages, *turn.messages), self.turns + 1, turn.state)
+
+
+class Collector:
+    """Collects rollout trees with one engine and one toolbox."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tools: Tools,
+        chat: Chat,
+        source: TaskSource,
+        config: RolloutConfig,
+        *,
+        output_tokens: int,
+    ) -> None:
+        self.engine, self.tools, self.chat, self.source = engine, tools, chat, source
+        self.config = config
+        self.output_tokens = output_tokens
+        self.stats = CollectStats()
+
+    async def collect(
+        self,
+        tasks: Sequence[Task],
+        make_planner: Callable[[], Planner],
+        *,
+        seed: int,
+        temperature: float | None = None,
+        on_tree: Callable[[Tree], None] | None = None,
+    ) -> list[Tree]:
+        """One finished tree a task, in the order of `tasks`.
+
+        `seed` and the task's id decide all sampling seeds; `temperature` replaces the
+        configuration's (for evaluation). `on_tree` is called as each tree completes.
+        """
+        gate = asyncio.Semaphore(self.config.trees_in_flight)
+        sampling = Sampling(
+            max_tokens=self.config.max_turn_tokens,
+            temperature=self.config.temperature if temperature is None else temperature,
+            top_p=self.config.top_p,
+            top_k=self.config.top_k,
+            min_p=self.config.min_p,
+            stop=self.chat.stop,
+            stop_token_ids=self.chat.stop_token_ids,
+        )
+
+        async def grow(task: Task) -> Tree:
+            async with gate:
+                tree = await _Growth(self, task, sampling, seed).run(make_planner())
+            if on_tree is not None:
+                on_tree(tree)
+            return tree
+
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(grow(task)) for task in tasks]
+        return [done.result() for done in running]
+
+    async def demonstrate(self, task: Task) -> Tree | None:
+        """The source's demonstration as a one-branch tree, its tools really run; `None` without a
+        solver. Raises `RuntimeError` where the demonstration does not earn a correct verdict."""
+        solution = self.source.demonstration(task)
+        if solution is None:
+            return None
+        tree = Tree(self.chat.prompt(task.messages), task_id=task.id, info=dict(task.info))
+        states = [await self.tools.open(task)]
+        said: list[Message] = []
+        node = 0
+        for message in solution:
+            text = self.chat.call_text(message)
+            call = self.chat.parse_call(text)
+            tokens = self.chat.encode(text)
+            if call is None:
+                tokens = np.append(tokens, np.int32(self.chat.end_of_turn))
+            completion = Completion(
+                tokens, np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.float32), "stop"
+            )
+            turn = await self.turn(completion, states[-1])
+            states.append(turn.state)
+            said += turn.messages
+            node = _append(tree, node, turn)
+        await self.tools.release(states)
+        verdict = await self.source.grade(task, [*task.messages, *said], End.ANSWER)
+        if not verdict.correct:
+            raise RuntimeError(
+                f"the demonstration of task {task.id} is judged wrong ({verdict.reason}); "
+                "fix the task source or leave the task out"
+            )
+        tree.finish(
+            node, reward=verdict.reward, correct=True, end=End.ANSWER, reason=verdict.reason
+        )
+        return tree
+
+    async def turn(self, completion: Completion, state: Any, *, last: bool = False) -> _Turn:
+        """Turn one assistant message into a step: run its tool call, unless it is the last turn
+        allowed, and append the response as environment tokens."""
+        text = self.chat.message_text(completion.token_ids)
+        call = None if completion.finish == "length" else self.chat.parse_call(text)
+        messages: list[Message] = [{"role": "assistant", "content": text}]
+        glue = np.zeros(0, np.int32)
+        self.stats.turns += 1
+        if call is not None and not last:
+            result = await self.tools.execute(state, call)
+            state = result.state
+            content = truncate(
+                result.content, self.output_tokens, self.chat.encode, self.chat.decode
+            )
+            messages.append({"role": "tool", "content": content})
+            glue = self.chat.response_glue(completion.token_ids, content)
+            self.stats.tool_calls += 1
+            self.stats.tool_errors += result.error
+            self.stats.malformed_calls += isinstance(call, MalformedCall)
+            self.stats.tool_seconds += result.seconds
+        zeros = np.zeros(len(glue), np.float32)
+        self.stats.generated_tokens += len(completion.token_ids)
+        self.stats.tool_tokens += len(glue)
+        return _Turn(
+            token_ids=np.concatenate([completion.token_ids, glue]),
+            agent=np.concatenate(
+                [np.ones(len(completion.token_ids), bool), np.zeros(len(glue), bool)]
+            ),
+            logprobs=np.concatenate([completion.logprobs, zeros]),
+            entropies=np.concatenate([completion.entropies, zeros]),
+            tool_call=call is not None,
+            weight_version=completion.weight_version,
+            messages=messages,
+            state=state,
+        )
+
+
+class _Growth:
+    """One tree while it grows."""
+
+    def __init__(self, collector: Collector, task: Task, sampling: Sampling, seed: int) -> None:
+        self.collector, self.task, self.sampling = collector, task, sampling
+        # crc32, not hash(): the same in every process.
+        self.seeds = np.random.SeedSequence([seed, zlib.crc32(task.id.encode())])
+        prompt = collector.chat.prompt(task.messages)
+        limit = collector.config.max_tokens
+        if len(prompt) >= limit:
+            raise ValueError(
+                f"task {task.id}: its prompt has {len(prompt)} tokens, "
+                f"rollout.max_tokens={limit} leaves no room to answer; raise it"
+            )
+        self.tree = Tree(prompt, task_id=task.id, info=dict(task.info))
+        self.max_turns = task.max_turns or collector.config.max_turns
+        self.situations: dict[int, _Situation] = {}
+
+    async def run(self, planner: Planner) -> Tree:
+        """Grow the tree until the planner is done."""
+        state = await self.collector.tools.open(self.task)
+        self.situations[0] = _Situation(tuple(self.task.messages), 0, state)
+        pending: set[asyncio.Task[list[int]]] = set()
+        try:
+            while not planner.done:
+                for request in planner.requests():
+                    work = self._sample(request.node, request.count)
+                    pending.add(asyncio.create_task(work))
+                assert pending, "a planner that is not done waits for trajectories"
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for finished in done:
+                    for leaf in finished.result():
+                        planner.observe(trajectory_of(self.tree, leaf))
+        finally:
+            for unfinished in pending:
+                unfinished.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+            await self.collector.tools.release(
+                [situation.state for situation in self.situations.values()]
+            )
+        for critical in planner.critical:
+            self.tree.mark_critical(critical.node, critical.leaf, critical.localized)
+        return self.tree
+
+    async def _sample(self, node: int, count: int) -> list[int]:
+        """Sample `count` trajectories that continue after `node`; their leaves, in order."""
+        prefix = self.tree.path_tokens(node)
+        seeds = self.seeds.spawn(1)[0].generate_state(count + 1)
+        first = await self._generate(prefix, count, int(seeds[0]))
+        async with asyncio.TaskGroup() as group:
+            running = [
+                group.create_task(self._finish(node, prefix, completion, int(seed)))
+                for completion, seed in zip(first, seeds[1:], strict=True)
+            ]
+        return [self._add(node, *done.result()) for done in running]
+
+    async def _finish(
+        self, node: int, prefix: np.ndarray, completion: Completion, seed: int
+    ) -> tuple[list[_Turn], End, Verdict]:
+        """Run one trajectory below `node` from its first new message to its end, and grade it."""
+        rng = np.random.default_rng(seed)
+        here = self.situations[node]
+        turns: list[_Turn] = []
+        end: End | None = None
+        while end is None:
+            last = here.turns + 1 >= self.max_turns
+            turn = await self.collector.turn(completion, here.state, last=last)
+            turns.append(turn)
+            here = here.after(turn)
+            prefix = np.concatenate([prefix, turn.token_ids])
+            if completion.finish == "length":
+                end = End.LENGTH
+            elif not turn.tool_call:
+                end = End.ANSWER
+            elif last:
+                end = End.TURN_LIMIT
+            elif len(prefix) >= self.collector.config.max_tokens:
+                end = End.LENGTH
+            else:
+                (completion,) = await self._generate(prefix, 1, int(rng.integers(2**32)))
+        return turns, end, await self.collector.source.grade(self.task, here.messages, end)
+
+    async def _generate(self, prefix: np.ndarray, n: int, seed: int) -> list[Completion]:
+        room = self.collector.config.max_tokens - len(prefix)
+        sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room), seed=seed)
+        return await self.collector.engine.generate(prefix, n, sampling)
+
+    def _add(self, node: int, turns: list[_Turn], end: End, verdict: Verdict) -> int:
+        """Append a finished trajectory below `node`; its leaf ordinal."""
+        for turn in turns:
+            situation = self.situations[node].after(turn)
+            node = _append(self.tree, node, turn)
+            self.situations[node] = situation
+        stats = self.collector.stats
+        stats.trajectories += 1
+        stats.ends[end.value] = stats.ends.get(end.value, 0) + 1
+        return self.tree.finish(
+            node,
+            reward=verdict.reward,
+            correct=verdict.correct,
+            end=end.value,
+            reason=verdict.reason,
+        )
+
+
+def _append(tree: Tree, parent: int, turn: _Turn) -> int:
+    return tree.add_step(
+        parent,
+        turn.token_ids,
+        turn.agent,
+        turn.logprobs,
+        turn.entropies,
+        tool_call=turn.tool_call,
+        weight_version=turn.weight_version,
+    )
