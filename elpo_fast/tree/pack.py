@@ -1,0 +1,214 @@
+"""Trees to flat arrays with one entry per *unique* token, which is what the trainer computes with.
+
+Tokens stand in preorder (depth first), several trees end to end. Then attention over a whole tree
+needs one integer a token, `allowed(q, k) = k <= q < end[k]`, because the tokens that may see `k` -
+the later ones of its node and everything below - are consecutive. Positions are path depths.
+
+Every trajectory `i` through a token shares its importance ratio `r` and its clip bounds, and the
+clipped surrogate is positively homogeneous in the advantage, so that Eq. 1's sum collapses to
+
+    sum_i w_i min(r A_i, clip(r) A_i) = pos * min(r, clip(r)) + neg * max(r, clip(r)),
+    pos = sum_i w_i max(A_i, 0),  neg = sum_i w_i min(A_i, 0).
+
+`pos` and `neg` of a node come from `elpo_fast.algo`; feedback masking makes them 0 on every token
+that the agent did not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from elpo_fast.tree import ops
+from elpo_fast.tree.store import Forest
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What an algorithm says about each node of a forest, `float64 [N]` each.
+
+    `advantage` is made of the `branch` and `trajectory` parts (of the latter alone where advantages
+    belong to trajectories); `pos` and `neg` already contain the token weights.
+    """
+
+    node_reward: NDArray[np.float64]
+    branch: NDArray[np.float64]
+    trajectory: NDArray[np.float64]
+    advantage: NDArray[np.float64]
+    pos: NDArray[np.float64]
+    neg: NDArray[np.float64]
+    eps_low: NDArray[np.float64]
+    eps_high: float
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """`P` unique tokens of some trees. Token arrays are `[P]`; trees are `tree_start` slices."""
+
+    token_ids: NDArray[np.int32]
+    position: NDArray[np.int32]  # depth along the path, from 0
+    end: NDArray[np.int32]  # first packed index after the subtree of the token's node
+    pred: NDArray[np.int32]  # packed index of the token before it on the path; -1: none
+    pos_coef: NDArray[np.float32]  # >= 0, 0 where not the agent's
+    neg_coef: NDArray[np.float32]  # <= 0, 0 where not the agent's
+    old_logprob: NDArray[np.float32]
+    eps_low: NDArray[np.float32]
+    eps_high: NDArray[np.float32]
+    agent: NDArray[np.uint8]
+    node: NDArray[np.int32]  # node of the forest
+    trees: NDArray[np.int64]  # [B], tree of the forest
+    tree_start: NDArray[np.int64]  # [B + 1]
+
+    def __len__(self) -> int:
+        """Number of unique tokens."""
+        return len(self.token_ids)
+
+
+_COLUMNS: dict[str, type[np.generic]] = {
+    "token_ids": np.int32,
+    "position": np.int32,
+    "end": np.int32,
+    "pred": np.int32,
+    "pos_coef": np.float32,
+    "neg_coef": np.float32,
+    "old_logprob": np.float32,
+    "eps_low": np.float32,
+    "eps_high": np.float32,
+    "agent": np.uint8,
+    "node": np.int32,
+}
+"""Token arrays of `PackedBatch`, in the order in which `_fill` takes them."""
+
+
+def pack(
+    forest: Forest, trees: Sequence[int], scored: Scored, *, scale: float = 1.0
+) -> PackedBatch:
+    """Lay the given trees end to end, in the given order; nothing is dropped.
+
+    `scale` multiplies both coefficients, 1 / number of tasks for a mean over tasks.
+    Raises `ValueError` for trees that are not in the forest, scores of another forest, more than
+    2^31 - 1 tokens, and agent tokens with nothing before them, which no model predicts.
+    """
+    chosen = np.asarray(trees, np.int64).reshape(-1)
+    if chosen.size and (chosen.min() < 0 or chosen.max() >= len(forest)):
+        raise ValueError(f"trees {list(trees)} are not all in a forest of {len(forest)} trees")
+    if len(scored.pos) != len(forest.parent):
+        raise ValueError(
+            f"scores of {len(scored.pos)} nodes do not belong to a forest of "
+            f"{len(forest.parent)} nodes; score this forest"
+        )
+    count = forest.token_count
+    start, end = ops.preorder(forest.parent, count)
+    position = ops.path_sum(forest.parent, count) - count
+    tree_start = np.cumsum([0, *end[forest.node_start[chosen]]], dtype=np.int64)
+    total = int(tree_start[-1])
+    if total > np.iinfo(np.int32).max:
+        raise ValueError(f"{total} tokens are too many for one batch; pack fewer trees at once")
+    # Allocated by NumPy, which asks for huge pages; numba does not.
+    columns: dict[str, NDArray[Any]] = {
+        name: np.empty(total, dtype) for name, dtype in _COLUMNS.items()
+    }
+    orphan = _fill(
+        chosen,
+        tree_start,
+        forest.node_start,
+        forest.parent,
+        forest.token_start,
+        start,
+        end,
+        position,
+        scored.pos * scale,
+        scored.neg * scale,
+        scored.eps_low,
+        scored.eps_high,
+        forest.token_ids,
+        forest.logprob,
+        forest.agent,
+        *columns.values(),
+    )
+    if orphan >= 0:
+        raise ValueError(
+            f"task {forest.task_ids[forest.tree[orphan]]!r} starts with an agent token, which "
+            "nothing predicts; give it a prompt"
+        )
+    return PackedBatch(**columns, trees=chosen, tree_start=tree_start)
+
+
+def active(forest: Forest, scored: Scored) -> NDArray[np.bool_]:
+    """Trees that have a gradient at all: any agent token with a coefficient; `[T]`."""
+    agent = ops.segment_sum(forest.token_start, forest.agent)
+    node = (agent > 0) & ((scored.pos != 0) | (scored.neg != 0))
+    return np.logical_or.reduceat(node, forest.node_start[:-1])
+
+
+@njit(cache=True, nogil=True)
+def _fill(
+    trees: NDArray[np.int64],
+    tree_start: NDArray[np.int64],
+    node_start: NDArray[np.int64],
+    parent: NDArray[np.int64],
+    token_start: NDArray[np.int64],
+    start: NDArray[np.int64],
+    end: NDArray[np.int64],
+    position: NDArray[np.int64],
+    pos: NDArray[np.float64],
+    neg: NDArray[np.float64],
+    eps_low: NDArray[np.float64],
+    eps_high: float,
+    ids: NDArray[np.int32],
+    logprob: NDArray[np.float32],
+    agent: NDArray[np.uint8],
+    out_ids: NDArray[np.int32],
+    out_position: NDArray[np.int32],
+    out_end: NDArray[np.int32],
+    out_pred: NDArray[np.int32],
+    out_pos: NDArray[np.float32],
+    out_neg: NDArray[np.float32],
+    out_logprob: NDArray[np.float32],
+    out_low: NDArray[np.float32],
+    out_high: NDArray[np.float32],
+    out_agent: NDArray[np.uint8],
+    out_node: NDArray[np.int32],
+) -> int:
+    """Copy node after node to its place; a node whose agent token has no predecessor, or -1."""
+    last = np.empty(len(parent), np.int64)  # packed index of the last token up to each node
+    high = np.float32(eps_high)
+    for index in range(len(trees)):
+        base = tree_start[index]
+        for node in range(node_start[trees[index]], node_start[trees[index] + 1]):
+            source = token_start[node]
+            count = token_start[node + 1] - source
+            target = base + start[node]
+            before = last[parent[node]] if parent[node] >= 0 else -1
+            if count == 0:
+                last[node] = before
+                continue
+            if before < 0 and agent[source]:
+                return node
+            last[node] = target + count - 1
+            # One stream at a time: each of these loops becomes a copy or a vectorised fill.
+            stop = target + count
+            out_ids[target:stop] = ids[source : source + count]
+            out_logprob[target:stop] = logprob[source : source + count]
+            out_agent[target:stop] = agent[source : source + count]
+            out_end[target:stop] = base + end[node]
+            out_low[target:stop] = np.float32(eps_low[node])
+            out_high[target:stop] = high
+            out_node[target:stop] = node
+            good = np.float32(pos[node])
+            bad = np.float32(neg[node])
+            for token in range(count):
+                out_pos[target + token] = good * agent[source + token]
+            for token in range(count):
+                out_neg[target + token] = bad * agent[source + token]
+            for token in range(count):
+                out_position[target + token] = position[node] + token
+            for token in range(1, count):
+                out_pred[target + token] = target + token - 1
+            out_pred[target] = before
+    return -1
