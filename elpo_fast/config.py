@@ -11,7 +11,7 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -31,8 +31,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+SectionT = TypeVar("SectionT", bound=Section)
+
+
 class RunConfig(Section):
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(default="run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     dir: str = "runs"  # the run folder is dir/name
     seed: NonNegative = 0
     threads: NonNegative = 0  # CPU threads of torch; 0: all cores
@@ -228,16 +231,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse_config(data: dict[str, Any]) -> Config:
     """Validate a nested mapping; `ConfigError` names the first fault."""
-    _known(data, Config, "")
+    return parse_section(Config, data)
+
+
+def parse_section(model: type[SectionT], data: dict[str, Any], prefix: str = "") -> SectionT:
+    """Validate one section, for example a task source's options at prefix `task.options.`.
+
+    Raises `ConfigError` naming the first fault by its full dotted key.
+    """
+    _known(data, model, prefix)
     try:
-        return Config.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "configuration"
+        where = prefix + ".".join(str(part) for part in first["loc"])
         problem = first["msg"].removeprefix("Value error, ")
         given = first.get("input")
         shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
-        raise ConfigError(f"{where}: {problem}{shown}") from None
+        raise ConfigError(f"{where.rstrip('.') or 'configuration'}: {problem}{shown}") from None
 
 
 def dump_config(config: Config) -> str:

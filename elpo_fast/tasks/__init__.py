@@ -1,0 +1,45 @@
+"""Task sources: where problems come from and how finished trajectories are judged.
+
+Invariants of every source
+- `train(i)` and `held_out(j)` never show the same problem: a problem's content, hashed, decides
+  which of the two splits it belongs to. Different random seeds would not guarantee that.
+- The held-out tasks depend on the options alone, not on the run's seed, so that runs with
+  different seeds can be compared pairwise on the same tasks.
+- Judging never executes model output in this process; see `verifiers`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elpo_fast.config import TaskConfig
+    from elpo_fast.tasks.common import RunFunction
+    from elpo_fast.types import TaskSource
+
+
+def make_source(config: TaskConfig, seed: int, run_function: RunFunction) -> TaskSource:
+    """The configured task source. `seed` decides the order (or draw) of the training tasks.
+
+    Raises `ConfigError` for options the source does not know or cannot use.
+    """
+    # Imported here: graders import this package inside the sandbox, where every import is paid
+    # again and again.
+    from elpo_fast.config import parse_section
+
+    match config.source:
+        case "ledger":
+            from elpo_fast.tasks.ledger import Ledger, LedgerOptions
+
+            ledger = parse_section(LedgerOptions, config.options, "task.options.")
+            return Ledger(ledger, seed=seed, system=config.system)
+        case "reasoning_gym":
+            from elpo_fast.tasks.reasoning_gym import ReasoningGym, ReasoningGymOptions
+
+            gym = parse_section(ReasoningGymOptions, config.options, "task.options.")
+            return ReasoningGym(gym, seed=seed, run_function=run_function, system=config.system)
+        case "file":
+            from elpo_fast.tasks.file import FileOptions, FileSource
+
+            file = parse_section(FileOptions, config.options, "task.options.")
+            return FileSource(file, seed=seed, run_function=run_function, system=config.system)
