@@ -75,6 +75,10 @@ class TaskSource(Protocol):
         tools), or `None` where the source has no solver."""
         ...
 
+    def vocabulary_texts(self) -> Iterable[str]:
+        """Texts to make a small tokenizer from."""
+        ...
+
     def grade(self, task: Task, messages: Sequence[Message], end: End) -> Awaitable[Verdict]:
         """Judge the whole conversation. Anything that executes model output runs out of process."""
         ...
@@ -161,6 +165,7 @@ class EngineStats:
     cached_tokens: int = 0  # of these, served from the cache
     computed_tokens: int = 0  # of these, computed
     generated_tokens: int = 0
+    recomputed_tokens: int = 0  # lost to a full cache while running; in none of the above
 
 
 class Engine(Protocol):

@@ -1,0 +1,271 @@
+"""A compact decoder forward over nodes of the prefix tree, for Llama, Qwen2 and Qwen3.
+
+The unit of work is one *node*: a token at the end of a path of cache slots. A node's ancestors are
+cached or in the same step, and each layer stores all new keys and values before any node attends;
+so prompts, branches and decoded tokens of any length go through one batch, without padding.
+
+The decoder keeps its own copy of the weights in the layout it computes with (query, key and value
+fused, gate and up fused, for bfloat16 on a CPU repacked for its matrix products) and in its own
+dtype, whatever the model's. Residual stream, norms, rotary embedding and softmax are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from elpo_fast.rollout import decoder_cpu, decoder_torch
+
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeBatch:
+    """`Q` nodes to compute. Node `q` attends `table[first[q] : first[q] + positions[q] + 1]`."""
+
+    tokens: np.ndarray  # int64 [Q]
+    positions: np.ndarray  # int64 [Q], depth in the tree
+    slots: np.ndarray  # int64 [Q], where its key and value go
+    table: np.ndarray  # int64 [T], paths laid end to end
+    first: np.ndarray  # int64 [Q], where the node's path starts in `table`
+    segments: np.ndarray  # int64 [S + 1], bounds of runs of nodes on one path
+
+
+class _Linear:
+    """One matrix product by several of the model's projections, stacked."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def load(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
+        weight = torch.cat([tensors[f"{n}.weight"].to(like) for n in self.names])
+        biased = [n for n in self.names if f"{n}.bias" in tensors]
+        bias = torch.cat([tensors[f"{n}.bias"].to(like) for n in biased]) if biased else None
+        self.apply = _product(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.apply(x)
+
+
+def _product(
+    weight: torch.Tensor, bias: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        # A plain weight would be repacked in every call: 1.2 times slower at 64 rows.
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
+        linear = torch.ops.mkldnn._linear_pointwise
+        return lambda x: linear(x, packed, bias, "none", [], "")
+    return lambda x: F.linear(x, weight, bias)
+
+
+class _Layer:
+    def __init__(self, prefix: str) -> None:
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        self.qkv = _Linear(*(f"{attention}.{x}_proj" for x in "qkv"))
+        self.out = _Linear(f"{attention}.o_proj")
+        self.gate_up = _Linear(f"{mlp}.gate_proj", f"{mlp}.up_proj")
+        self.down = _Linear(f"{mlp}.down_proj")
+        self.linears = (self.qkv, self.out, self.gate_up, self.down)
+        self.norms = {
+            "before_attention": f"{prefix}.input_layernorm.weight",
+            "before_mlp": f"{prefix}.post_attention_layernorm.weight",
+            "query": f"{attention}.q_norm.weight",
+            "key": f"{attention}.k_norm.weight",
+        }
+        self.norm: dict[str, torch.Tensor] = {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
+        for linear in self.linears:
+            linear.load(tensors, like)
+        for role, name in self.norms.items():
+            weight = tensors.get(name, torch.empty(0))
+            self.norm[role] = weight.to(like.device, torch.float32, copy=True)
+
+
+class Decoder:
+    """Weights, key/value store and forward of one model.
+
+    Raises `ValueError` for an architecture or a variant of one that it would compute wrongly.
+    """
+
+    def __init__(self, model: PreTrainedModel, slots: int, dtype: torch.dtype) -> None:
+        config = model.config
+        kind = type(model).__name__
+        if kind not in SUPPORTED:
+            raise ValueError(
+                f"the local engine computes {', '.join(SUPPORTED)}, not {kind}; use one of these "
+                "or another engine"
+            )
+        windows = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if windows != {"full_attention"} or config.hidden_act != "silu":
+            raise ValueError(
+                f"the local engine needs full attention and silu, but this {kind} has layer types "
+                f"{sorted(windows)} and activation {config.hidden_act!r}"
+            )
+        rotary = model.model.rotary_emb
+        if rotary.rope_type not in _STATIC_ROPE:
+            raise ValueError(
+                f"the local engine supports rotary embeddings {', '.join(_STATIC_ROPE)}, "
+                f"not {rotary.rope_type!r}"
+            )
+        self.device, self.dtype = model.device, dtype
+        self.vocab_size: int = config.vocab_size
+        self.heads: int = config.num_attention_heads
+        self.kv_heads: int = config.num_key_value_heads
+        self.width: int = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        self.eps: float = config.rms_norm_eps
+        self.layers = [_Layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)]
+        self.head = _Linear("lm_head")
+        angles = torch.outer(
+            torch.arange(min(slots, config.max_position_embeddings), dtype=torch.float32),
+            rotary.inv_freq.float().cpu(),
+        )
+        self.cos = (angles.cos() * rotary.attention_scaling).to(self.device)
+        self.sin = (angles.sin() * rotary.attention_scaling).to(self.device)
+        shape = (len(self.layers), slots, self.kv_heads, self.width)
+        self.keys = torch.empty(shape, dtype=dtype, device=self.device)
+        self.values = torch.empty(shape, dtype=dtype, device=self.device)
+
+    @torch.inference_mode()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        self.embedding = tensors["model.embed_tokens.weight"].to(like, copy=True)
+        for layer in self.layers:
+            layer.load(tensors, like)
+        self.norm = tensors["model.norm.weight"].to(self.device, torch.float32, copy=True)
+        self.head.load(tensors, like)
+
+    @torch.inference_mode()
+    def forward(self, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
+        """Compute the batch's keys and values; logits `[F, V]` of the nodes `ends` `int64 [F]`."""
+        step = (_CpuStep if self.device.type == "cpu" else _TorchStep)(self, batch)
+        residual = F.embedding(step.tokens, self.embedding).float()
+        delta = torch.zeros_like(residual, dtype=self.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = step.add_norm(residual, delta, layer.norm["before_attention"])
+            hidden = step.attend(layer.qkv(hidden), index)
+            hidden = step.add_norm(residual, layer.out(hidden), layer.norm["before_mlp"])
+            delta = layer.down(step.silu_mul(layer.gate_up(hidden)))
+        chosen = torch.from_numpy(ends).to(self.device)
+        return self.head(step.add_norm(residual[chosen], delta[chosen], self.norm))
+
+
+class _TorchStep:
+    """The operations between the products of one step, on any device."""
+
+    def __init__(self, decoder: Decoder, batch: NodeBatch) -> None:
+        self.decoder = decoder
+
+        def move(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(decoder.device)
+
+        self.tokens, self.slots = move(batch.tokens), move(batch.slots)
+        positions = move(batch.positions)
+        self.cos, self.sin = decoder.cos[positions][:, None], decoder.sin[positions][:, None]
+        # Runs of several nodes go one by one, all single nodes as one padded batch.
+        bounds = batch.segments
+        self.runs = []
+        single = bounds[:-1][np.diff(bounds) == 1]
+        if len(single):
+            lengths = batch.positions[single] + 1
+            columns = np.arange(lengths.max())
+            index = batch.first[single, None] + np.minimum(columns, lengths[:, None] - 1)
+            nodes = move(single)
+            self.runs.append((nodes, move(batch.table[index]), positions[nodes][:, None]))
+        for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            if stop - start > 1:
+                first = batch.first[start]
+                path = batch.table[first : first + batch.positions[stop - 1] + 1]
+                self.runs.append(
+                    (torch.arange(start, stop), move(path)[None], positions[None, start:stop])
+                )
+
+    def add_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        eps, dtype = self.decoder.eps, self.decoder.dtype
+        return decoder_torch.add_norm(residual, delta, weight, eps, dtype)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return decoder_torch.silu_mul(gate_up)
+
+    def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
+        d = self.decoder
+        norm = d.layers[index].norm
+        heads = qkv.unflatten(-1, (-1, d.width)).float()
+        query, key, value = heads.split((d.heads, d.kv_heads, d.kv_heads), 1)
+        if norm["query"].numel():
+            query = F.rms_norm(query, (d.width,), norm["query"], d.eps)
+            key = F.rms_norm(key, (d.width,), norm["key"], d.eps)
+        query = decoder_torch.rotate(query, self.cos, self.sin).to(d.dtype)
+        keys, values = d.keys[index], d.values[index]
+        keys[self.slots] = decoder_torch.rotate(key, self.cos, self.sin).to(d.dtype)
+        values[self.slots] = value.to(d.dtype)
+        out = torch.empty(len(query), d.heads * d.width, dtype=d.dtype, device=d.device)
+        for nodes, paths, positions in self.runs:
+            batched = query[nodes].view(*positions.shape, d.heads, d.width)
+            out[nodes] = decoder_torch.attend(batched, keys, values, paths, positions).flatten(0, 1)
+        return out
+
+
+class _CpuStep:
+    """The same by the fused CPU kernels."""
+
+    def __init__(self, decoder: Decoder, batch: NodeBatch) -> None:
+        self.decoder, self.batch = decoder, batch
+        self.tokens = torch.from_numpy(batch.tokens)
+        self.eps = np.float32(decoder.eps)
+        shape = (len(batch.tokens), decoder.heads, decoder.width)
+        self.queries = np.empty(shape, np.float32)
+
+    def add_norm(
+        self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        out = torch.empty_like(delta)
+        decoder_cpu.add_norm(
+            residual.numpy(), as_numpy(delta), weight.numpy(), self.eps, as_numpy(out)
+        )
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        decoder_cpu.silu_mul(as_numpy(gate_up), as_numpy(out))
+        return out
+
+    def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
+        d, b = self.decoder, self.batch
+        norm = d.layers[index].norm
+        keys, values = as_numpy(d.keys[index]), as_numpy(d.values[index])
+        decoder_cpu.rope_store(
+            as_numpy(qkv),
+            norm["query"].numpy(),
+            norm["key"].numpy(),
+            self.eps,
+            d.cos.numpy(),
+            d.sin.numpy(),
+            b.positions,
+            b.slots,
+            self.queries,
+            keys,
+            values,
+        )
+        out = qkv.new_empty(len(qkv), d.heads * d.width)
+        decoder_cpu.attend(self.queries, keys, values, b.table, b.first, b.positions, as_numpy(out))
+        return out
+
+
+def as_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A view of a CPU tensor, bfloat16 as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.numpy()

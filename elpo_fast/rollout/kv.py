@@ -1,0 +1,104 @@
+"""The prefix cache: a tree of tokens whose nodes are the slots of the key/value store.
+
+One node is one token after one exact prefix, and one slot of the store, so every branch that shares
+a prefix shares its keys and values and nothing is ever copied. Invariants:
+
+- a slot's parent is allocated as long as the slot is (paths are closed under ancestors);
+- a pinned slot, i.e. one on the path of a running row, is never evicted; pins count rows;
+- a node was last used no later than its parent, so evicting by (last use, deepest first) removes
+  leaves before their parents.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+ROOT = -1
+_DEPTH_BITS = 24  # deeper paths than 16.7 M tokens do not occur
+
+
+class CacheFull(Exception):
+    """Every slot is pinned by a running row."""
+
+
+class PrefixCache:
+    """Bookkeeping of `capacity` slots; holds no keys or values itself.
+
+    Callers walk down with `match`, extend with `add`; both pin what they return, and `release` of
+    the whole path gives the pins back and makes the path the most recently used.
+    """
+
+    def __init__(self, capacity: int, vocab_size: int) -> None:
+        self.capacity = capacity
+        self.vocab_size = vocab_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every node. Only valid while nothing is pinned, or when all pins are void."""
+        self._children: dict[int, int] = {}  # (parent + 1) * vocabulary + token -> slot
+        self._key = np.zeros(self.capacity, np.int64)  # the slot's own entry in `_children`
+        self._depth = np.zeros(self.capacity, np.int64)
+        self._pins = np.zeros(self.capacity, np.int32)
+        self._used = np.zeros(self.capacity, np.int64)
+        self._allocated = np.zeros(self.capacity, bool)
+        self._clock = 0
+        # Popped from the end: low slots first, so untouched memory stays untouched.
+        self._free = list(range(self.capacity - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return self.capacity - len(self._free)
+
+    def match(self, node: int, tokens: np.ndarray) -> np.ndarray:
+        """Slots `int32 [m]`, `m <= len(tokens)`, of the longest known path below `node`; pinned."""
+        found = []
+        children, vocab_size = self._children, self.vocab_size
+        for token in tokens.tolist():
+            child = children.get((node + 1) * vocab_size + token)
+            if child is None:
+                break
+            found.append(child)
+            node = child
+        slots = np.array(found, np.int32)
+        self._pins[slots] += 1
+        return slots
+
+    def add(self, node: int, tokens: np.ndarray) -> np.ndarray:
+        """New slots `int32 [len(tokens)]` for a chain of unknown tokens below `node`; pinned.
+
+        Evicts what was used longest ago if need be; raises `CacheFull`, changing nothing, when
+        pinned slots leave too little room.
+        """
+        count = len(tokens)
+        if count > len(self._free):
+            self._evict(count - len(self._free))
+        depth = 0 if node == ROOT else int(self._depth[node]) + 1
+        slots = np.array(self._free[: -count - 1 : -1], np.int32)
+        del self._free[-count:]
+        parents = np.empty(count, np.int64)
+        parents[0], parents[1:] = node, slots[:-1]
+        keys = (parents + 1) * self.vocab_size + tokens
+        self._children.update(zip(keys.tolist(), slots.tolist(), strict=True))
+        self._key[slots] = keys
+        self._depth[slots] = np.arange(depth, depth + count)
+        self._pins[slots] = 1
+        self._allocated[slots] = True
+        return slots
+
+    def release(self, path: np.ndarray) -> None:
+        """Give back one pin of every slot of a path that starts at the root."""
+        self._clock += 1
+        self._pins[path] -= 1
+        self._used[path] = self._clock
+
+    def _evict(self, count: int) -> None:
+        idle = np.flatnonzero(self._allocated & (self._pins == 0))
+        if len(idle) < count:
+            raise CacheFull
+        # A few more than asked, so that a full cache is not searched for every token.
+        count = min(len(idle), max(count, self.capacity // 64))
+        order = (self._used[idle] << _DEPTH_BITS) - self._depth[idle]
+        victims = idle[np.argpartition(order, count - 1)[:count]]
+        for key in self._key[victims].tolist():
+            del self._children[key]
+        self._allocated[victims] = False
+        self._free.extend(victims.tolist())
