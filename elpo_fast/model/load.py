@@ -61,11 +61,11 @@ def load_model(
         if tokenizer_texts is None:
             raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
         tokenizer: Any = train_tokenizer(tokenizer_texts)
-        model: Any = scratch_model(config.scratch, len(tokenizer), seed)
+        model: Any = scratch_model(config.scratch, tokenizer, seed)
     else:
         source, options = _locate(config)
         try:
-            with _quiet():
+            with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
                 model = AutoModelForCausalLM.from_pretrained(
                     source, dtype=torch.float32, attn_implementation=ATTENTION, **options
@@ -95,7 +95,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def scratch_model(config: ScratchConfig, vocabulary: int, seed: int) -> PreTrainedModel:
+def scratch_model(
+    config: ScratchConfig, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A Qwen3 of `config`'s size with tied embeddings; same seed, same weights."""
     head_size = config.hidden_size // config.heads
     if head_size % 2:
@@ -103,7 +105,9 @@ def scratch_model(config: ScratchConfig, vocabulary: int, seed: int) -> PreTrain
             f"model.scratch: hidden_size / heads = {head_size} must be even for rotary positions"
         )
     architecture = Qwen3Config(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
@@ -184,7 +188,7 @@ def _hub(name: str, revision: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and advice while loading: the command line draws its own display."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -1,0 +1,359 @@
+"""One optimizer update from packed trees: every unique token forward and backward once.
+
+The loss of an update is the sum over its micro-batches of
+
+    - sum_t pos_t * min(r_t, clip r_t) + neg_t * max(r_t, clip r_t),   r_t = exp(logp_t - old_t),
+
+where `clip` has each token's own bounds. The coefficients carry all weights (`tree.pack`), so this
+is Eq. 1 over all trajectories with Eq. 12's bounds, whatever the split into micro-batches.
+
+Invariants: master weights and their gradients have the model's own dtype (float32); a compute copy
+in another dtype mirrors the masters after every update; nothing that is not finite ever reaches the
+optimizer: a step that would is refused with parameters, moments and schedule untouched.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from elpo_kernels import linear_logprob, linear_policy_loss
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from elpo_fast.model.forward import packed_hidden
+from elpo_fast.tree.pack import PackedBatch, Scored, pack
+from elpo_fast.tree.store import Forest
+
+Schedule = Callable[[int], float]
+"""Number of updates made so far -> factor on the learning rate."""
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is NaN or infinite; `trees` are the forest's trees that make it so."""
+
+    def __init__(self, what: str, trees: Sequence[int]) -> None:
+        self.trees = tuple(trees)
+        super().__init__(
+            f"{what} is not finite on trees {list(self.trees)}; no parameter was changed. "
+            "Look at these trees, then lower the learning rate or the clip bounds"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One update. Means are over the tokens with a coefficient; ratio and clip figures are those
+    before the update, 1 and 0 where there is no ratio (negative log-likelihood)."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # unique tokens computed
+    trained_tokens: int  # of these, with a coefficient
+    ratio_mean: float = 1.0
+    ratio_max: float = 1.0
+    clipped_low: float = 0.0  # share of tokens held by the lower bound
+    clipped_high: float = 0.0
+    approx_kl: float = 0.0  # mean of r - 1 - log r
+
+
+def warmup_constant(warmup: int) -> Schedule:
+    """Rise linearly over `warmup` updates, then stay."""
+    return lambda update: min(1.0, (update + 1) / (warmup + 1))
+
+
+def warmup_cosine(warmup: int, total: int) -> Schedule:
+    """Rise linearly over `warmup` updates, then fall to 0 at update `total` along a cosine."""
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
+        progress = min(1.0, (update - warmup) / max(1, total - warmup))
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+class PolicyOptimizer:
+    """Master weights, their AdamW and the compute copy that runs forward and backward.
+
+    `compute` is the model to sample from in process: it always holds the current weights. With
+    `dtype` equal to the model's own it is the model itself.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.01,
+        grad_clip: float = 1.0,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        schedule: Schedule | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self.lr = lr
+        self.grad_clip = grad_clip
+        self.temperature = temperature
+        self.schedule = schedule or warmup_constant(0)
+        self.updates = 0
+        self.compute = model if dtype == model.dtype else _compute_copy(model, dtype)
+        if gradient_checkpointing:
+            self.compute.gradient_checkpointing_enable({"use_reentrant": False})
+            self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
+        self._masters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self._copies: list[torch.Tensor] = [p for p in self.compute.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._masters if p.ndim >= 2]},
+            {"params": [p for p in self._masters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self._optimizer = torch.optim.AdamW(
+            groups,
+            lr=lr,
+            betas=betas,
+            weight_decay=weight_decay,
+            fused=True,
+        )
+
+    def update(self, batches: Sequence[PackedBatch]) -> StepStats:
+        """One clipped policy-gradient update; the gradient is the sum over all `batches`.
+
+        Without a single non-zero coefficient nothing changes, moments and schedule included.
+        Raises `NonFiniteError`.
+        """
+        return self._update(batches, self._policy_loss)
+
+    def nll_update(self, batches: Sequence[PackedBatch]) -> StepStats:
+        """One update of `-sum_t pos_coef_t * logp_t` at temperature 1, for demonstrations.
+
+        Raises `NonFiniteError`.
+        """
+        return self._update(batches, self._nll)
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> NDArray[np.float32]:
+        """Log-probs `[P]` under the sampling temperature; 0 on tokens that are not the agent's.
+
+        With `batch.old_logprob` replaced by these, the first update's ratios are 1.
+        """
+        chosen = np.flatnonzero(batch.agent)
+        result = np.zeros(len(batch), np.float32)
+        hidden, head, targets = self._predictors(batch, chosen)
+        logprob = linear_logprob(
+            hidden, head.weight, targets, bias=head.bias, temperature=self.temperature
+        )
+        result[chosen] = logprob.float().cpu().numpy()
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments and the number of updates; the weights are the model's own to save."""
+        return {"optimizer": self._optimizer.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; the compute copy takes the model's present weights."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self.updates = int(state["updates"])
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the masters into the compute weights, after anyone but `update` changed them."""
+        if self.compute is not self.model:
+            torch._foreach_copy_(self._copies, self._masters)
+
+    def _update(
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], _Part | None]
+    ) -> StepStats:
+        parts = []
+        try:
+            for batch in batches:
+                part = loss_of(batch)
+                if part is None:
+                    continue
+                parts.append(part)
+                if not math.isfinite(part.loss):
+                    raise NonFiniteError("the loss", self._culprits(batches, loss_of))
+            if not parts:
+                return StepStats(0.0, 0.0, 0.0, tokens=0, trained_tokens=0)
+            norm = float(nn.utils.clip_grad_norm_(self._masters, self.grad_clip))
+            if not math.isfinite(norm):
+                raise NonFiniteError("the gradient", self._culprits(batches, loss_of))
+            lr = self.lr * self.schedule(self.updates)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        self.refresh()
+        return _stats(parts, norm, lr)
+
+    def _policy_loss(self, batch: PackedBatch) -> _Part | None:
+        chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
+        if not len(chosen):
+            return None
+        hidden, head, targets = self._predictors(batch, chosen)
+        out = linear_policy_loss(
+            hidden,
+            head.weight,
+            targets,
+            *(
+                self._tensor(getattr(batch, name)[chosen])
+                for name in ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
+            ),
+            bias=head.bias,
+            temperature=self.temperature,
+        )
+        out.loss.backward()
+        stats = {name: float(value) for name, value in out.stats.items()}
+        return _Part(float(out.loss), len(batch), len(chosen), stats)
+
+    def _nll(self, batch: PackedBatch) -> _Part | None:
+        chosen = np.flatnonzero(batch.pos_coef)
+        if not len(chosen):
+            return None
+        hidden, head, targets = self._predictors(batch, chosen)
+        logprob = linear_logprob(hidden, head.weight, targets, bias=head.bias)
+        loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
+        loss.backward()
+        return _Part(float(loss), len(batch), len(chosen), {})
+
+    def _predictors(
+        self, batch: PackedBatch, chosen: NDArray[np.int64]
+    ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
+        """Hidden states `[T, H]` that predict the chosen tokens, the head, the tokens `[T]`."""
+        hidden = packed_hidden(
+            self.compute,
+            self._tensor(batch.token_ids),
+            self._tensor(batch.position),
+            self._tensor(batch.end),
+            # A token's embedding gradient sums over all its occurrences: that needs the master.
+            embed=self.model.get_input_embeddings(),
+        )
+        predictors = hidden[self._tensor(batch.pred[chosen]).long()]
+        targets = self._tensor(batch.token_ids[chosen]).long()
+        return predictors, self.compute.get_output_embeddings(), targets
+
+    def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
+
+    def _culprits(
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], _Part | None]
+    ) -> list[int]:
+        """Trees whose own loss or gradient is not finite; all of them if only the sum overflows."""
+        found = []
+        for batch in batches:
+            for index, tree in enumerate(batch.trees):
+                self._optimizer.zero_grad(set_to_none=True)
+                part = loss_of(_single(batch, index))
+                norm = nn.utils.get_total_norm(p.grad for p in self._masters if p.grad is not None)
+                if part and not (math.isfinite(part.loss) and math.isfinite(norm)):
+                    found.append(int(tree))
+        return found or [int(tree) for batch in batches for tree in batch.trees]
+
+
+def micro_batches(
+    forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
+) -> list[PackedBatch]:
+    """Whole trees into batches of at most `budget_tokens` unique tokens, first-fit decreasing.
+
+    A tree larger than the budget is a batch of its own. `scale` as in `tree.pack.pack`.
+    """
+    start = forest.token_start[forest.node_start]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for tree in sorted(trees, key=lambda tree: (start[tree] - start[tree + 1], tree)):
+        size = int(start[tree + 1] - start[tree])
+        fits = next((index for index, free in enumerate(room) if size <= free), None)
+        if fits is None:
+            bins.append([tree])
+            room.append(budget_tokens - size)
+        else:
+            bins[fits].append(tree)
+            room[fits] -= size
+    return [pack(forest, sorted(chosen), scored, scale=scale) for chosen in bins]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one micro-batch contributed."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    stats: dict[str, float]
+
+
+def _stats(parts: Sequence[_Part], norm: float, lr: float) -> StepStats:
+    trained = sum(part.trained_tokens for part in parts)
+
+    def mean(name: str) -> float:
+        return sum(part.stats[name] * part.trained_tokens for part in parts) / trained
+
+    return StepStats(
+        loss=sum(part.loss for part in parts),
+        grad_norm=norm,
+        lr=lr,
+        tokens=sum(part.tokens for part in parts),
+        trained_tokens=trained,
+        **(
+            {
+                "ratio_mean": mean("ratio_mean"),
+                "ratio_max": max(part.stats["ratio_max"] for part in parts),
+                "clipped_low": mean("clipped_low"),
+                "clipped_high": mean("clipped_high"),
+                "approx_kl": mean("approx_kl"),
+            }
+            if parts[0].stats
+            else {}
+        ),
+    )
+
+
+def _single(batch: PackedBatch, index: int) -> PackedBatch:
+    """One tree of a batch as a batch of its own."""
+    start, stop = (int(at) for at in batch.tree_start[index : index + 2])
+    cut = {
+        name: getattr(batch, name)[start:stop]
+        for name in PackedBatch.__dataclass_fields__
+        if name not in ("trees", "tree_start")
+    }
+    cut["end"] = cut["end"] - start
+    cut["pred"] = np.maximum(cut["pred"] - start, -1)
+    return PackedBatch(
+        **cut, trees=batch.trees[index : index + 1], tree_start=np.array([0, stop - start])
+    )
+
+
+def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters in `dtype`, whose gradients are added to the masters' at once.
+
+    Buffers keep their type: rotary frequencies in bfloat16 would shift every position.
+    """
+    copied = copy.deepcopy(model)
+    for parameter, master in zip(copied.parameters(), model.parameters(), strict=True):
+        parameter.data = parameter.data.to(dtype)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_adder(master))
+    return copied
+
+
+def _adder(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+    def add(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.to(master.dtype)
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return add
