@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from elpo_fast.config import Section
-from elpo_fast.types import End, Message, Verdict
+from elpo_fast.types import End, Message, TaskSource, Verdict
 
 CORRECT_REWARD, WRONG_REWARD = 1.0, -1.0
 """Default rewards. Normalised advantages do not depend on their scale (but for epsilon)."""
@@ -62,6 +62,12 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
         return tuple(messages)
     rest = [message for message in messages if message["role"] != "system"]
     return ({"role": "system", "content": system}, *rest)
+
+
+def prompt_texts(source: TaskSource, tasks: int = 500) -> list[str]:
+    """All that the model is shown first in the first training tasks of a source."""
+    count = min(tasks, source.train_size or tasks)
+    return [m["content"] for index in range(count) for m in source.train(index).messages]
 
 
 def final_text(messages: Sequence[Message]) -> str:
