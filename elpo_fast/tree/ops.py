@@ -95,8 +95,9 @@ def segment_sum(start: Ints, value: NDArray[np.uint8]) -> Ints:
     """Sum of `value[start[n] : start[n + 1]]` for each `n`; with the agent mask: agent tokens."""
     total = np.zeros(len(start) - 1, np.int64)
     for node in range(len(total)):
-        for token in range(start[node], start[node + 1]):
-            total[node] += value[token]
+        segment = value[start[node] : start[node + 1]]  # a view: its loop vectorises
+        for i in range(len(segment)):
+            total[node] += segment[i]
     return total
 
 

@@ -1,0 +1,171 @@
+"""Packed batches against the twin, the attention interval, and the plain per-trajectory sum."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elpo_fast.tree.pack import PackedBatch, Scored, active, pack
+from elpo_fast.tree.store import Forest, Tree
+
+from . import twin
+
+seeds = st.integers(0, 2**32 - 1)
+EPS_HIGH = 0.315
+
+
+def scored(forest: Forest, **choices: object) -> tuple[Scored, dict[str, list[float]]]:
+    """The twin's scores, as both sides take them."""
+    slow = twin.scores(forest, **choices)  # type: ignore[arg-type]
+    return Scored(**{k: np.array(v) for k, v in slow.items()}, eps_high=EPS_HIGH), slow
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.sampled_from(["hierarchical", "group"]), st.data())
+def test_equals_the_twin(seed, advantage, data):
+    forest = twin.random_forest(seed)
+    fast, slow = scored(forest, advantage=advantage)
+    trees = data.draw(st.lists(st.integers(0, len(forest) - 1), max_size=4))
+    batch = pack(forest, trees, fast, scale=0.25)
+    expected = twin.pack(forest, trees, slow, eps_high=EPS_HIGH, scale=0.25)
+    assert batch.trees.tolist() == trees
+    for field in dataclasses.fields(PackedBatch):
+        if field.name != "trees":
+            values = getattr(batch, field.name)
+            want = np.array(expected[field.name], values.dtype)
+            np.testing.assert_array_equal(values, want, err_msg=field.name)
+
+
+def test_array_types():
+    forest = twin.random_forest(0)
+    batch = pack(forest, [0, 1], scored(forest)[0])
+    floats = {"pos_coef", "neg_coef", "old_logprob", "eps_low", "eps_high"}
+    for field in dataclasses.fields(PackedBatch):
+        array = getattr(batch, field.name)
+        wide = field.name in ("trees", "tree_start")
+        small = np.float32 if field.name in floats else np.int32
+        expected = np.uint8 if field.name == "agent" else np.int64 if wide else small
+        assert array.dtype == expected, field.name
+        assert array.flags.writeable and array.flags.c_contiguous
+    assert len(batch) == batch.tree_start[-1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds)
+def test_interval_mask_is_the_ancestor_relation(seed):
+    """A token sees itself and exactly the tokens before it on its path, across several trees."""
+    forest = twin.random_forest(seed)
+    batch = pack(forest, range(len(forest)), scored(forest)[0])
+    nodes = batch.node.tolist()
+    where = {(node, index - nodes.index(node)): index for index, node in enumerate(nodes)}
+    mask = np.zeros((len(batch), len(batch)), bool)
+    for (node, offset), query in where.items():
+        line = [
+            where[up, i]
+            for up in twin.path(forest, node)
+            for i in range(len(twin.node_tokens(forest, up)) if up != node else offset + 1)
+        ]
+        mask[query, line] = True
+        assert batch.position[query] == len(line) - 1
+        assert batch.pred[query] == (line[-2] if len(line) > 1 else -1)
+    q, k = np.indices(mask.shape)
+    np.testing.assert_array_equal((k <= q) & (q < batch.end[k]), mask)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.booleans(), st.sampled_from(["localized", "tree"]))
+def test_collapsed_sum_equals_one_row_per_trajectory(seed, group, scope):
+    """`sum_i w_i min(r A_i, clip(r) A_i) = pos min(r, clip r) + neg max(r, clip r)`: the packed
+    objective over unique tokens is Eq. 1 over rows, for ratios far from 1 too."""
+    forest = twin.random_forest(seed)
+    fast, slow = scored(forest, advantage="group" if group else "hierarchical", scope=scope)
+    batch = pack(forest, [1], fast)
+    rng = np.random.default_rng(seed)
+    ratio = np.exp(rng.normal(0, 1, len(forest.token_ids)))  # by token of the forest
+
+    order = source_tokens(forest, batch)
+    here = ratio[order]
+    clipped = np.clip(here, 1 - batch.eps_low, 1 + batch.eps_high)
+    packed = batch.pos_coef * np.minimum(here, clipped) + batch.neg_coef * np.maximum(here, clipped)
+
+    plain = np.zeros(len(forest.token_ids))
+    leaves = twin.leaves_of(forest, 1)
+    of_leaf = twin.normalise([float(forest.reward[leaf]) for leaf in leaves], 1e-6)
+    for row, own in zip(twin.unroll(forest, 1, slow), of_leaf, strict=True):
+        for token, agent, low, a in zip(
+            row["tokens"], row["agent"], row["eps_low"], row["advantage"], strict=True
+        ):
+            a = own if group else a
+            r = ratio[token]
+            surrogate = min(r * a, min(max(r, 1 - low), 1 + EPS_HIGH) * a)
+            plain[token] += row["weight"] * agent * surrogate
+    assert packed.sum() == pytest.approx(plain.sum(), rel=1e-5, abs=1e-7)
+    np.testing.assert_allclose(packed, plain[order], rtol=1e-5, atol=1e-7)
+
+
+def source_tokens(forest: Forest, batch: PackedBatch) -> list[int]:
+    """Token of the forest at each packed index: a node's tokens keep their order."""
+    unused = {node: twin.node_tokens(forest, node) for node in set(batch.node.tolist())}
+    return [unused[node].pop(0) for node in batch.node.tolist()]
+
+
+def test_weights_of_a_tree_sum_to_one():
+    """Every trajectory with an agent token carries 1 / G, however its tokens are shared."""
+    tree = Tree([1, 2])
+    a = tree.add_step(0, [3, 4], [1, 0], [-1, 0], [1, 0], tool_call=True)
+    for reward in (1.0, 0.0):
+        node = tree.add_step(a, [5, 6, 7], [1, 1, 1], [-1] * 3, [1] * 3, tool_call=False)
+        tree.finish(node, reward=reward, correct=reward > 0, end="answer")
+    forest = Forest.from_trees([tree])
+    ones = np.ones(4)
+    weights = twin.scores(forest, eps=0.0)
+    mass = np.array(weights["pos"]) - np.array(weights["neg"])
+    assert mass == pytest.approx([0, 0, 0.5 / 4, 0.5 / 4])  # |A| is 0 above, 1 on the leaves
+    fast = Scored(ones, ones, ones, ones, np.array([1, 0.25, 0.125, 0.125]), 0 * ones, ones, 0.0)
+    batch = pack(forest, [0], fast)
+    assert batch.pos_coef.tolist() == [0, 0, 0.25, 0, *[0.125] * 6]
+
+
+def test_inactive_trees_are_known_but_not_dropped():
+    rng = np.random.default_rng(0)
+    trees = [twin.random_tree(rng) for _ in range(3)]
+    trees[1].reward = [0.0 if c >= 0 else np.nan for c in trees[1].correct]
+    silent = Tree([1])
+    for reward in (0.0, 1.0):
+        node = silent.add_step(0, [2], [0], [0], [0], tool_call=False)
+        silent.finish(node, reward=reward, correct=False, end="answer")
+    forest = Forest.from_trees([*trees, silent])
+    fast, slow = scored(forest)
+    expected = []
+    for t in range(4):
+        coefficients = twin.pack(forest, [t], slow)
+        expected.append(any(coefficients["pos_coef"]) or any(coefficients["neg_coef"]))
+    assert active(forest, fast).tolist() == expected == [True, False, True, False]
+    assert len(pack(forest, [1], fast)) == len(twin.pack(forest, [1], slow)["node"]) > 0
+
+
+def test_no_trees_make_an_empty_batch():
+    forest = twin.random_forest(0)
+    batch = pack(forest, [], scored(forest)[0])
+    assert len(batch) == 0
+    assert batch.tree_start.tolist() == [0]
+
+
+def test_misuse_is_refused():
+    forest = twin.random_forest(0)
+    fast, _ = scored(forest)
+    for trees in ([3], [0, -1]):
+        with pytest.raises(ValueError, match="not all in a forest of 3 trees"):
+            pack(forest, trees, fast)
+    with pytest.raises(ValueError, match="score this forest"):
+        pack(twin.random_forest(1, trees=2), [0], fast)
+    tree = Tree([], task_id="bare")
+    node = tree.add_step(0, [1], [1], [-1], [1], tool_call=False)
+    tree.finish(node, reward=1.0, correct=True, end="answer")
+    bare = Forest.from_trees([tree])
+    with pytest.raises(ValueError, match="'bare' starts with an agent token"):
+        pack(bare, [0], scored(bare)[0])
