@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,14 +67,20 @@ def load_model(
         try:
             with quiet():
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
-                model = AutoModelForCausalLM.from_pretrained(
-                    source, dtype=torch.float32, attn_implementation=ATTENTION, **options
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    source,
+                    dtype=torch.float32,
+                    attn_implementation=ATTENTION,
+                    output_loading_info=True,
+                    **options,
                 )
         except Exception as error:  # whatever a foreign folder provokes, a person reads one line
             raise ConfigError(
                 f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
                 f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
             ) from error
+        model, report = loaded
+        _check_complete(config.name, tokenizer, report["missing_keys"])
     model = model.to(device).eval()
     _switch_dropout_off(model)
     _check_packed_forward(model, config.name)
@@ -200,6 +206,22 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def _check_complete(
+    name: str, tokenizer: PreTrainedTokenizerBase, missing: Collection[str]
+) -> None:
+    """Where files are missing, transformers makes up random weights and an empty tokenizer."""
+    if missing:
+        raise ConfigError(
+            f"model.name: {name!r} lacks {len(missing)} weights, {min(missing)} among them; "
+            "give a folder or Hub id with all of them"
+        )
+    text = "Add 12 to it."
+    if text not in tokenizer.decode(tokenizer.encode(text)):
+        raise ConfigError(
+            f"model.name: the tokenizer of {name!r} loses text; add its tokenizer files"
+        )
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

@@ -63,6 +63,16 @@ class StepStats:
     approx_kl: float = 0.0  # mean of r - 1 - log r
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one micro-batch contributed."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    stats: dict[str, float]
+
+
 def warmup_constant(warmup: int) -> Schedule:
     """Rise linearly over `warmup` updates, then stay."""
     return lambda update: min(1.0, (update + 1) / (warmup + 1))
@@ -130,14 +140,46 @@ class PolicyOptimizer:
         Without a single non-zero coefficient nothing changes, moments and schedule included.
         Raises `NonFiniteError`.
         """
-        return self._update(batches, self._policy_loss)
+        return self._update(batches, self.policy_backward)
 
     def nll_update(self, batches: Sequence[PackedBatch]) -> StepStats:
         """One update of `-sum_t pos_coef_t * logp_t` at temperature 1, for demonstrations.
 
         Raises `NonFiniteError`.
         """
-        return self._update(batches, self._nll)
+        return self._update(batches, self.nll_backward)
+
+    def policy_backward(self, batch: PackedBatch) -> Part | None:
+        """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient."""
+        chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
+        if not len(chosen):
+            return None
+        hidden, head, targets = self._predictors(batch, chosen)
+        out = linear_policy_loss(
+            hidden,
+            head.weight,
+            targets,
+            *(
+                self._tensor(getattr(batch, name)[chosen])
+                for name in ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
+            ),
+            bias=head.bias,
+            temperature=self.temperature,
+        )
+        out.loss.backward()
+        loss, *stats = torch.stack([out.loss.detach(), *out.stats]).tolist()
+        return Part(loss, len(batch), len(chosen), dict(zip(out.stats._fields, stats, strict=True)))
+
+    def nll_backward(self, batch: PackedBatch) -> Part | None:
+        """As `policy_backward`, for `nll_update`."""
+        chosen = np.flatnonzero(batch.pos_coef)
+        if not len(chosen):
+            return None
+        hidden, head, targets = self._predictors(batch, chosen)
+        logprob = linear_logprob(hidden, head.weight, targets, bias=head.bias)
+        loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
+        loss.backward()
+        return Part(float(loss), len(batch), len(chosen), {})
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> NDArray[np.float32]:
@@ -171,7 +213,7 @@ class PolicyOptimizer:
             torch._foreach_copy_(self._copies, self._masters)
 
     def _update(
-        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], _Part | None]
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
     ) -> StepStats:
         parts = []
         try:
@@ -197,36 +239,6 @@ class PolicyOptimizer:
         self.refresh()
         return _stats(parts, norm, lr)
 
-    def _policy_loss(self, batch: PackedBatch) -> _Part | None:
-        chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
-        if not len(chosen):
-            return None
-        hidden, head, targets = self._predictors(batch, chosen)
-        out = linear_policy_loss(
-            hidden,
-            head.weight,
-            targets,
-            *(
-                self._tensor(getattr(batch, name)[chosen])
-                for name in ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
-            ),
-            bias=head.bias,
-            temperature=self.temperature,
-        )
-        out.loss.backward()
-        stats = {name: float(value) for name, value in out.stats.items()}
-        return _Part(float(out.loss), len(batch), len(chosen), stats)
-
-    def _nll(self, batch: PackedBatch) -> _Part | None:
-        chosen = np.flatnonzero(batch.pos_coef)
-        if not len(chosen):
-            return None
-        hidden, head, targets = self._predictors(batch, chosen)
-        logprob = linear_logprob(hidden, head.weight, targets, bias=head.bias)
-        loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
-        loss.backward()
-        return _Part(float(loss), len(batch), len(chosen), {})
-
     def _predictors(
         self, batch: PackedBatch, chosen: NDArray[np.int64]
     ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
@@ -247,7 +259,7 @@ class PolicyOptimizer:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
     def _culprits(
-        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], _Part | None]
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
     ) -> list[int]:
         """Trees whose own loss or gradient is not finite; all of them if only the sum overflows."""
         found = []
@@ -283,17 +295,7 @@ def micro_batches(
     return [pack(forest, sorted(chosen), scored, scale=scale) for chosen in bins]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one micro-batch contributed."""
-
-    loss: float
-    tokens: int
-    trained_tokens: int
-    stats: dict[str, float]
-
-
-def _stats(parts: Sequence[_Part], norm: float, lr: float) -> StepStats:
+def _stats(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
     trained = sum(part.trained_tokens for part in parts)
 
     def mean(name: str) -> float:

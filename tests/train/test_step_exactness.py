@@ -1,0 +1,226 @@
+"""Packed loss and every parameter gradient against Eq. 1 written out, one row a trajectory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MethodType
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from elpo_fast.algo import score
+from elpo_fast.config import AlgoConfig
+from elpo_fast.model.attention import ATTENTION
+from elpo_fast.train.step import PolicyOptimizer, micro_batches
+from elpo_fast.tree.pack import PackedBatch, Scored, pack
+from elpo_fast.tree.store import Forest, Tree
+
+VOCABULARY = 61
+TEMPERATURE = 0.8
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
+}
+ALGORITHMS = {
+    "elpo": AlgoConfig.model_validate({"clip": {"scope": "tree"}}),
+    "grpo": AlgoConfig.model_validate({"advantage": "group", "clip": {"eps_elc": 0.0}}),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    torch.manual_seed(0)
+    built = MODELS[request.param]().double()
+    built.set_attn_implementation(ATTENTION)
+    for module in built.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(rms_norm, module)
+    return built
+
+
+def rms_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """As transformers has it, but without rounding float64 to float32 inside."""
+    scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * (hidden * scale)
+
+
+def random_tree(rng: np.random.Generator, trajectories: int, *, prompt: int, branch: bool) -> Tree:
+    """Steps of 0 to 9 tokens, the agent's or not, old log-probs around those of a fresh model."""
+    tree = Tree(rng.integers(0, VOCABULARY, prompt))
+    for ordinal in range(trajectories):
+        inner = [node for node in range(len(tree)) if tree.correct[node] < 0]
+        node = int(rng.choice(inner)) if branch and ordinal else 0
+        for _ in range(int(rng.integers(1, 6))):
+            size = int(rng.integers(0, 10))
+            node = tree.add_step(
+                node,
+                rng.integers(0, VOCABULARY, size),
+                rng.random(size) < 0.7,
+                -np.log(VOCABULARY) + rng.normal(0, 0.6, size),
+                np.zeros(size),
+                tool_call=True,
+            )
+        reward = float(rng.integers(0, 2))
+        tree.finish(node, reward=reward, correct=reward == 1, end="answer")
+    return tree
+
+
+def silent_tree(rng: np.random.Generator) -> Tree:
+    """Two trajectories, the second without a single agent token; then nothing but empty steps."""
+    tree = Tree(rng.integers(0, VOCABULARY, 3))
+    first = tree.add_step(0, [1, 2], [1, 1], [-4.0, -4.5], [0, 0], tool_call=False)
+    tree.finish(first, reward=1.0, correct=True, end="answer")
+    second = tree.add_step(0, [5], [0], [0], [0], tool_call=True)
+    second = tree.add_step(second, [], [], [], [], tool_call=True)
+    tree.finish(second, reward=0.0, correct=False, end="length")
+    return tree
+
+
+def forest() -> Forest:
+    rng = np.random.default_rng(7)
+    return Forest.from_trees(
+        [
+            random_tree(rng, 8, prompt=5, branch=True),
+            random_tree(rng, 4, prompt=1, branch=False),  # a star
+            random_tree(rng, 1, prompt=9, branch=False),  # a single chain
+            silent_tree(rng),
+            random_tree(rng, 12, prompt=150, branch=True),  # longer than one attention tile
+        ]
+    )
+
+
+def plain_loss(
+    model: PreTrainedModel, forest: Forest, scored: Scored, config: AlgoConfig
+) -> tuple[torch.Tensor, dict[str, int]]:
+    """Eq. 1 with Eq. 12's bounds over padded rows, and how many tokens each bound holds."""
+    held = {"low": 0, "high": 0}
+    total = torch.zeros((), dtype=model.dtype)
+    for tree in range(len(forest)):
+        leaves = forest.leaf_node[list(forest.leaves(tree))]
+        rewards = forest.reward[leaves]
+        group_advantage = (rewards - rewards.mean()) / (rewards.std() + config.advantage_eps)
+        paths = [forest.path(int(leaf)) for leaf in leaves]
+        rows = [token_rows(forest, path) for path in paths]
+        longest = max(len(tokens) for tokens, _ in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        seen = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, (tokens, _) in enumerate(rows):
+            ids[row, : len(tokens)] = torch.from_numpy(forest.token_ids[tokens])
+            seen[row, : len(tokens)] = 1
+        logits = model(input_ids=ids, attention_mask=seen, use_cache=False).logits / TEMPERATURE
+        logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
+        for row, (tokens, nodes) in enumerate(rows):
+            agent = np.flatnonzero(forest.agent[tokens])
+            if not len(agent):
+                continue
+            node = nodes[agent]
+            advantage = (
+                np.full(len(node), group_advantage[row])
+                if config.advantage == "group"
+                else scored.advantage[node]
+            )
+            advantage = torch.from_numpy(advantage).to(model.dtype)
+            old = torch.from_numpy(forest.logprob[tokens[agent]]).to(model.dtype)
+            ratio = (logprobs[row, agent - 1] - old).exp()
+            low = torch.from_numpy(1 - scored.eps_low[node]).to(model.dtype)
+            clipped = ratio.clamp(low, torch.full_like(low, 1 + scored.eps_high))
+            surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+            total = total - surrogate.mean() / len(rows) / len(forest)
+            held["low"] += int(((ratio < low) & (advantage < 0)).sum())
+            held["high"] += int(((ratio > 1 + scored.eps_high) & (advantage > 0)).sum())
+    return total, held
+
+
+def token_rows(forest: Forest, path: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Token indices of the forest along a path, and the node of each."""
+    spans = [np.arange(forest.token_start[node], forest.token_start[node + 1]) for node in path]
+    return np.concatenate(spans), np.repeat(path, [len(span) for span in spans])
+
+
+def widened(batch: PackedBatch, scored: Scored, scale: float) -> PackedBatch:
+    """The same batch with float64 coefficients and bounds, which `pack` rounds to float32."""
+    return replace(
+        batch,
+        pos_coef=scored.pos[batch.node] * batch.agent * scale,
+        neg_coef=scored.neg[batch.node] * batch.agent * scale,
+        eps_low=scored.eps_low[batch.node],
+        eps_high=np.full(len(batch), scored.eps_high),
+        old_logprob=batch.old_logprob.astype(np.float64),
+    )
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    taken = {name: p.grad.double() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return taken
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("budget", [100, 100_000], ids=["micro-batches", "one-batch"])
+def test_packed_step_equals_one_row_per_trajectory(
+    model: PreTrainedModel, algorithm: str, dtype: torch.dtype, tolerance: float, budget: int
+) -> None:
+    trees, config = forest(), ALGORITHMS[algorithm]
+    scored = score(trees, config)
+    expected, held = plain_loss(model, trees, scored, config)
+    assert min(held.values()) >= 20, f"the bounds hardly act: {held}"
+    expected.backward()
+    expected_gradients = gradients(model)
+
+    model = model.to(dtype)
+    optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=dtype)
+    scale = 1 / len(trees)
+    batches = micro_batches(trees, scored, range(len(trees)), budget, scale=scale)
+    assert (len(batches) > 1) == (budget == 100)
+    if dtype == torch.float64:
+        batches = [widened(batch, scored, scale) for batch in batches]
+    parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]
+
+    loss = sum(part.loss for part in parts)
+    assert loss == pytest.approx(expected.item(), rel=tolerance)
+    actual = gradients(model)
+    assert actual.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        error = (actual[name] - gradient).norm() / gradient.norm()
+        assert error <= tolerance, f"{name}: relative error {float(error):.1e}"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_logprobs_equal_those_of_plain_rows(model: PreTrainedModel, algorithm: str) -> None:
+    trees = forest()
+    batch = pack(trees, range(len(trees)), score(trees, ALGORITHMS[algorithm]))
+    optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=torch.float64)
+    packed = optimizer.logprobs(batch)
+    assert not packed[batch.agent == 0].any()
+    first_token = {int(node): index for index, node in reversed(list(enumerate(batch.node)))}
+    for leaf in trees.leaf_node:
+        tokens, nodes = token_rows(trees, trees.path(int(leaf)))
+        ids = torch.from_numpy(trees.token_ids[tokens]).long()
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0] / TEMPERATURE
+        plain = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0].numpy()
+        for at in np.flatnonzero(trees.agent[tokens]):
+            within = tokens[at] - trees.token_start[nodes[at]]
+            assert packed[first_token[int(nodes[at])] + within] == pytest.approx(plain[at - 1])
