@@ -1,0 +1,141 @@
+"""The `elpo` command.
+
+    elpo train CONFIG [section.key=value ...] [--resume]   train; the run folder is run.dir/run.name
+    elpo config CONFIG [section.key=value ...]             print the resolved configuration
+    elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
+    elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
+    elpo doctor                                            what this machine offers
+
+Faults of the user end with one line on standard error and exit code 2, never a traceback. Torch is
+imported only inside the commands that need it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from elpo_fast import __version__
+
+
+class UsageError(ValueError):
+    """The command line asks for something that is not there; one line, exit code 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 failed, 2 the user's fault, 130 interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except KeyboardInterrupt:
+        print("interrupted; continue with --resume", file=sys.stderr)
+        return 130
+    except BaseExceptionGroup as group:
+        return _fault(_first(group))
+    except Exception as error:
+        return _fault(error)
+
+
+def _fault(error: BaseException) -> int:
+    """Print a known fault as one line; anything else is our own and keeps its traceback."""
+    from elpo_fast.config import ConfigError
+
+    if isinstance(error, (ConfigError, UsageError)):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if type(error).__name__ in ("NonFiniteError", "SandboxError", "CheckpointError"):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    raise error
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elpo", description="Reinforcement learning of tool-using language models on trees."
+    )
+    parser.add_argument("--version", action="version", version=f"elpo-fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train from a configuration file")
+    _add_config(train)
+    train.add_argument("--resume", action="store_true", help="continue a stopped run")
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="print the resolved configuration")
+    _add_config(config)
+    config.set_defaults(run=_config)
+
+    tree = commands.add_parser("tree", help="look at rollout trees").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    show = tree.add_parser("show", help="draw one tree of a run")
+    show.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    show.add_argument("--step", type=int, help="training step; default: the latest")
+    show.add_argument(
+        "--tree", type=int, help="which tree; default: the first with a critical step"
+    )
+    show.set_defaults(run=_show)
+    score = tree.add_parser("score", help="rewards and advantages of a tree file")
+    score.add_argument("file", metavar="FILE", help="JSON tree or saved .npz")
+    score.add_argument("--lambda", dest="lam", type=float, default=0.5, help="lambda_tree, Eq. 10")
+    score.add_argument("--json", action="store_true", help="full precision, machine readable")
+    score.set_defaults(run=_score)
+
+    doctor = commands.add_parser("doctor", help="what this machine offers")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from elpo_fast.config import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from elpo_fast.train.loop import train
+
+    train(config, resume=arguments.resume)
+    return 0
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from elpo_fast.config import dump_config, load_config
+
+    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.score import score_command
+
+    return score_command(arguments.file, arguments.lam, arguments.json)
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.show import show_run
+
+    try:
+        show_run(Path(arguments.run_folder), step=arguments.step, tree=arguments.tree)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from elpo_fast.report.doctor import doctor
+
+    return doctor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

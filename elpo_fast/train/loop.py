@@ -1,0 +1,283 @@
+"""The training loop: collect, score, pack, update, push weights, evaluate.
+
+Invariants
+- Seeds, tasks and mini-batches of step `s` follow from `run.seed` and `s` alone, so a resumed run
+  does what the uninterrupted one would have done.
+- A step either updates the policy with finite gradients or stops with its trees saved and the
+  parameters untouched.
+- The run folder is written in step order: trees, metrics, checkpoint.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from elpo_fast.algo import make_planner, score
+from elpo_fast.config import Config
+from elpo_fast.eval.run import EvalResult, evaluate
+from elpo_fast.model.load import load_model
+from elpo_fast.rollout.chat import Chat
+from elpo_fast.rollout.collector import Collector
+from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.tasks import make_source
+from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
+from elpo_fast.train.display import Display, Phase
+from elpo_fast.train.metrics import mean_stats, tree_metrics
+from elpo_fast.train.run import RunFolder
+from elpo_fast.train.sft import cold_start, sft_tasks
+from elpo_fast.train.step import (
+    NonFiniteError,
+    PolicyOptimizer,
+    StepStats,
+    micro_batches,
+    warmup_constant,
+    warmup_cosine,
+)
+from elpo_fast.train.summary import print_summary
+from elpo_fast.tree import io
+from elpo_fast.tree.pack import active
+from elpo_fast.tree.store import Forest, Tree
+
+_COLLECT, _EVALUATE, _SHUFFLE = 1, 2, 3  # independent random streams of a run
+
+
+def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Train as configured; the run folder. `resume` continues from its last checkpoint.
+
+    Raises `ConfigError` for faults of the configuration, `NonFiniteError` where a step met NaN or
+    infinity (its trees are saved, the parameters are those before the step).
+    """
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    folder = RunFolder.resume(config) if resume else RunFolder.create(config)
+    try:
+        asyncio.run(_Run(config, folder, Display(console or Console())).main(resume))
+    finally:
+        folder.close()
+    return folder.path
+
+
+@dataclass
+class _Run:
+    """One run and its parts."""
+
+    config: Config
+    folder: RunFolder
+    display: Display
+
+    async def main(self, resume: bool) -> None:
+        """Build the parts, learn, and take everything down again."""
+        config = self.config
+        found = latest(self.folder.path) if resume else None
+        toolbox = Toolbox(config.tools)
+        try:
+            self.source = make_source(config.task, config.run.seed, toolbox.call_function)
+            self.loaded = load_model(
+                config.model.model_copy(update={"name": str(found)}) if found else config.model,
+                seed=config.run.seed,
+                tokenizer_texts=self.source.vocabulary_texts(),
+            )
+            chat = Chat(self.loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
+            self.policy = PolicyOptimizer(
+                self.loaded.model,
+                lr=config.train.lr,
+                betas=config.train.betas,
+                weight_decay=config.train.weight_decay,
+                grad_clip=config.train.grad_clip,
+                temperature=config.rollout.temperature,
+                dtype=getattr(torch, config.model.dtype),
+                gradient_checkpointing=config.model.gradient_checkpointing,
+            )
+            self.engine = LocalEngine(
+                self.loaded.model,
+                self.loaded.tokenizer,
+                max_batch=config.rollout.max_batch,
+                cache_tokens=config.rollout.cache_tokens,
+                seed=config.run.seed,
+                dtype=getattr(torch, config.rollout.dtype or config.model.dtype),
+            )
+            self.collector = Collector(
+                self.engine,
+                toolbox,
+                chat,
+                self.source,
+                config.rollout,
+                output_tokens=config.tools.output_tokens,
+            )
+            try:
+                await self.learn(load_checkpoint(found) if found else None)
+            finally:
+                await self.engine.close()
+        finally:
+            await toolbox.close()
+
+    async def learn(self, restored: TrainState | None) -> None:
+        """Cold start, then reinforcement learning, with evaluation around both."""
+        train = self.config.train
+        if restored is None:
+            if self.config.sft.steps:
+                await self.evaluate("before SFT", 0)
+                await self.cold_start()
+            await self.evaluate("before RL", 0)
+        self.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
+        start = 0
+        if restored is None:
+            self.save(0)
+        else:
+            start = restored.step
+            self.policy.load_state_dict(restored.optimizer)
+            await self.engine.weights_changed(restored.weight_version)
+            self.folder.rewind(restored.extra["records"])
+        with self.display.phase("ELPO", train.steps, start) as phase:
+            for step in range(start, train.steps):
+                values = await self.step(step, phase)
+                self.folder.log("rl", step + 1, values)
+                phase.advance(_figures(values))
+                if step + 1 == train.steps:
+                    break
+                if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
+                    await self.evaluate("during RL", step + 1)
+                if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
+                    self.save(step + 1)
+        await self.evaluate("after RL", train.steps)
+        self.save(train.steps)
+        print_summary(self.folder.path, self.display.console)
+
+    async def cold_start(self) -> None:
+        sft = self.config.sft
+        self.policy.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
+        with self.display.phase("SFT", sft.steps) as phase:
+
+            def on_step(step: int, stats: StepStats) -> None:
+                self.folder.log("sft", step + 1, {"loss": stats.loss, "grad_norm": stats.grad_norm})
+                shown = (step + 1) % max(1, sft.steps // 5) == 0 or step + 1 == sft.steps
+                phase.advance(f"loss {stats.loss:.3f}", report=shown)
+
+            await cold_start(self.config, self.collector, self.policy, on_step)
+        await self.engine.weights_changed(self.engine.weight_version + 1)
+
+    async def step(self, step: int, phase: Phase) -> dict[str, Any]:
+        """One step: trees for `tasks_per_step` tasks, then `updates_per_step` updates on them."""
+        config, began = self.config, time.perf_counter()
+        first = self.first_task(step)
+        tasks = [self.source.train(first + i) for i in range(config.train.tasks_per_step)]
+        grown = 0
+
+        def on_tree(tree: Tree) -> None:
+            nonlocal grown
+            grown += 1
+            phase.detail(f"collecting {grown}/{len(tasks)} trees")
+
+        trees = await self.collector.collect(
+            tasks,
+            lambda: make_planner(config.algo),
+            seed=self.stream(_COLLECT, step),
+            on_tree=on_tree,
+        )
+        collected = time.perf_counter()
+        forest = Forest.from_trees(trees)
+        scored = score(forest, config.algo)
+        if config.train.save_trees:
+            io.save(forest, self.folder.tree_file(step + 1))
+        useful = active(forest, scored) if config.train.skip_uniform else np.ones(len(trees), bool)
+        order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(len(trees))
+        updates = []
+        for number, group in enumerate(np.array_split(order, config.train.updates_per_step)):
+            phase.detail(f"update {number + 1}/{config.train.updates_per_step}")
+            batches = micro_batches(
+                forest,
+                scored,
+                group[useful[group]],
+                budget_tokens=config.train.micro_batch_tokens,
+                scale=1 / len(group),
+            )
+            if not batches:
+                continue
+            try:
+                updates.append(self.policy.update(batches))
+            except NonFiniteError as error:
+                path = self.folder.path / f"nonfinite_step_{step + 1:06d}.npz"
+                io.save(forest, path)
+                names = ", ".join(forest.task_ids[tree] for tree in error.trees)
+                raise NonFiniteError(
+                    f"step {step + 1}: {error}; tasks {names}; trees saved in {path}", error.trees
+                ) from None
+        await self.engine.weights_changed(self.engine.weight_version + 1)
+        ended = time.perf_counter()
+        return {
+            **tree_metrics(forest),
+            **mean_stats(updates),
+            "skipped_trees": int((~useful).sum()),
+            "seconds_collect": collected - began,
+            "seconds_train": ended - collected,
+            "generated_per_s": int(forest.agent.sum()) / (collected - began),
+            "trained_tokens_per_s": sum(u.tokens for u in updates) / (ended - collected),
+        }
+
+    async def evaluate(self, name: str, step: int) -> EvalResult:
+        """Success on held-out tasks, logged under `name`."""
+        began = time.perf_counter()
+        with self.display.phase(f"eval {name}", self.config.eval.tasks) as phase:
+            result = await evaluate(
+                self.collector,
+                self.config.eval,
+                seed=self.stream(_EVALUATE, 0),
+                on_tree=lambda _: phase.advance(report=False),
+            )
+            low, high = result.interval
+            text = f"success {result.success:.1%} (95 % interval {low:.1%} to {high:.1%})"
+            phase.advance(text, units=0)
+        values = {
+            "name": name,
+            "success": result.success,
+            "low": low,
+            "high": high,
+            "tasks": result.tasks,
+            "samples": self.config.eval.samples,
+            "seconds": time.perf_counter() - began,
+        }
+        self.folder.log("eval", step, values)
+        return result
+
+    def save(self, step: int) -> None:
+        state = TrainState(
+            step=step,
+            weight_version=self.engine.weight_version,
+            data_position=self.first_task(step),
+            optimizer=self.policy.state_dict(),
+            extra={"records": self.folder.records},
+        )
+        save_checkpoint(
+            self.folder.path,
+            state,
+            self.loaded.model,
+            self.loaded.tokenizer,
+            keep=self.config.train.keep_checkpoints,
+        )
+
+    def first_task(self, step: int) -> int:
+        """Index of a step's first training task: the cold start's come before all of them."""
+        return sft_tasks(self.config) + step * self.config.train.tasks_per_step
+
+    def stream(self, kind: int, step: int) -> int:
+        """Seed of an independent random stream for this purpose and step."""
+        sequence = np.random.SeedSequence([self.config.run.seed, kind, step])
+        return int(sequence.generate_state(1)[0])
+
+
+def _figures(values: Mapping[str, Any]) -> str:
+    return (
+        f"success {values['success']:.0%}  localized {values['failures_localized']:.0%}  "
+        f"kl {values.get('approx_kl', 0):.4f}  grad {values.get('grad_norm', 0):.2f}  "
+        f"{values['seconds_collect']:.1f}+{values['seconds_train']:.1f} s"
+    )

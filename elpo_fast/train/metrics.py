@@ -1,0 +1,63 @@
+"""Figures of one step: what its trees look like and what its updates did."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from elpo_fast.train.step import StepStats
+from elpo_fast.tree import ops
+from elpo_fast.tree.store import Forest
+
+
+def tree_metrics(forest: Forest) -> dict[str, Any]:
+    """Success, localization and token sharing of a forest; shares are in [0, 1].
+
+    `sharing` is the number of tokens of all trajectories over the number of unique tokens, which
+    is what tree packing saves.
+    """
+    leaves = forest.leaf_node
+    correct = forest.correct[leaves] == 1
+    successes = np.add.reduceat(correct, forest.leaf_start[:-1], dtype=np.int64)
+    mixed = (successes > 0) & (successes < np.diff(forest.leaf_start))
+    path_tokens = ops.path_sum(forest.parent, np.diff(forest.token_start))[leaves]
+    calls = ops.path_sum(forest.parent, forest.tool_call.astype(np.int64))[leaves]
+    agent = forest.agent.astype(bool)
+    unique = len(forest.token_ids)
+    return {
+        "success": float(correct.mean()),
+        "reward": float(forest.reward[leaves].mean()),
+        "trajectories": len(leaves),
+        "trees_mixed": float(mixed.mean()),
+        "searches": len(forest.critical_node),
+        "failures": int((~correct).sum()),
+        "failures_localized": failures_localized(forest),
+        "tool_calls": float(calls.mean()),
+        "entropy": float(forest.entropy[agent].mean()) if agent.any() else 0.0,
+        "unique_tokens": unique,
+        "agent_tokens": int(agent.sum()),
+        "sharing": float(path_tokens.sum() / max(unique, 1)),
+        **{f"end_{end}": n / len(leaves) for end, n in sorted(Counter(forest.ends).items())},
+    }
+
+
+def failures_localized(forest: Forest) -> float:
+    """Share of the failed trajectories that pass through a localized first irrecoverable step."""
+    marked = np.zeros(len(forest.parent), np.int64)
+    marked[forest.critical_node[forest.critical_localized]] = 1
+    passes = ops.path_sum(forest.parent, marked)[forest.leaf_node] > 0
+    failed = forest.correct[forest.leaf_node] == 0
+    return float(passes[failed].mean()) if failed.any() else 0.0
+
+
+def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:
+    """Mean of every figure over a step's updates (`ratio_max`: the maximum); empty for none."""
+    values: dict[str, float] = {"updates": len(updates)}
+    for figure in fields(StepStats) if updates else ():
+        column = [getattr(update, figure.name) for update in updates]
+        values[figure.name] = float(max(column) if figure.name == "ratio_max" else np.mean(column))
+    return values

@@ -1,0 +1,115 @@
+"""The run folder: everything a run leaves behind, and the only place a resume looks.
+
+    config.yaml      the resolved configuration
+    metrics.jsonl    one JSON object a record: {"phase": "sft" | "eval" | "rl", "step": int, ...}
+    tensorboard/     the same numbers as TensorBoard events
+    trees/           one forest a step, `step_000001.npz`
+    checkpoints/     see `elpo_fast.train.checkpoint`
+
+Invariant: records are appended in order and belong to work that the last checkpoint either contains
+or will do again; a resume drops the records (and trees) of work that is done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from elpo_fast.config import Config, ConfigError, dump_config
+
+_MAY_DIFFER = {"run.dir", "run.name", "run.threads", "train.steps", "train.keep_checkpoints"}
+"""Keys that a resumed run may change; any other change would not be a continuation."""
+
+
+class RunFolder:
+    """An open run folder. `create` starts a new one, `resume` continues one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        path = config.run_dir
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ConfigError(
+                f"run folder {path} already exists; continue it with --resume, "
+                "or choose another run.name"
+            )
+        try:
+            (path / "trees").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot create run folder {path}: {error.strerror}") from None
+        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        return cls(path)
+
+    @classmethod
+    def resume(cls, config: Config) -> RunFolder:
+        path = config.run_dir
+        saved = path / "config.yaml"
+        if not saved.is_file():
+            raise ConfigError(f"nothing to resume at {path}; start it without --resume")
+        before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        now = _flat(yaml.safe_load(dump_config(config)))
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and key not in _MAY_DIFFER:
+                raise ConfigError(
+                    f"cannot resume {path}: {key} was {before.get(key)!r} and is now "
+                    f"{now.get(key)!r}; change it back or start a new run"
+                )
+        saved.write_text(dump_config(config), encoding="utf-8")
+        return cls(path)
+
+    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one record; a crash loses at most the record being written."""
+        record = {"phase": phase, "step": step, **values}
+        self._metrics.write(json.dumps(record, allow_nan=False, default=float) + "\n")
+        self._metrics.flush()
+        if self._board is None:
+            # Imported late: TensorBoard takes longer to import than a short command takes to run.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self._board.add_scalar(f"{phase}/{name}", value, step)
+
+    def rewind(self, records: int) -> None:
+        """Keep the first `records` metric records only: the rest belongs to work done again."""
+        self._metrics.close()
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, path)
+        self._metrics = path.open("a", encoding="utf-8")
+
+    @property
+    def records(self) -> int:
+        """Number of metric records written so far."""
+        return sum(1 for _ in (self.path / "metrics.jsonl").open(encoding="utf-8"))
+
+    def tree_file(self, step: int) -> Path:
+        return self.path / "trees" / f"step_{step:06d}.npz"
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

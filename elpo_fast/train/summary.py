@@ -1,0 +1,46 @@
+"""What a run achieved, read back from its `metrics.jsonl`: the table at the end of `elpo train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def print_summary(run: Path, console: Console) -> None:
+    """Held-out success before, between and after, localization, and where to look next."""
+    records = read_metrics(run)
+    table = Table(title="Held-out success", title_justify="left")
+    table.add_column("stage")
+    for name in ("success", "95 % interval", "tasks", "samples a task"):
+        table.add_column(name, justify="right")
+    for record in records:
+        if record["phase"] == "eval" and record["name"] != "during RL":
+            table.add_row(
+                record["name"],
+                f"{record['success']:.1%}",
+                f"{record['low']:.1%} - {record['high']:.1%}",
+                str(record["tasks"]),
+                str(record["samples"]),
+            )
+    console.print(table)
+    steps = [record for record in records if record["phase"] == "rl"]
+    failures = sum(record["failures"] for record in steps)
+    if failures:
+        localized = sum(record["failures_localized"] * record["failures"] for record in steps)
+        console.print(
+            f"failed trajectories with a localized step: {localized / failures:.1%} of {failures}",
+            highlight=False,
+        )
+    console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
+    if any((run / "trees").glob("*.npz")):
+        console.print(f"look at a tree: elpo tree show {run}", highlight=False, soft_wrap=True)

@@ -1,0 +1,102 @@
+"""The configuration: every file in configs/ loads, every kind of fault is one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elpo_fast.config import Config, ConfigError, dump_config, load_config, parse_config
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def test_there_are_configurations() -> None:
+    assert {"quickstart.yaml", "tiny.yaml"} <= {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configuration_loads_and_round_trips(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_config(config))
+    assert load_config(resolved) == config
+
+
+def test_defaults_are_the_papers() -> None:
+    algo = Config().algo
+    assert (algo.n_total, algo.bel.b_max, algo.bel.x_min, algo.bel.x_max) == (16, 3, 1, 3)
+    assert (algo.bel.beta, algo.lambda_tree) == (5.0, 0.5)
+    assert (algo.clip.eps_low, algo.clip.eps_high, algo.clip.eps_elc) == (0.2, 0.315, 0.115)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"trian": {}}, "unknown key trian; did you mean train?"),
+        ({"train": {"lrr": 1}}, "unknown key train.lrr; did you mean train.lr?"),
+        ({"train": {"n_total": 3}}, "did you mean algo.n_total?"),
+        ({"algo": {"bel": {"xmax": 3}}}, "unknown key algo.bel.xmax; did you mean algo.bel.x_max?"),
+        ({"zzz": 1}, "known: run, model"),
+        ({"train": 3}, "train is a section"),
+        ({"train": {"lr": -1}}, "train.lr: Input should be greater than 0, got -1"),
+        ({"train": {"lr": float("nan")}}, "train.lr"),
+        ({"algo": {"bel": {"x_min": 5}}}, "x_min=5 must not exceed x_max=3"),
+        ({"algo": {"clip": {"eps_low": 0.95}}}, "must not exceed 1"),
+        ({"model": {"scratch": {"heads": 5}}}, "multiple"),
+        ({"train": {"updates_per_step": 9}}, "needs at least as many tasks"),
+        ({"run": {"name": "../up"}}, "run.name"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_fault_is_one_clear_line(data: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(data)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.lr", "not of the form"),
+        ("=3", "not of the form"),
+        ("train.lr=[", "not valid YAML"),
+        ("train.lr.deeper=1", "is a value, not a section"),
+        ("train.lrr=1", "did you mean train.lr?"),
+    ],
+)
+def test_faulty_override_is_one_clear_line(override: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {lr: 1.0e-6}")
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")) as caught:
+        load_config(path, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_reach_nested_values(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("")
+    config = load_config(path, ["train.lr=1e-6", "algo.bel.beta=2", "run.name=other"])
+    assert (config.train.lr, config.algo.bel.beta, config.run.name) == (1e-6, 2.0, "other")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        (b"a: [", "not valid YAML"),
+        (b"- 1", "must hold"),
+        (b"\xff", "UTF-8"),
+    ],
+    ids=["missing", "syntax", "list", "binary"],
+)
+def test_unreadable_file_is_one_clear_line(
+    content: bytes | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        load_config(path)
+    assert "\n" not in str(caught.value)

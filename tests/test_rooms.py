@@ -1,0 +1,90 @@
+"""The rooms of the house: who may import whom, and that the `kernels/` folder shadows nothing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "elpo_fast"
+BASE = {"types", "config"}
+ALGO = BASE | {"tree"}
+ROLLOUT = ALGO | {"algo", "tools", "tasks"}
+ALL = ROLLOUT | {"rollout", "model", "report"}
+MAY_IMPORT = {
+    "types": set(),
+    "config": set(),
+    "tree": set(),
+    "algo": ALGO,
+    "tools": BASE,
+    "tasks": BASE,
+    "rollout": ROLLOUT,
+    "model": ALGO,
+    "report": ALL | {"train", "eval"},
+    "train": ALL | {"eval"},
+    "eval": ALL,
+    "cli": ALL | {"train", "eval"},
+}
+
+
+def rooms_imported(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "elpo_fast":
+                found.add(parts[1])
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)
+def test_imports_point_one_way(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        assert not rooms_imported(path)
+        return
+    allowed = MAY_IMPORT[room] | {room, "__version__"}
+    assert rooms_imported(path) <= allowed
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels" / "src").rglob("*.py")), ids=lambda path: path.name
+)
+def test_kernels_do_not_know_the_trainer(path: Path) -> None:
+    assert not rooms_imported(path)
+
+
+def test_kernels_folder_shadows_no_package() -> None:
+    code = (
+        "import importlib.util, sys; spec = importlib.util.find_spec('kernels');"
+        "print('none' if spec is None else spec.origin)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert found == "none" or "site-packages" in found
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not list(ROOT.glob("tests/**/__init__.py"))
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or "site-packages" in str(spec.origin), (
+        "the repository root is on sys.path; run `pytest`, not `python -m pytest`"
+    )
+
+
+def test_light_commands_do_not_import_torch() -> None:
+    code = (
+        "import sys; from elpo_fast.cli import main; main(['config', 'configs/tiny.yaml']);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
