@@ -1,0 +1,160 @@
+"""A rollout tree as text for the terminal: one line a step, the critical step marked.
+
+A line reads: step number, the mark where the step is critical, correct and all trajectories below,
+node reward r (Eq. 6), advantage A (Eq. 10), for a leaf its ordinal, verdict and reason, and what
+the agent wrote and the tool answered. No meaning is carried by colour alone. Lines are cropped to
+the terminal's width; what matters most comes first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+
+import numpy as np
+from rich.text import Text
+from rich.tree import Tree as RichTree
+
+from elpo_fast.tree import ops
+from elpo_fast.tree.pack import Scored
+from elpo_fast.tree.store import Forest
+
+Decode = Callable[[np.ndarray], str]
+
+LOCALIZED = "◀ first irrecoverable step (localized)"
+NOT_LOCALIZED = "◀ first irrecoverable step is here or later (not localized: budget spent)"
+_CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
+_ROLE = re.compile(r"\s*(system|user|assistant|tool|ipython)\s*(\n|$)")
+
+
+def render_tree(forest: Forest, tree_index: int, scored: Scored, decode: Decode | None) -> RichTree:
+    """Tree `tree_index` of a forest, for `Console.print`.
+
+    `decode` turns token ids into text; `None` (or a tree without tokens) leaves the texts out.
+    """
+    nodes = forest.nodes(tree_index)
+    correct = forest.correct[forest.leaf_node] == 1
+    lines = _Lines(
+        forest,
+        scored,
+        decode,
+        below=ops.leaf_sum(forest.parent, forest.leaf_node, np.ones(len(correct))),
+        successes=ops.leaf_sum(forest.parent, forest.leaf_node, correct.astype(np.float64)),
+        leaf_of={int(forest.leaf_node[leaf]): leaf for leaf in forest.leaves(tree_index)},
+        critical=_critical(forest),
+        first_leaf=forest.leaves(tree_index).start,
+    )
+    drawn = {nodes.start: RichTree(lines.root(nodes.start), guide_style="dim")}
+    for node in nodes[1:]:
+        drawn[node] = drawn[int(forest.parent[node])].add(lines.step(node))
+    return drawn[nodes.start]
+
+
+def _critical(forest: Forest) -> dict[int, bool]:
+    """Critical nodes, with whether some search localized them."""
+    found: dict[int, bool] = {}
+    for node, localized in zip(forest.critical_node, forest.critical_localized, strict=True):
+        found[int(node)] = found.get(int(node), False) or bool(localized)
+    return found
+
+
+class _Lines:
+    """The text of each node's line."""
+
+    def __init__(
+        self,
+        forest: Forest,
+        scored: Scored,
+        decode: Decode | None,
+        *,
+        below: np.ndarray,
+        successes: np.ndarray,
+        leaf_of: dict[int, int],
+        critical: dict[int, bool],
+        first_leaf: int,
+    ) -> None:
+        self.forest, self.scored, self.decode = forest, scored, decode
+        self.below, self.successes = below, successes
+        self.leaf_of, self.critical, self.first_leaf = leaf_of, critical, first_leaf
+
+    def root(self, node: int) -> Text:
+        """Names the figures; ends with the prompt's end, where the task is."""
+        count, reward, advantage = self._figures(node)
+        line = _line(
+            "task", f" · {count} correct · node reward r {reward} · advantage A {advantage}"
+        )
+        prompt = _plain(_CONTROL_TOKEN.sub(" ", self._text(node, agent=False)))
+        if prompt:
+            line.append(" · " + (prompt if len(prompt) <= 160 else "…" + prompt[-159:]), "dim")
+        return line
+
+    def step(self, node: int) -> Text:
+        count, reward, advantage = self._figures(node)
+        line = _line(f"step {int(self.forest.depth[node])}")
+        if node in self.critical:
+            line.append(f" {LOCALIZED if self.critical[node] else NOT_LOCALIZED}", "bold red")
+        line.append(f" · {count} · r {reward} · A {advantage}")
+        if node in self.leaf_of:
+            leaf, won = self.leaf_of[node], self.forest.correct[node] == 1
+            reason = _plain(self.forest.reasons[leaf]) or self.forest.ends[leaf]
+            line.append(
+                f" · {'✓' if won else '✗'} #{leaf - self.first_leaf} {reason}",
+                "green" if won else "red",
+            )
+        if said := abbreviate_message(self._text(node, agent=True)):
+            line.append(f" · {said}")
+        if heard := abbreviate_response(self._text(node, agent=False)):
+            line.append(f" → {heard}", "cyan")
+        return line
+
+    def _figures(self, node: int) -> tuple[str, str, str]:
+        """Correct of all trajectories below, node reward, advantage."""
+        # + 0.0: a figure that rounds to zero from below is not shown as -0.00.
+        reward = round(float(self.scored.node_reward[node]), 2) + 0.0
+        advantage = round(float(self.scored.advantage[node]), 2) + 0.0
+        count = f"{self.successes[node]:.0f}/{self.below[node]:.0f}"
+        return count, f"{reward:.2f}", f"{advantage:+.2f}"
+
+    def _text(self, node: int, *, agent: bool) -> str:
+        """What the agent, or its environment, wrote in a node."""
+        if self.decode is None:
+            return ""
+        span = slice(*self.forest.token_start[node : node + 2])
+        return self.decode(self.forest.token_ids[span][self.forest.agent[span] == agent])
+
+
+def _line(name: str, rest: str = "") -> Text:
+    return Text(no_wrap=True, overflow="ellipsis").append(name, "bold").append(rest)
+
+
+def abbreviate_message(text: str, limit: int = 60) -> str:
+    """An assistant message on one line: its words, and of a tool call only name and arguments."""
+    words, tag, call = re.split(r"(<tool_call>|<code>|$)", _CONTROL_TOKEN.sub("", text), maxsplit=1)
+    call = re.split(r"</tool_call>|</code>", call)[0]
+    if tag == "<tool_call>":
+        try:
+            request = json.loads(call)
+            arguments = ", ".join(map(str, request["arguments"].values()))
+            call = f"{request['name']}({arguments})"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            pass  # a malformed call is shown as it was written
+    parts = (_crop(_plain(words), limit), _crop(_plain(call), limit))
+    return " ".join(part for part in parts if part)
+
+
+def abbreviate_response(text: str, limit: int = 40) -> str:
+    """A tool's response on one line, without the chat template's control tokens and roles."""
+    if tagged := re.search(r"<tool_response>(.*?)</tool_response>", text, re.DOTALL):
+        return _crop(_plain(tagged[1]), limit)
+    pieces = (_ROLE.sub("", piece, count=1) for piece in _CONTROL_TOKEN.split(text))
+    return next((_crop(_plain(piece), limit) for piece in pieces if piece.strip()), "")
+
+
+def _plain(text: str) -> str:
+    """One line of printable characters: model output must not steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))
+
+
+def _crop(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
