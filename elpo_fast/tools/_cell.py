@@ -1,0 +1,141 @@
+"""Run one piece of code as a notebook runs a cell: last expression shown, short tracebacks.
+
+Runs inside the confined process, standard library only. The outcome is a small JSON object:
+`value` (repr of the last expression unless it is None), `error` (short traceback, user's frames
+only, the exception's own line last) and `timeout`. What was printed goes to descriptors 1 and 2.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import json
+import linecache
+import math
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+MAX_FRAMES = 4  # of a traceback: the outermost one and the innermost ones
+MAX_LINE = 100  # characters of a source line
+MAX_MESSAGE = 400  # characters of an exception's message
+MAX_VALUE = 48 * 1024  # characters of a repr
+MAX_RESULT = 1 << 20  # bytes of a function's JSON result
+
+
+class _TimeUp(BaseException):
+    """Not an `Exception`, so that a program's own handlers let it pass."""
+
+
+def run_code(code: str, number: int, namespace: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    """Execute `code` in `namespace`; `number` is its place in the session, for tracebacks."""
+    name = f"<call {number}>"
+    linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+
+    def execute() -> str | None:
+        tree = ast.parse(code, name)
+        last = tree.body[-1] if tree.body else None
+        if isinstance(last, ast.Expr):
+            tree.body.pop()
+        exec(compile(tree, name, "exec", dont_inherit=True), namespace)
+        if not isinstance(last, ast.Expr):
+            return None
+        expression = ast.Expression(last.value)
+        value = eval(compile(expression, name, "eval", dont_inherit=True), namespace)
+        return None if value is None else shorten(repr(value), MAX_VALUE)
+
+    return _guarded(execute, name, timeout_s)
+
+
+def run_function(target: str, payload: Any, timeout_s: float) -> dict[str, Any]:
+    """Call `module:function` with one JSON value; its JSON result is under `value`."""
+
+    def execute() -> str:
+        module, _, function = target.partition(":")
+        result = json.dumps(getattr(importlib.import_module(module), function)(payload))
+        if len(result) > MAX_RESULT:
+            raise ValueError(
+                f"{target} returned {len(result)} bytes, at most {MAX_RESULT} are read"
+            )
+        return result
+
+    return _guarded(execute, None, timeout_s)
+
+
+def _guarded(execute: Callable[[], str | None], name: str | None, timeout_s: float) -> dict:
+    """Run under a timer whose exception carries the line that was being executed. Code that does
+    not return to the interpreter is left to the supervisor, which kills a little later."""
+
+    def alarm(signum: int, frame: FrameType | None) -> None:
+        raise _TimeUp
+
+    value = error = None
+    timeout = False
+    signal.signal(signal.SIGALRM, alarm)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, timeout_s)
+        try:
+            value = execute()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TimeUp as up:
+        timeout, error = True, where(up, name)
+    except BaseException as problem:
+        error = describe(problem, name)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed by the program
+            stream.flush()
+    return {"value": value, "error": error, "timeout": timeout}
+
+
+def describe(problem: BaseException, name: str | None) -> str:
+    """Short traceback; the last line has the exception's type and message."""
+    kind = type(problem).__name__
+    if isinstance(problem, SyntaxError) and problem.filename == name:
+        place = f"line {problem.lineno}: {shorten((problem.text or '').strip(), MAX_LINE)}\n"
+        return f"{place}{kind}: {problem.msg}"
+    try:
+        message = shorten(str(problem), MAX_MESSAGE)
+    except Exception as fault:
+        message = f"(its message could not be shown: {type(fault).__name__})"
+    if isinstance(problem, MemoryError) and not message:
+        message = "memory limit reached"
+    last = f"{kind}: {message}" if message else kind
+    return "\n".join(filter(None, (where(problem, name), last)))
+
+
+def where(problem: BaseException, name: str | None) -> str:
+    """The user's frames, one a line, outermost first, the middle of a long stack left out.
+    `name` None: all frames but ours."""
+    lines = []
+    # walk_tb, not extract_tb: a deep recursion has thousands of frames of which four are shown.
+    frames = [
+        (frame.f_code.co_filename, number, frame.f_code.co_name)
+        for frame, number in traceback.walk_tb(problem.__traceback__)
+        if frame.f_code.co_filename.startswith("<call ")
+        or (name is None and frame.f_code.co_filename != __file__)
+    ]
+    skipped = len(frames) - MAX_FRAMES
+    if skipped > 0:
+        frames = frames[:1] + frames[-(MAX_FRAMES - 1) :]
+    for index, (file, number, function) in enumerate(frames):
+        if skipped > 0 and index == 1:
+            lines.append(f"... {skipped} more ...")
+        place = f"line {number}" if file == name else f"{file.strip('<>')}, line {number}"
+        inside = "" if function == "<module>" else f", in {function}"
+        source = shorten(linecache.getline(file, number).strip(), MAX_LINE)
+        lines.append(f"{place}{inside}: {source}")
+    return "\n".join(lines)
+
+
+def shorten(text: str, limit: int) -> str:
+    """At most `limit` characters and a mark: head and tail kept."""
+    if len(text) <= limit:
+        return text
+    head = math.ceil(limit / 2)
+    tail = limit - head
+    return f"{text[:head]}...[{len(text) - limit} characters cut]...{text[-tail:]}"

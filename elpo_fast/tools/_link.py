@@ -1,0 +1,313 @@
+"""The caller's end of one fork server: starting it, talking to it, noticing its death.
+
+One thread a server starts the process and reads its replies; requests may come from any thread and
+any event loop. The thread lives as long as the server, so that the kernel's "die with the parent"
+(which means the parent *thread*) holds, and the server ends with us even after SIGKILL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from elpo_fast.tools._records import Options
+
+_BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split(':'); " + (
+    "from elpo_fast.tools._server import main; main()"
+)
+_SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+# Run confined before a server is trusted: which holes are open? The last value must be [].
+_SELF_TEST = """
+import os, socket
+def works(attempt):
+    try: attempt()
+    except Exception: return False
+    return True
+[name for name, attempt in {
+    "reading /etc/passwd": lambda: open("/etc/passwd").read(1),
+    "reading another process": lambda: open("/proc/1/environ").read(1),
+    "network": lambda: socket.socket(),
+    "running programs": lambda: os.execv("/usr/bin/true", ["true"]),
+    "forking": os.fork,
+    "writing outside /tmp": lambda: open("/usr/lib/.elpo", "w"),
+}.items() if works(attempt)] + (["uid 0"] if os.getuid() == 0 else [])
+"""
+
+
+class ServerGoneError(RuntimeError):
+    """The fork server ended before it answered."""
+
+
+class RefusedError(RuntimeError):
+    """This isolation cannot be had here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Header, stdout, stderr and outcome of one request."""
+
+    header: dict[str, Any]
+    parts: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start servers of one kind."""
+
+    options: Options  # `isolation` is replaced by the one that worked
+    isolations: tuple[str, ...]  # tried in this order
+    python_path: tuple[str, ...]
+
+
+def python_paths(extra: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(sys.path of the server, folders and files that its children may read).
+
+    Nothing of the working directory or of a source checkout: interpreter, installed packages, this
+    package, system libraries, and `extra`.
+    """
+    package = Path(__file__).resolve().parents[1]
+    prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
+    prefixes |= {sys.prefix, sys.base_prefix}
+    path = []
+    for entry in filter(os.path.isdir, sys.path):
+        installed = Path(entry).name in ("site-packages", "dist-packages")
+        if installed or any(Path(entry).is_relative_to(prefix) for prefix in prefixes):
+            path.append(entry)
+            prefixes |= {entry, os.path.realpath(entry)} if installed else set()
+    path += [*extra, str(package.parent)]
+    wanted = [*_SYSTEM, *sorted(prefixes), str(package), *extra]
+    return tuple(path), tuple(dict.fromkeys(filter(os.path.exists, wanted)))
+
+
+class Link:
+    """One fork server. `ready` resolves to (isolation, reasons why no better one), or fails."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.ready: Future[tuple[str, tuple[str, ...]]] = Future()
+        self.load = 0
+        self._launch = launch
+        self._lock = threading.Lock()
+        self._pending: dict[int, Future[Reply]] = {}
+        self._last_id = 0
+        self._closed = False
+        self._requests: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._live, name="elpo-sandbox", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def send(self, op: str, body: Any = None, **fields: Any) -> tuple[int, Future[Reply]]:
+        """Send a request; its number and the future of its reply (`ServerGoneError`)."""
+        future: Future[Reply] = Future()
+        with self._lock:
+            self._last_id += 1
+            number = self._last_id
+            if self._requests is None:
+                future.set_exception(ServerGoneError("the sandbox is closed"))
+                return number, future
+            self._pending[number] = future
+            try:
+                _post(self._requests, {"op": op, "id": number, **fields}, body)
+            except OSError:
+                del self._pending[number]
+                future.set_exception(ServerGoneError("the sandbox process ended"))
+        return number, future
+
+    def tell(self, op: str, **fields: Any) -> None:
+        """Send a request that has no reply; nothing to tell a dead server."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._requests is not None:
+                _post(self._requests, {"op": op, **fields})
+
+    def close(self) -> None:
+        """End the server and wait until it, and all it started, are gone."""
+        with self._lock:
+            self._closed = True
+            if self._requests is not None:
+                self._requests.close()
+                self._requests = None
+        self._thread.join(10)
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+        self._thread.join()
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        reasons: list[str] = []
+        try:
+            replies, isolation = self._start(reasons)
+        except RuntimeError as problem:
+            self.ready.set_exception(problem)
+            return
+        self.ready.set_result((isolation, tuple(reasons)))
+        with replies:
+            for reply in _read(replies):
+                with self._lock:
+                    future = self._pending.pop(reply.header["id"], None)
+                if future is not None and future.set_running_or_notify_cancel():
+                    future.set_result(reply)
+        with self._lock:
+            if self._requests is not None:
+                self._requests.close()
+                self._requests = None
+            pending, self._pending = self._pending, {}
+        assert self._process is not None
+        self._process.wait()
+        for future in pending.values():
+            if future.set_running_or_notify_cancel():
+                future.set_exception(ServerGoneError("the sandbox process ended"))
+
+    def _start(self, reasons: list[str]) -> tuple[IO[bytes], str]:
+        for isolation in self._launch.isolations:
+            try:
+                return self._start_one(isolation), isolation
+            except RefusedError as refusal:
+                reasons.append(f"{isolation}: {refusal}")
+        raise RuntimeError(
+            f"no safe way to run model-written code here ({'; '.join(reasons)}); install "
+            "bubblewrap, or set tools.isolation=none if everything the model may do is harmless"
+        )
+
+    def _start_one(self, isolation: str) -> IO[bytes]:
+        command = self._command(isolation)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        read_end, write_end = os.pipe()
+        with contextlib.ExitStack() as on_failure, tempfile.TemporaryFile() as errors:
+            replies = on_failure.enter_context(open(read_end, "rb"))
+            on_failure.enter_context(ours)
+            try:
+                process = subprocess.Popen(
+                    command,
+                    stdin=theirs.fileno(),
+                    stdout=write_end,
+                    stderr=errors.fileno(),
+                    env=_environment(),
+                    cwd="/",
+                    start_new_session=True,
+                )
+            finally:
+                theirs.close()
+                os.close(write_end)
+            on_failure.callback(process.wait)
+            try:
+                next(_read(replies))  # ready
+                if isolation != "none":
+                    _self_test(ours, replies)
+            except (OSError, StopIteration, RefusedError) as problem:
+                ours.close()
+                process.wait()
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip().splitlines()
+                raise RefusedError(said[-1] if said else str(problem)) from None
+            on_failure.pop_all()
+        with self._lock:
+            self._process = process
+            if self._closed:
+                ours.close()
+            else:
+                self._requests = ours
+        return replies
+
+    def _command(self, isolation: str) -> list[str]:
+        options = json.dumps(asdict(self._launch.options) | {"isolation": isolation})
+        python = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT]
+        python += [":".join(self._launch.python_path), options]
+        if isolation != "bubblewrap":
+            return python
+        bubblewrap = shutil.which("bwrap")
+        if bubblewrap is None:
+            raise RefusedError("bwrap is not installed (package bubblewrap)")
+        return [bubblewrap, *_bubblewrap(self._launch.options.readable), *python]
+
+
+def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
+    """A read-only root with nothing in it but `readable`, empty /tmp and /proc, four devices."""
+    yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts")
+    yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
+    parents = {str(parent) for path in readable for parent in Path(path).parents}
+    for parent in sorted(parents - {"/"} - set(readable)):
+        yield from ("--perms", "0755", "--dir", parent)
+    for path in sorted(readable):  # outer folders first
+        if os.path.islink(path) and Path(path).parent == Path("/"):
+            yield from ("--symlink", os.readlink(path), path)
+        else:
+            yield from ("--ro-bind", path, path)
+    yield from ("--perms", "0755", "--dir", "/tmp", "--proc", "/proc", "--tmpfs", "/dev")
+    for device in _DEVICES:
+        yield from ("--dev-bind", device, device)
+    yield from ("--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/")
+    yield from ("--chdir", "/", "--")
+
+
+def _environment() -> dict[str, str]:
+    """All that programs see. A fixed hash seed: sets print the same in a rebuilt session."""
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    return kept | {
+        "PATH": "/usr/bin:/bin",
+        "HOME": "/tmp",
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        **dict.fromkeys(_THREAD_VARIABLES, "1"),  # threads do not survive a fork
+    }
+
+
+def _self_test(requests: socket.socket, replies: IO[bytes]) -> None:
+    body = {"code": _SELF_TEST, "number": 1, "timeout_s": 10, "stdin": None}
+    _post(requests, {"op": "call", "id": 0, "timeout_s": 10}, body)
+    reply = next(_read(replies))
+    outcome = json.loads(reply.parts[2] or b"{}")
+    if outcome.get("value") != "[]":
+        found = outcome.get("value") or outcome.get("error") or f"it ended with {reply.header}"
+        raise RefusedError(f"the self-test failed: {found}")
+
+
+def _post(requests: socket.socket, request: dict[str, Any], body: Any = None) -> None:
+    packet = [json.dumps(request).encode()]
+    if body is None:
+        requests.sendmsg(packet)
+        return
+    fd = os.memfd_create("elpo-request")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(json.dumps(body).encode())
+        os.lseek(fd, 0, os.SEEK_SET)
+        socket.send_fds(requests, packet, [fd])
+    finally:
+        os.close(fd)
+
+
+def _read(replies: IO[bytes]) -> Iterator[Reply]:
+    """Replies until the server closes its end; one that breaks off is dropped."""
+    while len(length := replies.read(4)) == 4:
+        (size,) = struct.unpack("!I", length)
+        text = replies.read(size)
+        if len(text) < size:
+            return
+        header = json.loads(text)
+        parts = tuple(replies.read(part) for part in header.pop("lengths"))
+        yield Reply(header, parts)
+
+
+def signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in signal.valid_signals() else str(number)

@@ -1,0 +1,458 @@
+"""The fork server: one trusted process that forks a confined child for every call.
+
+It never runs a model's code and never holds it: bodies come as descriptors and are passed on. It
+keeps confined spares ready, hands each request to one, watches wall clock and output, and tells the
+caller how it went. Its life is tied to the caller's: when the request socket closes, for whatever
+reason, it kills everything and ends; when it dies, the kernel kills its children.
+
+Requests (one packet of JSON each, with a body descriptor for `call` and `step`): `call` runs in a
+fresh process that is forgotten; `open` starts a session and `step` goes from one of its snapshots
+to a new one; `drop` ends snapshots; `cancel` ends a request. Replies (stream): length and JSON
+header, then as many bytes of stdout, stderr and outcome as the header says. `how` it ended: done,
+timeout, flood, died (with `signal`), lost (the snapshot is gone; nothing was run).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from elpo_fast.tools import _child, _confine
+from elpo_fast.tools._records import Capture, Child, Options, Run, Snapshot
+
+GRACE_S = 0.3  # from the child's own timer to the kill
+FLOOD_CAP = 16 << 20  # bytes after which a program is stopped
+SCAN_S = 1.0  # period of the search for stray processes of sessions
+
+
+class Server:
+    def __init__(self, requests: socket.socket, replies: int, options: Options) -> None:
+        self._requests, self._replies, self._options = requests, replies, options
+        self._namespaces = options.isolation == "bubblewrap"
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[int, Child] = {}  # by pid
+        self._spares: deque[Child] = deque()
+        self._snapshots: dict[int, Snapshot] = {}
+        self._runs: dict[int, Run] = {}
+        self._queue: deque[tuple[dict[str, Any], int]] = deque()
+        self._last_id = 0
+        self._failures = 0  # spares that died unused, in a row
+        self._next_scan = 0.0
+        self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._depth = len(_status("self")["NSpid"]) - 1
+        self._ruleset = -1
+        if options.isolation == "landlock":
+            devices = ("/dev/null", "/dev/zero", "/dev/urandom")
+            self._ruleset = _confine.landlock_ruleset(options.readable, devices)
+        with open("/proc/self/statm") as file:
+            own_pages = int(file.read().split()[0])
+        self._address_space = own_pages * resource.getpagesize() + (options.memory_mb << 20)
+        self._processes = options.processes + _child.THREADS
+        if not self._namespaces:
+            self._processes += _tasks_of(os.getuid()) + 1024  # the limit counts the whole uid
+        self._watch(requests.fileno(), self._on_request)
+
+    def loop(self) -> NoReturn:
+        self._refill()
+        self._reply({"ready": True})
+        while True:
+            for key, _ in self._selector.select(self._patience()):
+                if self._selector.get_map().get(key.fd) is key:  # not ended by an earlier event
+                    key.data()
+            now = time.monotonic()
+            for run in [run for run in self._runs.values() if run.deadline <= now]:
+                self._finish(run, "timeout" if run.pid else "lost")
+            if self._snapshots and now >= self._next_scan:
+                self._reap()
+                self._kill_strays()
+                self._next_scan = now + SCAN_S
+            while self._queue and len(self._runs) < self._options.workers:
+                self._start(*self._queue.popleft())
+            self._refill()
+
+    def _patience(self) -> float | None:
+        times = [run.deadline for run in self._runs.values()]
+        times += [self._next_scan] if self._snapshots else []
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _watch(self, fd: int, callback: Callable[[], object]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def _unwatch(self, fd: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(fd)
+
+    def _reply(self, header: dict[str, Any], *parts: bytes) -> None:
+        text = json.dumps({**header, "lengths": [len(part) for part in parts]}).encode()
+        data = memoryview(b"".join((struct.pack("!I", len(text)), text, *parts)))
+        while data:
+            data = data[os.write(self._replies, data) :]
+
+    # --- requests --------------------------------------------------------------------------------
+
+    def _on_request(self) -> None:
+        packet, fds, _, _ = socket.recv_fds(self._requests, 1 << 16, 1)
+        if not packet:
+            self._close()
+        request = json.loads(packet)
+        match request["op"]:
+            case "call" | "step":
+                self._queue.append((request, fds[0]))
+            case "open":
+                child = self._spare()
+                root = Snapshot(self._new_id(), child, child.control, child.pid)
+                self._snapshots[root.id] = root
+                child.handles.add(root.id)
+                self._reply({"id": request["id"], "how": "done", "snapshot": root.id})
+            case "drop":
+                for number in request["snapshots"]:
+                    self._drop(number)
+            case "cancel":
+                self._cancel(request["id"])
+
+    def _start(self, request: dict[str, Any], body: int) -> None:
+        step = request["op"] == "step"
+        origin = self._snapshots.get(request["snapshot"]) if step else None
+        if step and origin is None:
+            os.close(body)
+            self._reply({"id": request["id"], "how": "lost"})
+            return
+        child = origin.child if origin else self._spare()
+        control = origin.control if origin else child.control
+        channel, channel_end = socket.socketpair()
+        channel.setblocking(False)
+        channel.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        out, out_end = os.pipe()
+        err, err_end = os.pipe()
+        captures = Capture(), Capture()
+        run = Run(
+            id=request["id"],
+            child=child,
+            channel=channel,
+            captures=captures,
+            pipes=dict(zip((out, err), captures, strict=True)),
+            deadline=time.monotonic() + request["timeout_s"] + GRACE_S,
+            origin=origin.id if origin else None,
+            target=self._new_id(),
+        )
+        self._runs[run.id] = run
+        child.runs.add(run.id)
+        self._watch(channel.fileno(), lambda: self._on_channel(run))
+        for fd in run.pipes:
+            os.set_blocking(fd, False)
+            self._watch(fd, lambda fd=fd: self._on_output(run, fd))  # type: ignore[misc]
+        packet = json.dumps({"op": request["op"], "directory": f"step{run.target}"}).encode()
+        passed = [body, channel_end.fileno(), out_end, err_end]
+        try:
+            socket.send_fds(control, [packet], passed, socket.MSG_DONTWAIT)
+        except OSError:
+            self._finish(run, "lost" if step else "died")
+        channel_end.close()
+        for fd in (body, out_end, err_end):
+            os.close(fd)
+
+    def _cancel(self, number: int) -> None:
+        for entry in self._queue:
+            if entry[0]["id"] == number:
+                self._queue.remove(entry)
+                os.close(entry[1])
+                return
+        if number in self._runs:
+            self._finish(self._runs[number], "cancelled")
+
+    # --- events of a run -------------------------------------------------------------------------
+
+    def _on_output(self, run: Run, fd: int) -> None:
+        """Take what is there, so that a program never waits for a reader."""
+        capture = run.pipes[fd]
+        with contextlib.suppress(BlockingIOError):
+            while data := os.read(fd, 1 << 16):
+                capture.add(data)
+                if capture.total > FLOOD_CAP:
+                    return self._finish(run, "flood")
+            self._close_pipe(run, fd)
+
+    def _on_channel(self, run: Run) -> bool:
+        """Read what is there; False at the end of the channel."""
+        try:
+            data, ancillary, _, _ = run.channel.recvmsg(1 << 16, socket.CMSG_SPACE(12))
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            data, ancillary = b"", []
+        pid = next((struct.unpack("3i", sent[2])[0] for sent in ancillary), 0)
+        if not data:
+            if run.origin is not None:
+                self._finish(run, "died" if run.pid else "lost")
+            else:  # it closed its channel: make sure of its end, which tells the reason
+                self._unwatch(run.channel.fileno())
+                self._kill(run.child)
+            return False
+        run.received += data
+        try:
+            while run.id in self._runs and (frame := run.frame()) is not None:
+                kind, payload = frame
+                if pid and pid != run.pid:
+                    self._identify(run, pid)
+                if kind == b"D" and run.origin is not None:
+                    self._keep(run, payload)
+                elif kind != b"H":
+                    self._finish(run, "done", payload)
+        except ValueError:
+            self._finish(run, "flood")
+        except ProcessLookupError:
+            self._finish(run, "died")
+        return True
+
+    def _identify(self, run: Run, pid: int) -> None:
+        """The kernel says who is at the other end: first the fork, later perhaps its copy."""
+        if run.pidfd >= 0:
+            os.close(run.pidfd)
+        run.pid, run.pidfd = pid, os.pidfd_open(pid)
+
+    def _keep(self, run: Run, payload: bytes) -> None:
+        """The run has become a snapshot."""
+        snapshot = Snapshot(run.target, run.child, run.channel, run.pid, run.pidfd)
+        self._snapshots[snapshot.id] = snapshot
+        run.child.handles.add(snapshot.id)
+        self._finish(run, "done", payload, snapshot)
+        # A snapshot has nothing to say: whatever comes, its end above all, makes it useless.
+        self._watch(run.channel.fileno(), lambda: self._drop(snapshot.id))
+
+    def _finish(
+        self,
+        run: Run,
+        how: str,
+        payload: bytes = b"",
+        snapshot: Snapshot | None = None,
+        signal_number: int = 0,
+    ) -> None:
+        del self._runs[run.id]
+        run.child.runs.discard(run.id)
+        for fd, capture in list(run.pipes.items()):
+            with contextlib.suppress(BlockingIOError):
+                while capture.total <= FLOOD_CAP and (data := os.read(fd, 1 << 16)):
+                    capture.add(data)
+            self._close_pipe(run, fd)
+        self._unwatch(run.channel.fileno())
+        if run.origin is None:
+            self._kill(run.child)
+        elif snapshot is None:
+            if run.pid:
+                self._kill_fd(run.pidfd)
+            else:
+                self._drop(run.origin)  # it did not even fork
+            self._remove_directory(run.child, run.target)
+        if snapshot is None:
+            run.channel.close()
+            if run.pidfd >= 0:
+                os.close(run.pidfd)
+        self._end_session_if_unused(run.child)
+        if how != "cancelled":
+            header: dict[str, Any] = {"id": run.id, "how": how, "signal": signal_number}
+            if snapshot is not None:
+                header["snapshot"] = snapshot.id
+            self._reply(header, *(capture.text() for capture in run.captures), payload)
+
+    def _close_pipe(self, run: Run, fd: int) -> None:
+        del run.pipes[fd]
+        self._selector.unregister(fd)
+        os.close(fd)
+
+    # --- snapshots and children ------------------------------------------------------------------
+
+    def _drop(self, number: int) -> None:
+        snapshot = self._snapshots.pop(number, None)
+        if snapshot is None:
+            return
+        snapshot.child.handles.discard(number)
+        if snapshot.pidfd >= 0:
+            self._selector.unregister(snapshot.control.fileno())
+            snapshot.control.close()
+            self._kill_fd(snapshot.pidfd)
+            os.close(snapshot.pidfd)
+            self._remove_directory(snapshot.child, number)
+        self._end_session_if_unused(snapshot.child)
+
+    def _end_session_if_unused(self, child: Child) -> None:
+        if not child.handles and not child.runs:
+            self._kill(child)
+
+    def _remove_directory(self, child: Child, number: int) -> None:
+        packet = json.dumps({"op": "remove", "directory": f"step{number}"}).encode()
+        with contextlib.suppress(OSError):
+            child.control.send(packet, socket.MSG_DONTWAIT)
+
+    def _spare(self) -> Child:
+        child = self._spares.popleft() if self._spares else self._spawn()
+        child.used = True
+        return child
+
+    def _refill(self) -> None:
+        while len(self._spares) < self._options.workers:
+            self._spares.append(self._spawn())
+
+    def _new_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _spawn(self) -> Child:
+        control, control_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        directory = tempfile.mkdtemp("", "elpo-") if self._options.isolation == "none" else None
+        if self._namespaces:
+            _confine.unshare(_confine.CLONE_NEWPID)
+        pid = os.fork()
+        if pid == 0:
+            _child.become(
+                control_end.fileno(),
+                isolation=self._options.isolation,
+                directory=directory,
+                ruleset=self._ruleset,
+                address_space=self._address_space,
+                processes=self._processes,
+            )
+        if self._namespaces:
+            _confine.set_pid_namespace(self._own_pid_namespace)
+        control_end.close()
+        child = Child(pid, os.pidfd_open(pid), control, directory)
+        self._children[pid] = child
+        self._watch(child.pidfd, self._reap)
+        return child
+
+    def _kill_fd(self, pidfd: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def _kill(self, child: Child) -> None:
+        """Pid 1 takes its namespace along; elsewhere the process group is what can be had."""
+        for kill in (os.killpg, os.kill):
+            with contextlib.suppress(ProcessLookupError):
+                kill(child.pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Bury the dead, children and orphans of sessions. Until `waitpid` a number, which is a
+        process group's too, cannot become anybody else's."""
+        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        with contextlib.suppress(ChildProcessError):
+            while (dead := os.waitid(os.P_ALL, 0, flags)) is not None:
+                child = self._children.pop(dead.si_pid, None)
+                if child is not None:
+                    self._bury(child, 0 if dead.si_code == os.CLD_EXITED else dead.si_status)
+                os.waitpid(dead.si_pid, 0)
+
+    def _bury(self, child: Child, signal_number: int) -> None:
+        self._kill(child)  # what is left of its group
+        for run in [self._runs[number] for number in child.runs]:
+            while run.id in self._runs and self._on_channel(run):
+                pass  # its last words
+            if run.id in self._runs:
+                self._finish(run, "died", signal_number=signal_number)
+        for number in list(child.handles):
+            self._drop(number)
+        self._selector.unregister(child.pidfd)
+        os.close(child.pidfd)
+        child.control.close()
+        if child.directory is not None:
+            shutil.rmtree(child.directory, ignore_errors=True)
+        if child in self._spares:
+            self._spares.remove(child)
+        self._failures = 0 if child.used else self._failures + 1
+        if self._failures > self._options.workers:
+            sys.exit("the sandbox cannot keep a confined process alive")
+
+    def _kill_strays(self) -> None:
+        """A step can fork, since the snapshots do; end sessions in which anything but a snapshot
+        is alive while nothing runs. Session ids tell whose a process is: setsid is filtered."""
+        known = {snapshot.pid for snapshot in self._snapshots.values()} | set(self._children)
+        for entry in os.listdir("/proc"):
+            if not entry.isdigit():
+                continue
+            try:
+                status = _status(entry)
+            except OSError:
+                continue  # ended meanwhile
+            if len(status["NSpid"]) <= self._depth or status["State"][0] == "Z":
+                continue
+            pid, session = (int(status[key][self._depth]) for key in ("NSpid", "NSsid"))
+            child = self._children.get(session)
+            if child is not None and child.handles and not child.runs and pid not in known:
+                self._kill(child)
+
+    def _close(self) -> NoReturn:
+        for child in self._children.values():
+            self._kill(child)
+        for child in list(self._children.values()):
+            os.waitpid(child.pid, 0)
+            if child.directory is not None:
+                shutil.rmtree(child.directory, ignore_errors=True)
+        os._exit(0)
+
+
+def _status(entry: str) -> dict[str, list[str]]:
+    with open(f"/proc/{entry}/status") as file:
+        lines = (line.partition(":") for line in file)
+        return {name: rest.split() for name, _, rest in lines}
+
+
+def _tasks_of(uid: int) -> int:
+    """Threads that count against this uid's RLIMIT_NPROC."""
+    count = 0
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            status = _status(entry)
+            if int(status["Uid"][0]) == uid:
+                count += int(status["Threads"][0])
+    return count
+
+
+def _enter_namespaces() -> None:
+    """Own a user namespace and, in it, a pid namespace whose pid 1 is this server: that is what
+    lets an ordinary user give every child a pid namespace of its own with a single fork."""
+    _confine.drop_root()
+    _confine.enter_user_namespace()
+    _confine.unshare(_confine.CLONE_NEWPID)
+    pid = os.fork()
+    _confine.die_with_parent()
+    if pid:
+        os.closerange(0, 1 << 30)  # the server's end must look like one to the caller
+        status = os.waitpid(pid, 0)[1]
+        os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def main() -> NoReturn:
+    """Standard input: request socket. Standard output: replies. First argument: options."""
+    options = Options(**json.loads(sys.argv[1]))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
+    requests, replies = socket.socket(fileno=os.dup(0)), os.dup(1)
+    os.dup2(2, 1)  # what a library prints while it is imported must not get among the replies
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))  # three for every snapshot
+    if options.isolation == "bubblewrap":
+        _enter_namespaces()
+    else:
+        _confine.drop_root(must_read=options.readable)
+        _confine.die_with_parent()
+        _confine.adopt_orphans()
+    for name in options.required:
+        importlib.import_module(name)
+    for name in options.preload:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children do not touch, and so do not copy, what exists now
+    Server(requests, replies, options).loop()

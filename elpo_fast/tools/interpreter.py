@@ -1,0 +1,197 @@
+"""The two Python tools: `code_interpreter` forgets, `python_session` remembers and branches.
+
+A session's state is a link in a chain of code cells, nothing more; the interpreter behind it is a
+snapshot in the sandbox. Calling a state forks its snapshot, so states stay usable and branches
+need no replay. Snapshots are a cache: the least recently used are dropped when there are too many
+or they hold too much memory, and rebuilt by running the chain again. A rebuilt step must show what
+it showed the first time, or the call is answered with an error. A call that timed out or was killed
+leaves the state as it was; one that raised did what it did up to there, as in a notebook.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from elpo_fast.tools.sandbox import Execution, Sandbox, Snapshot, SnapshotLostError
+from elpo_fast.types import Task, ToolResult
+
+_SHOWN = "Returns what it prints and the value of the last expression, or (no output)."
+_UNCHANGED = "the session is as it was before this call"
+
+
+def _schema(name: str, description: str) -> dict[str, Any]:
+    parameters = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "Python code"}},
+        "required": ["code"],
+        "additionalProperties": False,
+    }
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+class CodeInterpreter:
+    """Every call is a fresh interpreter. Stateless: its state is `None`."""
+
+    name = "code_interpreter"
+    schema: Mapping[str, Any] = _schema(name, f"Run Python code from scratch. {_SHOWN}")
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
+
+    async def open(self, task: Task) -> None:
+        return None
+
+    async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
+        execution = await self._sandbox.run(arguments["code"])
+        return _result(execution, None)
+
+    async def release(self, states: Iterable[Any]) -> None:
+        return None
+
+    async def close(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class SessionState:
+    """After `code` was run on `parent`. The root ran the task's setup on a fresh interpreter."""
+
+    parent: SessionState | None = field(repr=False)
+    code: str
+    number: int  # calls so far
+    digest: str  # of what it showed
+
+
+class _RestoreError(Exception):
+    """The chain of a dropped snapshot did not run as it did the first time."""
+
+
+class PythonSession:
+    """An interpreter that keeps its variables from call to call, and branches."""
+
+    name = "python_session"
+    schema: Mapping[str, Any] = _schema(
+        name, f"Run Python code. Variables are kept between calls. {_SHOWN}"
+    )
+
+    def __init__(self, sandbox: Sandbox, *, memory_mb: float = 4096) -> None:
+        """`memory_mb`: snapshots are dropped when what they say they use adds up to more; pages
+        they share count each time. Their number is bounded by `sandbox.max_snapshots`."""
+        self._sandbox, self._memory_mb = sandbox, memory_mb
+        self._snapshots: OrderedDict[SessionState, Snapshot] = OrderedDict()
+
+    async def open(self, task: Task) -> SessionState:
+        """`RuntimeError` naming the task if its setup fails."""
+        root = SessionState(None, task.setup, 0, "")
+        if task.setup:
+            try:
+                await self._snapshot(root)
+            except _RestoreError as problem:
+                raise RuntimeError(f"the setup of task {task.id!r} failed: {problem}") from None
+        return root
+
+    async def call(self, state: SessionState, arguments: Mapping[str, Any]) -> ToolResult:
+        code = arguments["code"]
+        try:
+            execution, snapshot = await self._step(state, code, state.number + 1)
+        except _RestoreError as problem:
+            text = f"the session could not be restored: {problem}"
+            return ToolResult(text, state, error=True)
+        if snapshot is None:
+            return _result(execution, state, _UNCHANGED)
+        new = SessionState(state, code, state.number + 1, _digest(execution))
+        self._keep(new, snapshot)
+        return _result(execution, new)
+
+    async def release(self, states: Iterable[SessionState]) -> None:
+        found = [self._snapshots.pop(state, None) for state in states]
+        self._sandbox.drop(snapshot for snapshot in found if snapshot is not None)
+
+    async def close(self) -> None:
+        await self.release(list(self._snapshots))
+
+    async def _step(
+        self, state: SessionState, code: str, number: int
+    ) -> tuple[Execution, Snapshot | None]:
+        """From the snapshot of `state`, which is rebuilt once if it turns out to be gone."""
+        for attempt in range(2):
+            snapshot = await self._snapshot(state)
+            try:
+                return await self._sandbox.step(snapshot, code, number)
+            except SnapshotLostError:
+                self._forget(state, snapshot)
+                if attempt:
+                    break
+        raise _RestoreError("its process was killed")
+
+    async def _snapshot(self, state: SessionState) -> Snapshot:
+        """The interpreter of `state`, from the cache or by running its code once more."""
+        cached = self._snapshots.get(state)
+        if cached is not None:
+            self._snapshots.move_to_end(state)
+            return cached
+        if state.parent is None:
+            snapshot = await self._root(state.code)
+        else:
+            execution, rebuilt = await self._step(state.parent, state.code, state.number)
+            if rebuilt is None:
+                raise _RestoreError(f"call {state.number} now fails: {execution.error}")
+            if _digest(execution) != state.digest:
+                self._sandbox.drop([rebuilt])
+                raise _RestoreError(f"call {state.number} now shows something else")
+            snapshot = rebuilt
+        return self._keep(state, snapshot)
+
+    async def _root(self, setup: str) -> Snapshot:
+        fresh = await self._sandbox.open_session()
+        if not setup:
+            return fresh
+        try:
+            execution, snapshot = await self._sandbox.step(fresh, setup, 0)
+        except SnapshotLostError as problem:
+            raise _RestoreError(str(problem)) from None
+        finally:
+            self._sandbox.drop([fresh])
+        if snapshot is None or execution.error is not None:
+            self._sandbox.drop([snapshot] if snapshot else [])
+            raise _RestoreError(execution.text())
+        return snapshot
+
+    def _keep(self, state: SessionState, snapshot: Snapshot) -> Snapshot:
+        """Remember it, unless another call has rebuilt the same state meanwhile."""
+        kept = self._snapshots.setdefault(state, snapshot)
+        if kept is not snapshot:
+            self._sandbox.drop([snapshot])
+        self._snapshots.move_to_end(state)
+        used = sum(other.grown_mb for other in self._snapshots.values())
+        while len(self._snapshots) > 1 and (
+            len(self._snapshots) > self._sandbox.max_snapshots or used > self._memory_mb
+        ):
+            _, oldest = self._snapshots.popitem(last=False)
+            used -= oldest.grown_mb
+            self._sandbox.drop([oldest])
+        return kept
+
+    def _forget(self, state: SessionState, snapshot: Snapshot) -> None:
+        if self._snapshots.get(state) is snapshot:
+            del self._snapshots[state]
+        self._sandbox.drop([snapshot])
+
+
+def _digest(execution: Execution) -> str:
+    return hashlib.blake2b(execution.text().encode(), digest_size=12).hexdigest()
+
+
+def _result(execution: Execution, state: Any, note: str = "") -> ToolResult:
+    text = execution.text()
+    return ToolResult(
+        content=f"{text}\n{note}" if note else text,
+        state=state,
+        error=execution.error is not None,
+        seconds=execution.seconds,
+    )

@@ -1,0 +1,330 @@
+"""A pool of confined Python processes for code that nobody has read.
+
+`Sandbox.run` executes code in a process of its own; `open_session`, `step` and `drop` keep
+interpreters that branch; `call_function` runs one of our own functions (a grader that evaluates an
+answer) out of process. All are coroutines, from any event loop, any number at once; `workers` of
+them execute at the same time, the others wait in line.
+
+What protects against what. With isolation `bubblewrap`, a fork server lives in a container made by
+bubblewrap: read-only root with the interpreter, installed packages and system libraries and nothing
+else, no network, empty environment, an unprivileged uid. Every call is one fork with its own user,
+pid, mount, network and IPC namespaces and a private, sized /tmp, so it finds nobody to read, signal
+or talk to, and its end takes along whatever it started. On top of that:
+
+- seccomp refuses sockets, fork and exec, ptrace, signals, mounts, namespaces, memory that limits
+  do not count, and rarely used parts of the kernel;
+- hard limits on address space (`memory_mb` beyond the server's own), file size, processes, files,
+  CPU time; wall clock and output are watched from outside;
+- a call starts from a copy of the untouched server, so nothing a call patches reaches the next one.
+
+With `landlock`, where namespaces are refused: Landlock gives read access to the same paths and
+nothing writable, seccomp does the rest; other processes stay visible to `kill` and the like, which
+seccomp refuses. `none` has the limits, the clock and the caps alone and must be asked for by name.
+`auto` takes the best that works and refuses to run unprotected. A self-test inside the confinement
+must fail to read, connect, fork, execute and write before the server is used.
+
+Two limits to know. Steps of a session can fork (that is how it branches), at most a fixed number of
+times; strays are found and the whole session ended. A grader that evaluates an answer shares its
+process with it: isolation keeps the answer from everything else, not from forging that one verdict.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from elpo_fast.tools._link import Launch, Link, Reply, ServerGoneError, python_paths, signal_name
+from elpo_fast.tools._records import Options
+
+_log = logging.getLogger(__name__)
+
+Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
+SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
+MAX_BODY = 4 << 20  # characters of code or payload
+CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
+
+
+class SandboxError(RuntimeError):
+    """A function called in the sandbox failed, timed out or was killed."""
+
+
+class SnapshotLostError(RuntimeError):
+    """The snapshot's process is gone; nothing was executed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What became of one piece of code."""
+
+    stdout: str
+    stderr: str
+    value: str | None  # repr of the last expression, None for statements and for None
+    error: str | None  # short traceback, or a sentence for timeouts and kills
+    finished: bool  # False: timed out, crashed or killed, whatever was done is lost
+    seconds: float
+
+    def text(self) -> str:
+        """As the model reads it: what a notebook shows, in its order, `(no output)` for nothing."""
+        out, err = self.stdout.rstrip("\n"), self.stderr.rstrip("\n")
+        value = self.value if self.value is None or not (out or err) else f"Out: {self.value}"
+        parts = (out, f"[stderr]\n{err}" if err else "", value or "", self.error or "")
+        return "\n".join(part for part in parts if part) or "(no output)"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Snapshot:
+    """A waiting interpreter. Any number of steps may start from it."""
+
+    link: Link
+    number: int
+    grown_mb: float = 0.0  # memory it took at most beyond a fresh process, as it says itself
+
+
+@dataclass(frozen=True, slots=True)
+class Protection:
+    """What holds here, for people."""
+
+    isolation: str
+    active: tuple[str, ...]
+    why_not_better: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"{self.isolation}: {', '.join(self.active)}"
+        return text + "".join(f"; not {reason}" for reason in self.why_not_better)
+
+
+_ACTIVE = {
+    "bubblewrap": (
+        "own user, pid, mount, network and IPC namespaces for every call",
+        "read-only root with system libraries and Python only",
+        "private /tmp of bounded size",
+        "seccomp",
+        "limits on memory, processes, files, CPU and wall clock",
+    ),
+    "landlock": (
+        "Landlock: reads system libraries and Python only, writes nothing",
+        "seccomp: no sockets, no programs, no signals",
+        "limits on memory, processes, files, CPU and wall clock",
+    ),
+    "none": ("limits on memory, files, CPU and wall clock only: code can read, write and connect",),
+}
+
+
+class Sandbox:
+    """See the module. `preload`: modules imported before the first fork where they are installed;
+    `paths`: further folders that are importable and readable inside."""
+
+    def __init__(
+        self,
+        *,
+        isolation: Isolation = "auto",
+        workers: int = 2,
+        timeout_s: float = 5.0,
+        memory_mb: int = 512,
+        max_snapshots: int = 256,
+        preload: Sequence[str] = ("numpy", "sympy"),
+        paths: Sequence[str] = (),
+    ) -> None:
+        python_path, readable = python_paths(paths)
+        self.timeout_s, self.memory_mb, self.max_snapshots = timeout_s, memory_mb, max_snapshots
+        self._isolations: tuple[str, ...] = SAFE if isolation == "auto" else (isolation,)
+        self._servers = -(-workers // CALLS_PER_SERVER)
+        self._workers = -(-workers // self._servers)
+        self._preload, self._python_path, self._readable = tuple(preload), python_path, readable
+        self._links: dict[tuple[str, int], Link] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+        if isolation == "none":
+            _log.warning(
+                "tools.isolation=none: code written by the model runs with your rights, "
+                "only memory and time are limited"
+            )
+
+    async def start(self) -> Protection:
+        """Start now instead of at the first call. `RuntimeError` where no isolation works."""
+        return await self.describe()
+
+    async def describe(self) -> Protection:
+        """Which protection is active, and why not the better one."""
+        link = self._link("")
+        isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
+        return Protection(isolation, _ACTIVE[isolation], reasons)
+
+    async def run(
+        self, code: str, *, timeout_s: float | None = None, stdin: str | None = None
+    ) -> Execution:
+        """Execute `code` in a fresh process that is forgotten afterwards."""
+        timeout_s = timeout_s or self.timeout_s
+        body = {"code": code, "number": 1, "timeout_s": timeout_s, "stdin": stdin}
+        reply, seconds = await self._call("", body, timeout_s)
+        return _execution(reply, timeout_s, seconds)
+
+    async def call_function(self, target: str, payload: Any, timeout_s: float | None = None) -> Any:
+        """`target` is "module:function" of an importable module, taking and returning one JSON
+        value. Its module is imported once, in a server of its own. `SandboxError` when it raises,
+        times out or dies; the message says which."""
+        timeout_s = timeout_s or self.timeout_s
+        body = {"target": target, "payload": payload, "timeout_s": timeout_s}
+        reply, seconds = await self._call(target.partition(":")[0], body, timeout_s)
+        execution = _execution(reply, timeout_s, seconds)
+        if execution.error is not None or execution.value is None:
+            raise SandboxError(f"{target}: {execution.error}")
+        return json.loads(execution.value)
+
+    async def open_session(self) -> Snapshot:
+        """A fresh interpreter, not yet having run anything."""
+        link = self._link("")
+        reply = await self._ask(link, "open")
+        return Snapshot(link, reply.header["snapshot"])
+
+    async def step(
+        self, snapshot: Snapshot, code: str, number: int, *, timeout_s: float | None = None
+    ) -> tuple[Execution, Snapshot | None]:
+        """Execute `code` on a copy of `snapshot` and make that a snapshot; None if it was killed.
+
+        `number` names the step in tracebacks. `SnapshotLostError`: nothing was executed.
+        """
+        timeout_s = timeout_s or self.timeout_s
+        body = {"code": code, "number": number, "timeout_s": timeout_s, "stdin": None}
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        try:
+            reply = await self._ask(
+                snapshot.link, "step", body, snapshot=snapshot.number, timeout_s=timeout_s
+            )
+        except ServerGoneError as problem:
+            raise SnapshotLostError(str(problem)) from None
+        if reply.header["how"] == "lost":
+            raise SnapshotLostError("the snapshot's process is gone")
+        execution = _execution(reply, timeout_s, loop.time() - started)
+        if "snapshot" not in reply.header:
+            return execution, None
+        return execution, Snapshot(snapshot.link, reply.header["snapshot"], _grown_mb(reply))
+
+    def drop(self, snapshots: Iterable[Snapshot]) -> None:
+        """End these interpreters; a session ends with its last one."""
+        by_link: dict[Link, list[int]] = {}
+        for snapshot in snapshots:
+            by_link.setdefault(snapshot.link, []).append(snapshot.number)
+        for link, numbers in by_link.items():
+            for start in range(0, len(numbers), 1000):  # a packet has a size
+                link.tell("drop", snapshots=numbers[start : start + 1000])
+
+    async def close(self) -> None:
+        """End every server; no process is left when this returns."""
+        with self._lock:
+            self._closed = True
+            links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(asyncio.to_thread(link.close) for link in links))
+
+    # --- servers ---------------------------------------------------------------------------------
+
+    def _link(self, module: str) -> Link:
+        """The least loaded server of this kind, started if it is not there or has died."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this sandbox is closed; make a new one")
+            for index in range(self._servers):
+                link = self._links.get((module, index))
+                if link is None or not link.alive:
+                    self._links[module, index] = self._launch(module)
+            mine = [self._links[module, index] for index in range(self._servers)]
+            return min(mine, key=lambda link: link.load)
+
+    def _launch(self, module: str) -> Link:
+        options = Options(
+            isolation="",
+            workers=self._workers,
+            memory_mb=self.memory_mb,
+            processes=2 * self.max_snapshots,
+            preload=() if module else self._preload,
+            required=(module,) if module else (),
+            readable=self._readable,
+        )
+        return Link(Launch(options, self._isolations, self._python_path))
+
+    async def _call(self, module: str, body: Any, timeout_s: float) -> tuple[Reply, float]:
+        """Once more on a new server if the first one dies."""
+        loop = asyncio.get_running_loop()
+        for attempt in range(2):
+            started = loop.time()
+            try:
+                reply = await self._ask(self._link(module), "call", body, timeout_s=timeout_s)
+                return reply, loop.time() - started
+            except ServerGoneError:
+                if attempt or self._closed:
+                    break
+        return Reply({"how": "gone", "signal": 0}, (b"", b"", b"")), loop.time() - started
+
+    async def _ask(self, link: Link, op: str, body: Any = None, **fields: Any) -> Reply:
+        await asyncio.shield(asyncio.wrap_future(link.ready))
+        future: Future[Reply]
+        number, future = link.send(op, body, **fields)
+        link.load += 1
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            link.tell("cancel", id=number)
+            raise
+        finally:
+            link.load -= 1
+
+
+def _execution(reply: Reply, timeout_s: float, seconds: float) -> Execution:
+    """The reply in words. The outcome was written by a process that ran unknown code."""
+    out, err, payload = (*reply.parts, b"", b"", b"")[:3]
+    how = reply.header["how"]
+    value = error = None
+    finished = False
+    if how == "done":
+        try:
+            outcome = json.loads(payload)
+            value, error = outcome["value"], outcome["error"]
+            if not all(part is None or isinstance(part, str) for part in (value, error)):
+                raise TypeError
+            finished = not outcome["timeout"]
+            if outcome["timeout"]:
+                how = "timeout"
+        except (ValueError, TypeError, KeyError):
+            value, error = None, "the result could not be read: the program broke its interpreter"
+    match how:
+        case "timeout":
+            sentence = f"timed out after {timeout_s:g} s"
+            error = f"{error}\n{sentence}" if error else sentence
+        case "flood":
+            error = "stopped: too much output"
+        case "died":
+            error = _death(reply.header["signal"])
+        case "gone":
+            error = "the sandbox was restarted and this call could not be run; try again"
+    return Execution(
+        stdout=out.decode("utf-8", "replace"),
+        stderr=err.decode("utf-8", "replace"),
+        value=value,
+        error=error,
+        finished=finished,
+        seconds=seconds,
+    )
+
+
+def _grown_mb(reply: Reply) -> float:
+    try:
+        return max(0.0, float(json.loads(reply.parts[2])["grown_kb"]) / 1024)
+    except (ValueError, TypeError, KeyError):
+        return 0.0
+
+
+def _death(number: int) -> str:
+    match signal_name(number):
+        case "SIGSEGV" | "SIGBUS" | "SIGILL" | "SIGFPE" | "SIGABRT" as name:
+            return f"the interpreter crashed ({name})"
+        case "SIGKILL":
+            return "killed: over the limit of CPU time or memory"
+        case _:
+            return "the process ended before the code was finished"
