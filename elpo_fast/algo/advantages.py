@@ -57,5 +57,9 @@ def _parts(forest: Forest, eps: float) -> tuple[Floats, Floats, Floats, Floats]:
     node_reward = ops.node_rewards(parent, forest.reward)
     branch = ops.branch_advantages(parent, node_reward, eps)
     of_leaf = ops.leaf_advantages(forest.leaf_start, forest.reward[leaf], eps)
-    below = ops.leaf_sum(parent, leaf, np.ones(len(leaf)))
-    return node_reward, branch, ops.leaf_sum(parent, leaf, of_leaf) / below, of_leaf
+    trajectory = ops.leaf_sum(parent, leaf, of_leaf) / ops.leaf_sum(
+        parent, leaf, np.ones(len(leaf))
+    )
+    # What all trajectories share gets their mean, 0: exactly, so that it costs the trainer nothing.
+    trajectory[np.abs(trajectory) < ops.TIE] = 0.0
+    return node_reward, branch, trajectory, of_leaf

@@ -75,8 +75,8 @@ def _print_table(forest: Forest, values: Advantages, tree: int) -> None:
     width = max(map(len, ["node", *names]))
     if len(forest) > 1:
         print(f"tree {tree}: {forest.task_ids[tree]}")
-    print(f"{'node':<{width}}", *(f"{title:>12}" for title in _COLUMNS.values()))
+    print(f"{'node':<{width}}", *(f"{title:>13}" for title in _COLUMNS.values()))
     for name, node in zip(names, forest.nodes(tree), strict=True):
         # + 0.0: a mean that rounds to zero from below is not printed as -0.000.
         numbers = (round(float(getattr(values, column)[node]), 3) + 0.0 for column in _COLUMNS)
-        print(f"{name:<{width}}", *(f"{number:>12.3f}" for number in numbers))
+        print(f"{name:<{width}}", *(f"{number:>13.3f}" for number in numbers))

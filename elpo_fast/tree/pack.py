@@ -131,8 +131,8 @@ def pack(
         forest.token_ids,
         forest.logprob,
         forest.agent,
-        *columns.values(),
         agent,
+        *columns.values(),
     )
     if orphan >= 0:
         raise ValueError(
@@ -190,6 +190,7 @@ def _fill(
     ids: NDArray[np.int32],
     logprob: NDArray[np.float32],
     agent: NDArray[np.uint8],
+    out_agent: NDArray[np.uint8],
     out_ids: NDArray[np.int32],
     out_position: NDArray[np.int32],
     out_end: NDArray[np.int32],
@@ -200,7 +201,6 @@ def _fill(
     out_low: NDArray[np.float32],
     out_high: NDArray[np.float32],
     out_node: NDArray[np.int32],
-    out_agent: NDArray[np.uint8],
 ) -> int:
     """Write node after node to its place; a node whose agent token has no predecessor, or -1."""
     last = np.empty(len(parent), np.int64)  # packed index of the last token up to each node

@@ -152,7 +152,7 @@ class Tree:
     ) -> int:
         arrays = (
             np.array(token_ids, np.int32),
-            np.array(agent, np.uint8),
+            np.array(agent, np.bool_).view(np.uint8),
             np.array(logprob, np.float32),
             np.array(entropy, np.float32),
         )
