@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from elpo_fast.rollout import decoder_cpu, decoder_torch
+from elpo_fast.rollout import decoder_cpu, decoder_torch, simd
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -260,8 +260,21 @@ class _CpuStep:
             values,
         )
         out = qkv.new_empty(len(qkv), d.heads * d.width)
-        decoder_cpu.attend(self.queries, keys, values, b.table, b.first, b.positions, as_numpy(out))
+        decoder_cpu.attend(
+            _elements(self.queries, simd.query_heads(d.heads // d.kv_heads, d.width)),
+            _elements(keys, simd.head(keys.dtype, d.width)),
+            _elements(values, simd.head(keys.dtype, d.width)),
+            b.table,
+            b.first,
+            b.positions,
+            as_numpy(out),
+        )
         return out
+
+
+def _elements(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`[N, kv_heads]` elements of `dtype`, the same memory."""
+    return array.reshape(len(array), -1).view(dtype)
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
