@@ -5,7 +5,7 @@ Invariants of every source
   which of the two splits it belongs to. Different random seeds would not guarantee that.
 - The held-out tasks depend on the options alone, not on the run's seed, so that runs with
   different seeds can be compared pairwise on the same tasks.
-- Judging never executes model output in this process; see `verifiers`.
+- Judging never executes model output in this process: verifiers run in the sandbox.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ def make_source(config: TaskConfig, seed: int, run_function: RunFunction) -> Tas
 
     Raises `ConfigError` for options the source does not know or cannot use.
     """
-    # Imported here: graders import this package inside the sandbox, where every import is paid
-    # again and again.
+    # Imported here: verifiers import this package inside the sandbox and need none of these.
     from elpo_fast.config import parse_section
 
     match config.source:

@@ -156,7 +156,7 @@ class FileSource:
             return self.options.verdict(True, f"answered {shown(answer)}, as expected")
         result, problem = await run_verifier(
             self._run_function,
-            "elpo_fast.tasks.verifiers:math_equal",
+            "elpo_fast.tasks.math_verifier:equal",
             {"answer": answer, "truths": list(task.truth)},
             {"answer": task.truth[0], "truths": list(task.truth)},
             self.options.timeout_s,

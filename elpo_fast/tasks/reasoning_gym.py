@@ -39,7 +39,7 @@ from elpo_fast.tasks.common import (
     unfinished,
     with_system,
 )
-from elpo_fast.tasks.verifiers import gym_dataset, pack_entry
+from elpo_fast.tasks.gym_verifier import make_dataset, pack_entry
 from elpo_fast.types import End, Message, Task, Verdict
 
 SYSTEM = "Think step by step; use the tool where it helps. Then write <answer>...</answer>."
@@ -118,7 +118,7 @@ class ReasoningGym:
             return self.options.verdict(False, "no answer found in the final message")
         result, problem = await run_verifier(
             self._run_function,
-            "elpo_fast.tasks.verifiers:gym_score",
+            "elpo_fast.tasks.gym_verifier:score",
             self._payload(task.truth, answer),
             self._payload(task.truth, str(task.truth["answer"])),
             self.options.timeout_s,
@@ -163,7 +163,7 @@ class ReasoningGym:
         return generate(), []
 
     def _dataset(self, seed: int) -> Any:
-        return gym_dataset(self.options.dataset, self.options.config, seed=seed, size=_ITEMS)
+        return make_dataset(self.options.dataset, self.options.config, seed=seed, size=_ITEMS)
 
     def _check_dataset(self) -> None:
         from reasoning_gym.factory import DATASETS

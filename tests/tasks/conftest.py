@@ -31,7 +31,7 @@ async def run_in_subprocess(function: str, payload: Mapping[str, Any], timeout_s
     except TimeoutError:
         child.kill()
         await child.wait()
-        raise
+        raise RuntimeError(f"timed out after {timeout_s:g} s") from None
     if child.returncode:
         raise RuntimeError(err.decode().strip().rpartition("\n")[2] or f"exit {child.returncode}")
     return json.loads(out.decode().rpartition("\n")[2])

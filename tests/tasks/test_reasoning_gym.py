@@ -9,8 +9,9 @@ import pytest
 
 from elpo_fast.config import ConfigError, TaskConfig
 from elpo_fast.tasks import make_source
+from elpo_fast.tasks.gym_verifier import NONSENSE, make_dataset, pack_entry
+from elpo_fast.tasks.gym_verifier import score as score_packed
 from elpo_fast.tasks.reasoning_gym import ReasoningGym, ReasoningGymOptions, read_answer
-from elpo_fast.tasks.verifiers import NONSENSE, gym_dataset, gym_score, pack_entry
 from elpo_fast.types import End, Verdict
 
 
@@ -34,7 +35,7 @@ def test_splits_share_no_question_for_any_seed(dataset):
 
 
 def test_without_the_split_by_content_different_seeds_would_share_questions():
-    one, two = (gym_dataset("coin_flip", {}, seed=seed, size=100) for seed in (1, 1000))
+    one, two = (make_dataset("coin_flip", {}, seed=seed, size=100) for seed in (1, 1000))
     assert {one[i]["question"] for i in range(100)} & {two[i]["question"] for i in range(100)}
 
 
@@ -100,7 +101,7 @@ def test_no_answer_needs_no_verifier(text, end, reason):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("9**9**9", "the verifier did not finish within 4 s"),
+        ("9**9**9", "the verifier failed on this answer: timed out after 4 s"),
         ("__import__('os')._exit(3)", "the verifier failed on this answer: exit 3"),
         ("1+", "the verifier refuses 1+: it scores 0.01, not 1"),
     ],
@@ -127,33 +128,38 @@ def test_a_broken_verifier_is_not_a_wrong_answer():
 
     source = gym(broken, dataset="chain_sum")
     with pytest.raises(
-        RuntimeError, match=r"verifier .*gym_score does not work here: no such module"
+        RuntimeError, match=r"verifier .*gym_verifier:score does not work here: no such module"
     ):
         grade(source, source.train(0), "<answer>1</answer>")
 
 
 def score(dataset: str, entry: dict, answer: str) -> dict:
-    return gym_score(
-        {"dataset": dataset, "config": {}, "entry": pack_entry(entry), "answer": answer}
+    return score_packed(
+        {
+            "dataset": dataset,
+            "config": {},
+            "entry": pack_entry(entry),
+            "answer": answer,
+        }
     )
 
 
 # arc_agi judges by tuples; prime_factorization raises on junk; rush_hour has no reference answer.
 @pytest.mark.parametrize("dataset", ["arc_agi", "prime_factorization", "countdown", "syllogism"])
 def test_reference_answer_gets_full_marks_after_the_journey(dataset):
-    entry = gym_dataset(dataset, {}, seed=5, size=4)[3]
+    entry = make_dataset(dataset, {}, seed=5, size=4)[3]
     assert score(dataset, entry, entry["answer"]) == {"score": 1.0, "error": ""}
     assert score(dataset, entry, "junk")["score"] < 1
 
 
 def test_verifier_that_raises_scores_zero_and_says_what():
-    entry = gym_dataset("prime_factorization", {}, seed=5, size=4)[3]
+    entry = make_dataset("prime_factorization", {}, seed=5, size=4)[3]
     result = score("prime_factorization", entry, "junk")
     assert result["score"] == 0 and result["error"].startswith("ValueError")
 
 
 def test_verifier_that_accepts_nonsense_is_overruled():
-    dataset = gym_dataset("game_of_life_halting", {}, seed=5, size=4)
+    dataset = make_dataset("game_of_life_halting", {}, seed=5, size=4)
     entry = dataset[3]
     assert dataset.score_answer(NONSENSE, entry) == 1.0
     assert score("game_of_life_halting", entry, "junk")["score"] == 0
