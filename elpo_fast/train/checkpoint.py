@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elpo_fast.model.load import quiet
@@ -92,9 +93,10 @@ def save_checkpoint(
             old.rename(root / f"{_TRASH}{old.name}")
         for trash in root.glob(f"{_TRASH}*"):
             shutil.rmtree(trash)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
-            f"cannot write checkpoint {target}: {error.strerror or error}; free or change the disk"
+            f"cannot write checkpoint {target}: {reason}; free or change the disk"
         ) from error
     return target
 

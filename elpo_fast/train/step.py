@@ -179,7 +179,7 @@ class PolicyOptimizer:
         logprob = linear_logprob(hidden, head.weight, targets, bias=head.bias)
         loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
         loss.backward()
-        return Part(float(loss), len(batch), len(chosen), {})
+        return Part(loss.item(), len(batch), len(chosen), {})
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> NDArray[np.float32]:
