@@ -34,8 +34,8 @@ def paths(node: dict, above: tuple[str, ...] = ()) -> Iterator[tuple[int, tuple[
 def grow() -> tuple[Tree, dict[str, int], list[tuple[str, int]], list[Critical]]:
     """Let the planner grow the figure's tree: tree, nodes by name, requests, search results.
 
-    `ORDER` is the figure's leaf that is sampled as number 0, 1, ... With K = 3 tool calls the search
-    of leaf 5 probes its middle call c5 first, then c; the figure numbers c's suffixes before c5's.
+    `ORDER` is the figure's leaf that is sampled as number 0, 1, ... With K = 3 tool calls the
+    search of leaf 5 probes its middle call c5 first; the figure numbers c's suffixes before c5's.
     """
     trajectories = dict(paths(FIGURE["tree"]))
     planner, tree = make_planner(AlgoConfig()), Tree([1])

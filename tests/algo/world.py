@@ -1,8 +1,8 @@
 """A world without a model: scripted trajectories whose recoverability per step is known.
 
 A full trajectory of `K` tool calls that fails has a planted step: from the prefix up to and
-including call `m` a success is possible exactly if `m < planted`. Also the plain, one-at-a-time loop
-of Algorithm 1 that the planner must agree with.
+including call `m` a success is possible exactly if `m < planted`. Also the plain loop of Algorithm
+1, one trajectory after the other, that the planner must agree with.
 """
 
 from __future__ import annotations
