@@ -1,0 +1,250 @@
+r"""Log-prob, policy loss and their gradients from hidden states and head, never holding `[T, V]`.
+
+With logits l, anchor m ≈ log-sum-exp and t the target, the engine works with
+
+    E_v = e^(l_v − m) for v ≠ t,   S = Σ_{v≠t} E_v,   Z = S + e^(l_t − m)
+    log p_t = −log(1 + S e^(m − l_t)),   1 − p_t = S / Z,
+
+so a log-prob is never positive and 1 − p_t never cancels. For g = dloss/dlog p_t the gradient is
+
+    dloss/dl_v = −(g/Z) E_v for v ≠ t,   dloss/dl_t = g (1 − p_t) = −(g/Z) (−S).
+
+Hence E with −S written at the target *is* the gradient up to one factor a row, before Z or g are
+known: one pass over the vocabulary serves the forward and both backward products (6THV
+multiply-adds counted twice), rows without gradient are dropped between the two, and nothing
+is computed for tokens that carry no coefficient. The weight's gradient is summed in a fixed
+order in the accumulation dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from elpo_kernels._head import (
+    LN2,
+    Head,
+    Rows,
+    anchored,
+    blocks,
+    column,
+    gather_rows,
+    subset,
+)
+
+# An anchor farther than this (in powers of two) from the log-sum-exp is replaced: for products
+# that are rounded, to keep the large probabilities accurate; else, to stay within the exponents.
+ROUNDED_ANCHOR_LIMIT = 6.0
+ANCHOR_LIMIT = 60.0
+
+
+class Tiles(Protocol):
+    """Arithmetic on tiles; see `TorchTiles` for what each does."""
+
+    rounds_logits: bool
+    acc: torch.dtype
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor: ...
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None: ...
+    def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]: ...
+    def powers(
+        self, rows: Rows, out: Tensor, position: Tensor | None, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]: ...
+    def with_entropy(self, kept: Tensor, alpha: Tensor, beta: Tensor) -> None: ...
+    def gradient(
+        self,
+        rows: Rows,
+        strip: slice,
+        alpha: Tensor,
+        beta: Tensor | None,
+        at_target: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which gradients to make."""
+
+    xs: tuple[bool, ...]
+    weights: tuple[bool, ...]
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return any(self.xs) or any(self.weights) or self.bias
+
+
+class Gradients:
+    """Sums of the gradients; one `Tensor` of the accumulation dtype a vocabulary strip for each
+    weight, so that a narrower result can be made without a second full-size copy."""
+
+    def __init__(
+        self,
+        head: Head,
+        xs: tuple[Tensor, ...],
+        wanted: Wanted,
+        tiles: Tiles,
+        main_grad: Tensor | None,
+    ) -> None:
+        self.head, self.inputs, self.tiles = head, xs, tiles
+        acc, device = tiles.acc, xs[0].device
+        self.xs = [
+            torch.zeros_like(x, dtype=x.dtype if head.group is None else acc) if want else None
+            for x, want in zip(xs, wanted.xs, strict=True)
+        ]
+        self.in_place = main_grad is not None
+        self.weights: list[list[Tensor]] = []
+        for i, (weight, want) in enumerate(zip(head.weights, wanted.weights, strict=True)):
+            strips: list[Tensor] = []
+            if want and i == 0 and main_grad is not None:
+                strips = [main_grad[strip] for strip in head.strips()]
+            elif want:
+                width = weight.shape[1]
+                strips = [
+                    torch.zeros(s.stop - s.start, width, dtype=acc, device=device)
+                    for s in head.strips()
+                ]
+            self.weights.append(strips)
+        self.bias = None
+        if wanted.bias:
+            self.bias = torch.zeros(head.vocabulary, dtype=acc, device=device)
+
+    def add(self, index: Tensor, kept: Tensor, alpha: Tensor) -> None:
+        """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`."""
+        tiles = self.tiles
+        for i, x in enumerate(self.inputs):
+            gradient = self.xs[i]
+            if gradient is not None:
+                rows = tiles.matmul(kept, self.head.weights[i]).mul_(alpha[:, None])
+                gradient[index] = rows.to(gradient.dtype)
+            if self.weights[i]:
+                scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
+                for total, strip in zip(self.weights[i], self.head.strips(), strict=True):
+                    tiles.accumulate(total, kept[:, strip].t(), scaled)
+        if self.bias is not None:
+            for strip in self.head.strips():
+                self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
+
+    def finish(self, like: Sequence[Tensor | None]) -> list[Tensor]:
+        """Gradients of xs, weights and bias in the dtypes of `like`; empty where not wanted, or
+        where they went to the caller's own buffer."""
+        totals = [None if x is None else self.head.all_reduce(x) for x in self.xs]
+        made = [*totals, *(self._joined(i, like) for i in range(len(self.weights))), self.bias]
+        return [
+            torch.empty(0, device=self.inputs[0].device)
+            if gradient is None or tensor is None
+            else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(made, like, strict=True)
+        ]
+
+    def _joined(self, i: int, like: Sequence[Tensor | None]) -> Tensor | None:
+        """The strips of a weight in one tensor, each freed as soon as it is copied."""
+        tensor, strips = like[len(self.inputs) + i], self.weights[i]
+        if tensor is None or not strips or (i == 0 and self.in_place):
+            return None
+        joined = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for strip in self.head.strips():
+            joined[strip] = strips.pop(0)
+        return joined
+
+
+def forward(
+    head: Head,
+    xs: tuple[Tensor, ...],
+    targets: Tensor,
+    tiles: Tiles,
+    index: Tensor,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy `[T]` of the tokens `index`, 0 elsewhere."""
+    logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
+    entropy = torch.zeros_like(logprob)
+    for block in blocks(index, head.tiling.rows):
+        rows = gather_rows(head, xs, targets, block)
+        found = measured(rows, *tiles.sums(rows, want_entropy))
+        if tiles.rounds_logits:
+            far = (found[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
+            if len(far):
+                nearer = anchored(head, subset(rows, far), found[0][far])
+                better = measured(nearer, *tiles.sums(nearer, want_entropy))
+                for values, improved in zip(found, better, strict=True):
+                    values[far] = improved
+        logprob[block], entropy[block] = found
+    return logprob, entropy
+
+
+def measured(rows: Rows, log_rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy in nats from log2 S and the mean of L over the other tokens."""
+    odds = (log_rest - rows.target) * LN2  # of every other token against the target
+    logprob = -torch.logaddexp(torch.zeros_like(odds), odds)
+    log_total = torch.logaddexp2(rows.target, log_rest)
+    others = torch.where(log_rest == -torch.inf, 0, torch.sigmoid(odds) * (log_total - mean))
+    return logprob, others * LN2 - logprob.exp() * logprob
+
+
+def backward(
+    head: Head,
+    xs: tuple[Tensor, ...],
+    targets: Tensor,
+    tiles: Tiles,
+    wanted: Wanted,
+    logprob: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    index: Tensor,
+) -> Gradients:
+    """Gradients of Σ grad_logprob · logprob + grad_entropy · entropy over the tokens `index`, whose
+    logits are computed once more, strip by strip, so that nothing of size V·T or V·H is held
+    beyond the results."""
+    gradients = Gradients(head, xs, wanted, tiles, None)
+    if not len(index):
+        return gradients
+    rows = gather_rows(head, xs, targets, index)
+    logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
+    rows = anchored(head, rows, logprob)
+    off = rows.target * LN2 - logprob  # what rounding the anchor left between ln 2^L and ln p
+    scale = torch.exp(-off) * column(rows.inv_temperature)
+    at_target = -g * torch.expm1(logprob)
+    alpha, beta = -g * scale, None
+    if grad_entropy is not None:
+        e = grad_entropy[index].to(tiles.acc)
+        at_target -= e * logprob.exp() * (logprob + entropy)
+        alpha -= e * (entropy - off) * scale
+        beta = -e * scale
+    at_target *= column(rows.inv_temperature)
+    sums = [
+        None if total is None else torch.zeros_like(x, dtype=tiles.acc)
+        for total, x in zip(gradients.xs, rows.xs, strict=True)
+    ]
+    every = torch.arange(len(index), device=index.device)
+    pieces = [(block, subset(rows, block)) for block in blocks(every, head.tiling.rows)]
+    held = torch.empty(len(index) * head.tiling.strip, dtype=head.dtype, device=index.device)
+    for number, strip in enumerate(head.strips()):
+        width = strip.stop - strip.start
+        tile = held[: len(index) * width].view(len(index), width)
+        for block, piece in pieces:
+            tiles.gradient(
+                piece,
+                strip,
+                alpha[block],
+                None if beta is None else beta[block],
+                at_target[block],
+                tile[block[0] : block[0] + len(block)],
+            )
+        for i, x in enumerate(rows.xs):
+            if (total := sums[i]) is not None:
+                tiles.accumulate(total, tile, head.weights[i][strip])
+            if gradients.weights[i]:
+                tiles.accumulate(gradients.weights[i][number], tile.t(), x)
+        if gradients.bias is not None:
+            gradients.bias[strip] = tile.to(tiles.acc).sum(0)
+    for total, target in zip(sums, gradients.xs, strict=True):
+        if total is not None and target is not None:
+            target[index] = total.to(target.dtype)
+    return gradients

@@ -1,0 +1,193 @@
+"""The policy loss and its gradients in one pass over the vocabulary: see `_engine` for the algebra.
+
+Tokens are dropped twice: those without a coefficient before they meet the head, those whose
+gradient turns out to be zero (clipped) before the backward products. The powers E of the remaining
+rows are packed into one buffer, and whenever it is full both backward products run over all of it;
+their cost is proportional to the tokens that have a gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elpo_kernels._engine import (
+    ANCHOR_LIMIT,
+    ROUNDED_ANCHOR_LIMIT,
+    Gradients,
+    Tiles,
+    Wanted,
+    forward,
+    measured,
+)
+from elpo_kernels._head import (
+    LN2,
+    Head,
+    Rows,
+    anchored,
+    blocks,
+    column,
+    gather_rows,
+    subset,
+)
+from elpo_kernels.policy import statistics, surrogate
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What the loss needs per token, each `[T]` in the accumulation dtype; bounds may be 0-d."""
+
+    old_logprob: Tensor | None
+    pos: Tensor
+    neg: Tensor
+    eps_low: Tensor
+    eps_high: Tensor
+    entropy_coef: Tensor | None
+
+    def surrogate(self, logprob: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`policy.surrogate` of the tokens `index`, whose log-probs are given."""
+        old = None if self.old_logprob is None else self.old_logprob[index]
+        low = self.eps_low[index] if self.eps_low.ndim else self.eps_low
+        high = self.eps_high[index] if self.eps_high.ndim else self.eps_high
+        return surrogate(logprob, old, self.pos[index], self.neg[index], low, high)
+
+    def guess(self, index: Tensor) -> Tensor:
+        """Expected log-prob: the old one where it is sane."""
+        if self.old_logprob is None:
+            return torch.zeros_like(self.pos[index])
+        return self.old_logprob[index].nan_to_num(0, 0, 0).clamp(-1e4, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    loss: Tensor
+    logprob: Tensor  # [T]
+    entropy: Tensor  # [T]
+    stats: Tensor  # [6]
+    gradients: Gradients
+
+
+def fused(
+    head: Head,
+    xs: tuple[Tensor, ...],
+    targets: Tensor,
+    tiles: Tiles,
+    wanted: Wanted,
+    policy: Policy,
+    index: Tensor,
+    want_entropy: bool,
+    main_grad: Tensor | None,
+) -> Fused:
+    """Loss, statistics and gradients over the tokens `index` (distinct, ascending)."""
+    want_entropy = want_entropy or policy.entropy_coef is not None
+    gradients = Gradients(head, xs, wanted, tiles, main_grad)
+    if wanted.any:
+        logprob, entropy = _one_pass(
+            head, xs, targets, tiles, policy, index, want_entropy, gradients
+        )
+    else:
+        logprob, entropy = forward(head, xs, targets, tiles, index, want_entropy)
+    loss = torch.zeros_like(logprob)
+    log_ratio = torch.zeros_like(logprob)
+    flags = torch.zeros(len(targets), dtype=torch.int8, device=targets.device)
+    loss[index], _, log_ratio[index], flags[index] = policy.surrogate(logprob[index], index)
+    total = loss.sum()
+    if policy.entropy_coef is not None:
+        total = total - (policy.entropy_coef * entropy).sum()
+    stats = statistics(log_ratio, flags, policy.pos, policy.neg)
+    return Fused(total, logprob, entropy, stats, gradients)
+
+
+def _one_pass(
+    head: Head,
+    xs: tuple[Tensor, ...],
+    targets: Tensor,
+    tiles: Tiles,
+    policy: Policy,
+    index: Tensor,
+    want_entropy: bool,
+    gradients: Gradients,
+) -> tuple[Tensor, Tensor]:
+    logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
+    entropy = torch.zeros_like(logprob)
+    capacity = min(head.tiling.kept, len(index))
+    kept = torch.empty(capacity, head.vocabulary, dtype=head.dtype, device=targets.device)
+    pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
+    filled = 0
+
+    def flush() -> None:
+        nonlocal filled
+        if filled:
+            where, factor = (torch.cat(parts) for parts in zip(*pending, strict=True))
+            gradients.add(where, kept[:filled], factor)
+        pending.clear()
+        filled = 0
+
+    for block in blocks(index, head.tiling.rows):
+        if filled + len(block) > capacity:
+            flush()
+        place = kept[filled : filled + len(block)]
+        rows = anchored(head, gather_rows(head, xs, targets, block), policy.guess(block))
+        rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)
+        odds = (total.log2() - rows.target) * LN2
+        found = -torch.logaddexp(torch.zeros_like(odds), odds)
+        logprob[block] = found
+        if want_entropy:
+            others = (total * log_total - moment) * torch.exp2(-log_total)
+            entropy[block] = others * LN2 - found.exp() * found
+        _, slope, _, _ = policy.surrogate(found, block)
+        factor = torch.exp2(-log_total) * column(rows.inv_temperature)
+        live = slope != 0
+        if policy.entropy_coef is None:
+            factor = -slope * factor
+            at_target = -total
+        else:
+            pull, spread = policy.entropy_coef[block], entropy[block]  # dloss/dentropy = -pull
+            live |= pull != 0
+            offset = pull * (spread - log_total * LN2) - slope
+            tiles.with_entropy(place, offset * factor, pull * factor)
+            at_target = pull * found.exp() * (found + spread) - slope * torch.expm1(found)
+            at_target *= column(rows.inv_temperature)
+            factor = torch.ones_like(factor)
+        _write_targets(head, rows, place, at_target)
+        alive = live.nonzero()[:, 0]
+        if len(alive) < len(block):
+            for strip in head.strips():
+                place[: len(alive), strip] = place[alive, strip]
+        pending.append((block[alive], factor[alive]))
+        filled += len(alive)
+    flush()
+    return logprob, entropy
+
+
+def _powers(
+    head: Head, tiles: Tiles, rows: Rows, place: Tensor, want_entropy: bool
+) -> tuple[Rows, Tensor, Tensor, Tensor]:
+    """Fill `place` with E; Σ E, Σ E·L and log2 Z over all shards. Rows whose anchor was too far
+    from their log-sum-exp are measured and filled once more; the rows returned say so."""
+
+    def fill(part: Rows, position: Tensor | None) -> Tensor:
+        return head.all_reduce(torch.stack(tiles.powers(part, place, position, want_entropy)))
+
+    sums = fill(rows, None)
+    log_total = torch.logaddexp2(rows.target, sums[0].log2())
+    limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT
+    far = (~(log_total.abs() <= limit)).nonzero()[:, 0]
+    if len(far):
+        logprob, _ = measured(subset(rows, far), *tiles.sums(subset(rows, far), False))
+        nearer = anchored(head, subset(rows, far), logprob)
+        sums[:, far] = fill(nearer, far)
+        rows.anchor[far], rows.target[far] = nearer.anchor, nearer.target
+        log_total = torch.logaddexp2(rows.target, sums[0].log2())
+    return rows, sums[0], sums[1], log_total
+
+
+def _write_targets(head: Head, rows: Rows, place: Tensor, values: Tensor) -> None:
+    """Put the logit gradients of the targets, up to the rows' factors, into their columns."""
+    if head.softcap:
+        capped = rows.logit / column(rows.inv_temperature) / head.softcap
+        values = values * (1 - capped * capped)
+    mine = (rows.column >= 0).nonzero()[:, 0]
+    place[mine, rows.column[mine]] = values[mine].to(place.dtype)

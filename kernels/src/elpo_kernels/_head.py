@@ -1,0 +1,175 @@
+"""The output layer as the engine sees it, and the cutting of its work into tiles.
+
+Nothing here or in the engine ever holds `[T, V]`: tokens are cut into blocks of rows, the
+vocabulary into strips of columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+LOG2E = 1 / math.log(2)
+LN2 = math.log(2)
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How the `[T, V]` matrix is cut. `rows * strip` is the tile of one matrix product, `kept`
+    the number of rows whose whole vocabulary is held between the forward and the backward."""
+
+    rows: int
+    strip: int
+    kept: int
+
+    @staticmethod
+    def of(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tiling:
+        """Measured: a CPU tile should stay in the last-level cache, and the kept rows within
+        160 MiB; a GPU wants products large enough to fill it, within 1 GiB."""
+        row_bytes = vocabulary * dtype.itemsize
+        if device.type == "cpu":
+            kept = min(1024, max(64, 160 * MIB // max(row_bytes, 1)))
+            return Tiling(rows=max(64, min(256, kept // 2)), strip=4096, kept=kept)
+        kept = min(8192, max(256, 1024 * MIB // max(row_bytes, 1) // 128 * 128))
+        return Tiling(rows=min(2048, kept), strip=4096, kept=kept)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Logits are Σ_i x_i W_iᵀ + bias, then soft-capped, then divided by the temperature. The sum
+    over i has a second member where a low-rank update lies beside the base weight.
+
+    A vocabulary-sharded head holds rows `first … first + V` of the whole; `group` connects the
+    shards."""
+
+    weights: tuple[Tensor, ...]  # each [V, H_i], in the dtype of the matrix products
+    bias: Tensor | None  # [V], accumulation dtype
+    softcap: float  # 0: none
+    inv_temperature: float | Tensor  # Tensor: [T, 1]
+    first: int
+    group: dist.ProcessGroup | None
+    tiling: Tiling
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weights[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights[0].dtype
+
+    @property
+    def plain(self) -> bool:
+        """Anchor, scale and logits come out of a single matrix product."""
+        return self.bias is None and not self.softcap and isinstance(self.inv_temperature, float)
+
+    def strips(self) -> Iterator[slice]:
+        for start in range(0, self.vocabulary, self.tiling.strip):
+            yield slice(start, min(start + self.tiling.strip, self.vocabulary))
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Elementwise sum over the shards, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def all_max(self, values: Tensor) -> Tensor:
+        """Elementwise maximum over the shards, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+
+def blocks(index: Tensor, rows: int) -> Sequence[Tensor]:
+    """`index` in pieces of `rows`; none where it is empty."""
+    return index.split(rows) if len(index) else ()
+
+
+def column(inv_temperature: float | Tensor) -> float | Tensor:
+    """The inverse temperature as a factor for `[R]` arrays."""
+    return inv_temperature[:, 0] if isinstance(inv_temperature, Tensor) else inv_temperature
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays what it is, everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(slots=True)
+class Rows:
+    """One block of tokens on its way through the head. Its logits are held as base-2 logarithms
+    relative to an anchor m near the row's log-sum-exp: L_v = log2(e) · (l_v − m). A product of
+    bfloat16 operands that is rounded to bfloat16 then loses nothing where it matters, at L ≈ 0."""
+
+    xs: tuple[Tensor, ...]  # each [R, H_i]
+    column: Tensor  # [R] target's column in this shard, -1 where another shard holds it
+    raw: Tensor  # [R] target's logit before bias, soft cap and temperature
+    logit: Tensor  # [R] target's logit
+    inv_temperature: float | Tensor  # Tensor: [R, 1]
+    anchor: Tensor  # [R, 1] added inside the product, in its dtype
+    target: Tensor  # [R] L of the target
+
+
+def gather_rows(
+    head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor | None = None
+) -> Rows:
+    """Rows `index` (all by default) of the flat arrays with their target logits, exact in the
+    accumulation dtype, anchored at the target's logit. Collective over the head's group."""
+    inv_temperature = head.inv_temperature
+    if index is not None:
+        xs, targets = tuple(x[index] for x in xs), targets[index]
+        if isinstance(inv_temperature, Tensor):
+            inv_temperature = inv_temperature[index]
+    column = targets - head.first
+    mine = (column >= 0) & (column < head.vocabulary)
+    safe = torch.where(mine, column, 0)
+    acc = accumulation(head.dtype)
+    raw = torch.zeros(len(targets), dtype=acc, device=targets.device)
+    for x, weight in zip(xs, head.weights, strict=True):
+        raw += (x.to(acc) * weight[safe].to(acc)).sum(1)
+    logit = raw if head.bias is None else raw + head.bias[safe]
+    both = torch.where(mine, torch.stack([raw, logit]), 0)
+    raw, logit = head.all_reduce(both)
+    if head.softcap:
+        logit = head.softcap * torch.tanh(logit / head.softcap)
+    if isinstance(inv_temperature, Tensor):
+        logit = logit * inv_temperature[:, 0]
+    else:
+        logit = logit * inv_temperature
+    rows = Rows(xs, torch.where(mine, column, -1), raw, logit, inv_temperature, raw[:, None], raw)
+    return anchored(head, rows, torch.zeros_like(logit))
+
+
+def anchored(head: Head, rows: Rows, guess: Tensor) -> Rows:
+    """The same rows anchored so that a target of log-prob `guess` [R] has the anchor at the
+    row's log-sum-exp."""
+    if head.plain:
+        scale = LOG2E * rows.inv_temperature
+        anchor = (LOG2E * guess - scale * rows.raw).to(head.dtype)
+        target = scale * rows.raw + anchor.to(rows.raw.dtype)
+    else:
+        anchor = (guess / column(rows.inv_temperature) - rows.raw).to(head.dtype)
+        target = LOG2E * guess
+    return Rows(
+        rows.xs, rows.column, rows.raw, rows.logit, rows.inv_temperature, anchor[:, None], target
+    )
+
+
+def subset(rows: Rows, index: Tensor) -> Rows:
+    """Rows `index` of a block."""
+    scale = rows.inv_temperature
+    return Rows(
+        tuple(x[index] for x in rows.xs),
+        rows.column[index],
+        rows.raw[index],
+        rows.logit[index],
+        scale[index] if isinstance(scale, Tensor) else scale,
+        rows.anchor[index],
+        rows.target[index],
+    )

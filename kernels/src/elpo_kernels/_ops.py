@@ -1,0 +1,282 @@
+"""The two operators behind `linear.py`, each with fake and autograd formula.
+
+`elpo_kernels::linear_logprob` computes the logits once more in its backward.
+`elpo_kernels::linear_policy` makes the gradients in its forward, for an upstream gradient of one,
+and only scales them afterwards. Both take the hidden states and the weights as lists of equal
+length, of which the second members are the low-rank part. Gradients are lists in the order xs,
+weights, bias; what was not asked for is an empty tensor, because operators cannot return `None`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+from elpo_kernels._backend import make_tiles
+from elpo_kernels._engine import Wanted, backward, forward
+from elpo_kernels._fused import Policy, fused
+from elpo_kernels._head import Head, Tiling, accumulation
+from elpo_kernels.policy import check_signs
+
+
+def _head(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    group: str,
+) -> tuple[Head, tuple[Tensor, ...]]:
+    dtype = xs[0].dtype
+    acc = accumulation(dtype)
+    scale: float | Tensor = 1 / temperature
+    if token_temperature is not None:
+        scale = (1 / token_temperature.to(acc))[:, None]
+    head = Head(
+        weights=tuple(weight.to(dtype) for weight in weights),
+        bias=None if bias is None else bias.to(acc),
+        softcap=softcap,
+        inv_temperature=scale,
+        first=first,
+        group=_resolve_process_group(GroupName(group)) if group else None,
+        tiling=Tiling.of(len(weights[0]), dtype, weights[0].device),
+    )
+    return head, tuple(x.to(dtype) for x in xs)
+
+
+def _valid(head: Head, targets: Tensor, ignore_index: int) -> Tensor:
+    """Mask of the tokens with a target; `ValueError` for a target that is no token."""
+    size = head.vocabulary
+    if head.group is not None:
+        size = int(head.all_reduce(torch.tensor(size, device=targets.device)))
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= size))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{at}] = {int(targets[at])} is outside the vocabulary of {size}; "
+            f"give tokens without a target ignore_index={ignore_index}"
+        )
+    return valid
+
+
+def _wanted(needs: Sequence[bool], parts: int) -> Wanted:
+    return Wanted(tuple(needs[:parts]), tuple(needs[parts : 2 * parts]), needs[-1])
+
+
+def _needs(xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None) -> list[bool]:
+    wanted = [tensor.requires_grad for tensor in (*xs, *weights)]
+    return [*wanted, bias is not None and bias.requires_grad]
+
+
+def _fake_gradients(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    return [
+        tensor.new_empty(tensor.shape) if need and tensor is not None else xs[0].new_empty(0)
+        for need, tensor in zip(needs, (*xs, *weights, bias), strict=True)
+    ]
+
+
+@torch.library.custom_op("elpo_kernels::linear_logprob", mutates_args=())
+def linear_logprob_op(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    softcap: float,
+    first: int,
+    group: str,
+    ignore_index: int,
+    backend: str,
+    want_entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy `[T]`."""
+    head, xs = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    index = _valid(head, targets, ignore_index).nonzero()[:, 0]
+    return forward(head, xs, targets, make_tiles(head, backend), index, want_entropy)
+
+
+@linear_logprob_op.register_fake
+def _(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+    values = xs[0].new_empty(len(xs[0]), dtype=accumulation(xs[0].dtype))
+    return values, torch.empty_like(values)
+
+
+@torch.library.custom_op("elpo_kernels::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward_op(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    targets: Tensor,
+    logprob: Tensor,
+    entropy: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    group: str,
+    ignore_index: int,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of xs, weights and bias."""
+    head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    live = grad_logprob != 0
+    if grad_entropy is not None:
+        live |= grad_entropy != 0
+    index = (live & (targets != ignore_index)).nonzero()[:, 0]
+    gradients = backward(
+        head,
+        cast,
+        targets,
+        make_tiles(head, backend),
+        _wanted(needs, len(xs)),
+        logprob,
+        entropy,
+        grad_logprob,
+        grad_entropy,
+        index,
+    )
+    return gradients.finish([*xs, *weights, bias])
+
+
+@linear_logprob_backward_op.register_fake
+def _(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    return _fake_gradients(xs, weights, bias, rest[-1])
+
+
+def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    xs, weights, bias, token_temperature, targets, *scalars, want_entropy = inputs
+    ctx.parts, ctx.scalars, ctx.want_entropy = len(xs), scalars, want_entropy
+    ctx.needs = _needs(xs, weights, bias)
+    ctx.save_for_backward(*xs, *weights, bias, token_temperature, targets, *output)
+
+
+def _logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
+    *tensors, bias, token_temperature, targets, logprob, entropy = ctx.saved_tensors
+    xs, weights = tensors[: ctx.parts], tensors[ctx.parts :]
+    gradients = torch.ops.elpo_kernels.linear_logprob_backward(
+        xs,
+        weights,
+        bias,
+        token_temperature,
+        targets,
+        logprob,
+        entropy,
+        grad_logprob,
+        grad_entropy if ctx.want_entropy else None,
+        *ctx.scalars,
+        ctx.needs,
+    )
+    given = [grad if need else None for grad, need in zip(gradients, ctx.needs, strict=True)]
+    return given[: ctx.parts], given[ctx.parts : -1], given[-1], *(None,) * 9
+
+
+linear_logprob_op.register_autograd(_logprob_backward, setup_context=_save_logprob)
+
+
+@torch.library.custom_op("elpo_kernels::linear_policy", mutates_args=("main_grad",))
+def linear_policy_op(
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    targets: Tensor,
+    old_logprob: Tensor | None,
+    pos: Tensor,
+    neg: Tensor,
+    eps_low: Tensor,
+    eps_high: Tensor,
+    entropy_coef: Tensor | None,
+    main_grad: Tensor | None,
+    temperature: float,
+    softcap: float,
+    first: int,
+    group: str,
+    ignore_index: int,
+    backend: str,
+    want_entropy: bool,
+    all_tokens: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, log-prob `[T]`, entropy `[T]`, statistics `[6]` and the gradients. The weight's
+    gradient is added to `main_grad` where one is given."""
+    head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    tiles = make_tiles(head, backend)
+    valid = _valid(head, targets, ignore_index)
+    check_signs(pos, neg)
+
+    def per_token(values: Tensor) -> Tensor:
+        return values.to(tiles.acc)
+
+    policy = Policy(
+        old_logprob=None if old_logprob is None else per_token(old_logprob),
+        pos=torch.where(valid, per_token(pos), 0),
+        neg=torch.where(valid, per_token(neg), 0),
+        eps_low=per_token(eps_low),
+        eps_high=per_token(eps_high),
+        entropy_coef=None
+        if entropy_coef is None
+        else torch.where(valid, per_token(entropy_coef), 0),
+    )
+    live = (policy.pos != 0) | (policy.neg != 0)
+    if policy.entropy_coef is not None:
+        live |= policy.entropy_coef != 0
+    index = (valid if all_tokens else live).nonzero()[:, 0]
+    result = fused(
+        head, cast, targets, tiles, _wanted(needs, len(xs)), policy, index, want_entropy, main_grad
+    )
+    gradients = result.gradients.finish([*xs, *weights, bias])
+    return result.loss, result.logprob, result.entropy, result.stats, gradients
+
+
+@linear_policy_op.register_fake
+def _(
+    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    values = xs[0].new_empty(len(xs[0]), dtype=accumulation(xs[0].dtype))
+    gradients = _fake_gradients(xs, weights, bias, rest[-1])
+    return values.new_empty(()), values, torch.empty_like(values), values.new_empty(6), gradients
+
+
+@torch.library.custom_op("elpo_kernels::with_gradients", mutates_args=())
+def with_gradients_op(
+    loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> Tensor:
+    """The loss, with `gradients` as its derivatives with respect to `tensors`."""
+    return loss.clone()
+
+
+@with_gradients_op.register_fake
+def _(loss: Tensor, tensors: Any, gradients: Any) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[2])
+
+
+def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+    # In place: a second copy of the weight's gradient would be the largest tensor of the step.
+    # A second backward through the same loss therefore raises autograd's in-place error.
+    scaled = [saved.mul_(grad_loss) for saved in ctx.saved_tensors]
+    return None, scaled, [None] * len(scaled)
+
+
+with_gradients_op.register_autograd(_scaled_gradients, setup_context=_save_gradients)

@@ -1,0 +1,223 @@
+r"""The clipped policy loss of one token, its derivative, and the statistics people plot.
+
+For a token with importance ratio ρ = exp(logprob − old_logprob), coefficients c⁺ ≥ 0 ≥ c⁻ and clip
+bounds of its own,
+
+    loss = −[c⁺ · min(ρ, clip ρ) + c⁻ · max(ρ, clip ρ)],   clip ρ = clip(ρ, 1 − ε_low, 1 + ε_high).
+
+With c⁺ = Σ_i w_i max(A_i, 0) and c⁻ = Σ_i w_i min(A_i, 0) this is exactly the weighted sum of the
+clipped surrogates min(ρA_i, clip(ρ)A_i) of every trajectory i through the token, because the
+surrogate is positively homogeneous in the advantage. All normalisation lives in the weights w_i:
+nothing here divides by a number of tokens or sequences.
+
+Invariants: a token with c⁺ = c⁻ = 0 is masked; whatever its log-probs hold (NaN, inf), it gives
+loss 0, gradient 0 and enters no statistic. The log-ratio is held at ±40, so that ρ stays finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 40.0
+Number = float | Tensor
+
+
+class PolicyStats(NamedTuple):
+    """Plain means over the unmasked tokens, as 0-dimensional tensors (no device synchronisation);
+    all of them 0 where no token is unmasked."""
+
+    tokens: Tensor  # number of unmasked tokens
+    clipped_low: Tensor  # share whose c⁻ part has no gradient because ρ < 1 − ε_low
+    clipped_high: Tensor  # share whose c⁺ part has no gradient because ρ > 1 + ε_high
+    approx_kl: Tensor  # ρ − 1 − log ρ, the non-negative "k3" estimate of KL(old ‖ new), nats
+    ratio_mean: Tensor
+    ratio_max: Tensor
+
+
+class PolicyLossOutput(NamedTuple):
+    loss: Tensor  # scalar, differentiable
+    logprob: Tensor  # [T] float32, detached; 0 where the token was not computed
+    entropy: Tensor | None  # [T] float32 in nats, detached; None unless asked for
+    stats: PolicyStats
+
+
+def coefficients(
+    pos_coef: Tensor | None,
+    neg_coef: Tensor | None,
+    advantages: Tensor | None,
+    weights: Tensor | None,
+    is_weight: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(c⁺, c⁻) `[T]` from the pair itself or from plain `advantages` (times `weights`), times
+    the truncated importance-sampling weight. Masked tokens stay exactly 0."""
+    if advantages is not None:
+        if pos_coef is not None or neg_coef is not None:
+            raise ValueError("give either advantages (and weights) or pos_coef and neg_coef")
+        scaled = advantages if weights is None else advantages * weights
+        scaled = torch.where(advantages == 0, 0, scaled)
+        if weights is not None:
+            scaled = torch.where(weights == 0, 0, scaled)
+        pos_coef, neg_coef = scaled.clamp_min(0), scaled.clamp_max(0)
+    elif pos_coef is None or neg_coef is None:
+        raise ValueError("pos_coef and neg_coef are both needed unless advantages are given")
+    elif weights is not None:
+        raise ValueError("weights go with advantages; pos_coef and neg_coef already carry them")
+    if is_weight is not None:
+        pos_coef = torch.where(pos_coef == 0, 0, pos_coef * is_weight)
+        neg_coef = torch.where(neg_coef == 0, 0, neg_coef * is_weight)
+    return pos_coef.detach(), neg_coef.detach()
+
+
+def check_signs(pos: Tensor, neg: Tensor) -> None:
+    """`ValueError` for a pair that is no sum of clipped surrogates."""
+    for name, wrong, sign in (("pos_coef", pos < 0, ">="), ("neg_coef", neg > 0, "<=")):
+        if wrong.any():
+            raise ValueError(
+                f"{name} must be {sign} 0 everywhere; give advantages= for mixed signs"
+            )
+
+
+def surrogate(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    pos: Tensor,
+    neg: Tensor,
+    eps_low: Tensor,
+    eps_high: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high),
+    each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
+    live = (pos != 0) | (neg != 0)
+    old = logprob if old_logprob is None else old_logprob
+    log_ratio = torch.where(live, logprob - old, 0)
+    bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = bounded.exp()
+    high, low = ratio > 1 + eps_high, ratio < 1 - eps_low
+    pos_ratio = torch.where(high, 1 + eps_high, ratio)
+    neg_ratio = torch.where(low, 1 - eps_low, ratio)
+    # A coefficient of 0 must not meet an infinite bound.
+    loss = -(torch.where(pos == 0, 0, pos * pos_ratio) + torch.where(neg == 0, 0, neg * neg_ratio))
+    slope = torch.where(high, 0, pos) + torch.where(low, 0, neg)
+    slope = torch.where(bounded == log_ratio, -slope * ratio, 0)
+    flags = ((neg != 0) & low).to(torch.int8) + 2 * ((pos != 0) & high).to(torch.int8)
+    # `bounded == log_ratio` is false for NaN: let a NaN of an unmasked token through.
+    return loss, torch.where(log_ratio.isnan(), log_ratio, slope), bounded, flags
+
+
+def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+    """The fields of `PolicyStats` as one `[6]` tensor."""
+    live = (pos != 0) | (neg != 0)
+    count = live.sum()
+    per_token = torch.where(live, 1 / count.clamp_min(1).to(log_ratio.dtype), 0)
+    ratio = torch.where(live, log_ratio.exp(), 0)
+    largest = torch.cat([ratio, ratio.new_zeros(1)]).amax()
+    return torch.stack(
+        [
+            count.to(log_ratio.dtype),
+            ((flags & 1) * per_token).sum(),
+            ((flags >> 1) * per_token).sum(),
+            (torch.where(live, log_ratio.expm1() - log_ratio, 0) * per_token).sum(),
+            (ratio * per_token).sum(),
+            largest,
+        ]
+    )
+
+
+@torch.library.custom_op("elpo_kernels::policy_loss", mutates_args=())
+def policy_loss_op(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    pos: Tensor,
+    neg: Tensor,
+    eps_low: Tensor,
+    eps_high: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, its derivative `[T]` and the statistics `[6]`."""
+    check_signs(pos, neg)
+    loss, slope, log_ratio, flags = surrogate(logprob, old_logprob, pos, neg, eps_low, eps_high)
+    return loss.sum(), slope, statistics(log_ratio, flags, pos, neg)
+
+
+@policy_loss_op.register_fake
+def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return logprob.new_empty(()), torch.empty_like(logprob), logprob.new_empty(6)
+
+
+def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _policy_loss_backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
+    return ctx.saved_tensors[0] * grad_loss, None, None, None, None, None
+
+
+policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_save_slope)
+
+
+def policy_loss(
+    logprob: Tensor,
+    old_logprob: Tensor | None,
+    pos_coef: Tensor | None = None,
+    neg_coef: Tensor | None = None,
+    eps_low: Number = 0.2,
+    eps_high: Number = 0.2,
+    *,
+    advantages: Tensor | None = None,
+    weights: Tensor | None = None,
+    is_weight: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: Number = 0.0,
+) -> PolicyLossOutput:
+    """The loss of this module from log-probs `[T]` (float32 or float64) that are there already,
+    differentiable with respect to `logprob` and `entropy`; arguments as in `linear_policy_loss`."""
+    if logprob.ndim != 1 or logprob.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"logprob must be float32 or float64 [T], got {logprob.dtype} {list(logprob.shape)}"
+        )
+    pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
+    for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
+        check_per_token(name, values, logprob)
+    loss, _, stats = policy_loss_op(
+        logprob,
+        None if old_logprob is None else old_logprob.detach().to(logprob.dtype),
+        pos.to(logprob.dtype),
+        neg.to(logprob.dtype),
+        bound("eps_low", eps_low, logprob),
+        bound("eps_high", eps_high, logprob),
+    )
+    if entropy is not None:
+        check_per_token("entropy", entropy, logprob)
+        loss = loss - (entropy_coef * entropy).sum()
+    return PolicyLossOutput(
+        loss,
+        logprob.detach(),
+        None if entropy is None else entropy.detach(),
+        PolicyStats(*stats.detach().unbind()),
+    )
+
+
+def check_per_token(name: str, values: Tensor | None, like: Tensor) -> None:
+    """`ValueError` unless `values` holds one value for each row of `like`, on its device."""
+    if values is None:
+        return
+    if values.shape != like.shape[:1]:
+        raise ValueError(
+            f"{name} must be [{like.shape[0]}], one value a token, got {list(values.shape)}"
+        )
+    if values.device != like.device:
+        raise ValueError(f"{name} is on {values.device}, not {like.device}; move it there")
+
+
+def bound(name: str, value: Number, like: Tensor) -> Tensor:
+    """A clip bound as a tensor, 0-dimensional or `[T]`."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if isinstance(value, Tensor):
+        if value.ndim:
+            check_per_token(name, value, like)
+        return value.detach().to(dtype)
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    return torch.full((), value, dtype=dtype, device=like.device)

@@ -1,0 +1,303 @@
+"""`linear_logprob` and `linear_policy_loss` against float64 autograd: values and all gradients.
+
+bfloat16 is judged by what eager PyTorch makes of the same inputs: no value or gradient may be
+farther from the truth than 1.1 times eager's, plus 2⁻⁹, half of bfloat16's unit roundoff.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from elpo_kernels import linear_logprob, linear_policy_loss, reference
+from elpo_kernels._head import Tiling
+from elpo_kernels.testing import Case, error, make_case, true_policy, truth
+from torch import Tensor
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "temperature": {"temperature": 0.7},
+    "token-temperature": {"temperature": torch.linspace(0.5, 1.5, 61, dtype=torch.float64)},
+    "softcap": {"softcap": 5.0, "bias": True, "temperature": 1.3},
+    "peaked": {"spread": 12.0},
+    "far-off-policy": {"drift": 6.0},
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+ROUNDING = 2.0**-9
+
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16"])
+by_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def check(
+    pairs: list[tuple[Tensor, Tensor]], eager: list[Tensor] | None, dtype: torch.dtype
+) -> None:
+    """Every (value, truth) within the tolerance of `dtype`, or of eager's error in it."""
+    for number, (value, true) in enumerate(pairs):
+        allowed = 1.1 * error(eager[number], true) + ROUNDING if eager else TOLERANCE[dtype]
+        found = error(value, true)
+        assert found <= allowed, f"result {number}: error {found:.2e}, allowed {allowed:.2e}"
+
+
+def primitive(case: Case, f: Any, weights: Tensor, **extra: Any) -> tuple[list[Tensor], Case]:
+    """Log-prob, entropy and the gradients of a random combination of both."""
+    leaves = case.leaves()
+    logprob, entropy = f(leaves.hidden, leaves.weight, case.targets, **leaves.options, **extra)
+    (weights[0] * logprob + weights[1] * entropy).sum().backward()
+    return [logprob.detach(), entropy.detach(), *leaves.gradients()], leaves
+
+
+@by_dtype
+@by_variant
+def test_logprob_and_entropy(dtype: torch.dtype, variant: str) -> None:
+    case = make_case(dtype=dtype, **VARIANTS[variant])
+    weights = torch.randn(2, len(case.targets), dtype=torch.float64)
+    weights[:, ::3] = 0
+    found, _ = primitive(case, linear_logprob, weights, return_entropy=True)
+    exact, _ = primitive(case.leaves(torch.float64), reference.linear_logprob, weights)
+    eager = None
+    if dtype == torch.bfloat16:
+        eager, _ = primitive(case, reference.linear_logprob, weights)
+    check(list(zip(found, exact, strict=True)), eager, dtype)
+    assert found[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found[0].max() <= 0
+
+
+@by_dtype
+@by_variant
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
+def test_policy_loss(dtype: torch.dtype, variant: str, entropy_coef: float) -> None:
+    case = make_case(dtype=dtype, **VARIANTS[variant])
+    exact, loss, logprob = true_policy(case, entropy_coef)
+    leaves = case.leaves()
+    out = linear_policy_loss(
+        *leaves.linear,
+        *case.policy,
+        entropy_coef=entropy_coef,
+        return_entropy=True,
+        logprob_for_all=True,
+        **leaves.options,
+    )
+    out.loss.backward()
+    eager = None
+    if dtype == torch.bfloat16:
+        plain = case.leaves()
+        values, entropy = truth(plain)
+        eager_loss = reference.policy_loss(values, *case.policy) - entropy_coef * entropy.sum()
+        eager_loss.backward()
+        eager = [eager_loss.detach(), values.detach(), entropy.detach(), *plain.gradients()]
+    assert out.entropy is not None
+    results = [out.loss.detach(), out.logprob, out.entropy, *leaves.gradients()]
+    truths = [loss, logprob, truth(case)[1], *exact.gradients()]
+    check(list(zip(results, truths, strict=True)), eager, dtype)
+
+
+def test_statistics_count_unmasked_tokens_only() -> None:
+    case = make_case(dtype=torch.float64)
+    stats = linear_policy_loss(*case.linear, *case.policy).stats
+    live = (case.pos != 0) | (case.neg != 0)
+    log_ratio = (truth(case)[0] - case.old_logprob)[live]
+    ratio = log_ratio.exp()
+    low = (ratio < 1 - case.eps_low[live]) & (case.neg[live] != 0)
+    high = (ratio > 1 + case.eps_high[live]) & (case.pos[live] != 0)
+    assert low.any() and high.any()
+    expected = [live.sum(), low.double().mean(), high.double().mean()]
+    expected += [(ratio - 1 - log_ratio).mean(), ratio.mean(), ratio.max()]
+    torch.testing.assert_close(torch.stack(list(stats)), torch.stack(expected).double())
+
+
+@pytest.mark.parametrize("kind", ["no-tokens", "all-masked", "all-ignored"])
+def test_nothing_to_learn_gives_zeros(kind: str) -> None:
+    case = make_case(0 if kind == "no-tokens" else 9)
+    leaves = case.leaves()
+    scale = 0 if kind == "all-masked" else 1
+    targets = torch.full_like(case.targets, -100) if kind == "all-ignored" else case.targets
+    out = linear_policy_loss(
+        leaves.hidden, leaves.weight, targets, case.old_logprob, scale * case.pos, scale * case.neg
+    )
+    out.loss.backward()
+    values = [out.loss.detach(), out.logprob, *out.stats, *leaves.gradients()]
+    assert all((value == 0).all() for value in values)
+
+
+def test_all_clipped_gives_values_but_no_gradient() -> None:
+    case = make_case(9)
+    old = truth(case)[0] - 1
+    leaves = case.leaves()
+    out = linear_policy_loss(
+        leaves.hidden, leaves.weight, case.targets, old, advantages=torch.ones(9), eps_high=0.25
+    )
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(-1.25 * 8)
+    assert out.stats.clipped_high == 1
+    assert all((gradient == 0).all() for gradient in leaves.gradients())
+
+
+@by_dtype
+@pytest.mark.parametrize("drift", [-20.0, 20.0, -100.0, 100.0])
+@pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
+def test_extreme_ratios_stay_finite(dtype: torch.dtype, drift: float, sign: int) -> None:
+    case = make_case(dtype=dtype)
+    old = truth(case)[0] - drift
+    valid = (case.targets != -100).double()
+    pos, neg = (valid, 0 * valid) if sign > 0 else (0 * valid, -valid)
+    leaves, exact = case.leaves(), case.leaves(torch.float64)
+    out = linear_policy_loss(*leaves.linear, old, pos, neg)
+    out.loss.backward()
+    loss = reference.policy_loss(truth(exact)[0], old, pos, neg, 0.2, 0.2)
+    loss.backward()
+    # A ratio of e^20 multiplies the log-prob's own error by e^20.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    assert error(out.loss.detach(), loss.detach()) <= tolerance
+    for found, true in zip(leaves.gradients(), exact.gradients(), strict=True):
+        assert error(found, true) <= tolerance or true.norm() == 0 == found.norm()
+
+
+@by_dtype
+@pytest.mark.parametrize("shift", [100.0, -100.0])
+def test_shifted_logits(dtype: torch.dtype, shift: float) -> None:
+    """Every logit moved by ±100: what the dtype can hold of it must stay."""
+    case = make_case(dtype=dtype, shift=shift)
+    exact, _, logprob = true_policy(case)
+    leaves = case.leaves()
+    out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
+    out.loss.backward()
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-3}[dtype]
+    assert error(out.logprob, logprob) <= tolerance
+    # The shifted column of the hidden gradient cancels to nothing by itself: leave it out.
+    dx, true_dx = leaves.gradients()[0][:, 1:], exact.gradients()[0][:, 1:]
+    assert error(dx, true_dx) <= 3 * tolerance
+    assert error(leaves.gradients()[1], exact.gradients()[1]) <= 3 * tolerance
+
+
+def test_unreachable_target_needs_a_new_anchor() -> None:
+    """Log-prob near −400, where no power of the old anchor fits into float32."""
+    case = make_case(9, dtype=torch.float32, spread=60.0)
+    logprob, _ = truth(case)
+    assert logprob.min() < -150
+    exact = case.leaves(torch.float64)
+    reference.policy_loss(truth(exact)[0], None, *case.policy[1:]).backward()
+    leaves = case.leaves()
+    out = linear_policy_loss(*leaves.linear, None, *case.policy[1:], logprob_for_all=True)
+    out.loss.backward()
+    assert error(out.logprob, logprob) <= 1e-5
+    for found, true in zip(leaves.gradients(), exact.gradients(), strict=True):
+        assert error(found, true) <= 1e-5
+
+
+def test_masked_tokens_leak_nothing() -> None:
+    case = make_case()
+    masked = ((case.pos == 0) & (case.neg == 0)).nonzero()[:, 0]
+    assert len(masked) > 4
+    results = []
+    for poison in (0.0, torch.nan, torch.inf, -torch.inf):
+        old = case.old_logprob.clone()
+        old[masked] = poison
+        leaves = case.leaves()
+        out = linear_policy_loss(*leaves.linear, old, *case.policy[1:])
+        out.loss.backward()
+        results.append([out.loss.detach(), out.logprob, *out.stats, *leaves.gradients()])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    assert (results[0][1][masked] == 0).all()
+
+
+def test_nan_of_an_unmasked_token_is_not_hidden() -> None:
+    case = make_case()
+    live = int((case.pos != 0).nonzero()[0])
+    case.old_logprob[live] = torch.nan
+    leaves = case.leaves()
+    out = linear_policy_loss(*leaves.linear, *case.policy)
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert leaves.gradients()[0][live].isnan().all()
+
+
+def test_advantages_and_weights_are_the_pair() -> None:
+    case = make_case()
+    advantages, weights, rho = torch.randn(61), torch.rand(61), torch.rand(61)
+    pair = (weights * rho * advantages.clamp_min(0), weights * rho * advantages.clamp_max(0))
+    old = truth(case)[0] + 0.1
+    a = linear_policy_loss(*case.linear, old, *pair)
+    b = linear_policy_loss(*case.linear, old, advantages=advantages, weights=weights, is_weight=rho)
+    torch.testing.assert_close(a.loss, b.loss)
+
+
+def test_frozen_head_and_frozen_body() -> None:
+    case = make_case(dtype=torch.float64)
+    exact, _, _ = true_policy(case)
+    for frozen, other in (("hidden", "weight"), ("weight", "hidden")):
+        leaves = case.leaves()
+        getattr(leaves, frozen).requires_grad_(False)
+        linear_policy_loss(*leaves.linear, *case.policy).loss.backward()
+        assert getattr(leaves, frozen).grad is None
+        assert error(getattr(leaves, other).grad, getattr(exact, other).grad) <= 1e-12
+
+
+def test_small_tiles_and_many_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strips and blocks that divide nothing evenly; the result does not depend on the cut."""
+    case = make_case(dtype=torch.float64)
+    exact, loss, _ = true_policy(case)
+    cut = Tiling(rows=5, strip=19, kept=12)
+    monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
+    leaves = case.leaves()
+    out = linear_policy_loss(*leaves.linear, *case.policy)
+    out.loss.backward()
+    assert error(out.loss.detach(), loss) <= 1e-12
+    for found, true in zip(leaves.gradients(), exact.gradients(), strict=True):
+        assert error(found, true) <= 1e-12
+
+
+def test_gradients_are_bitwise_repeatable() -> None:
+    runs = []
+    for _ in range(2):
+        leaves = make_case(dtype=torch.bfloat16).leaves()
+        linear_policy_loss(*leaves.linear, *leaves.policy).loss.backward()
+        runs.append(leaves.gradients())
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"targets": torch.full((9,), 307)}, "outside the vocabulary of 307"),
+        ({"targets": torch.full((9,), -1)}, r"targets\[0\] = -1"),
+        ({"targets": torch.zeros(8, dtype=torch.int64)}, "targets must be"),
+        ({"old_logprob": torch.zeros(3)}, "old_logprob must be"),
+        ({"pos_coef": -torch.ones(9)}, "pos_coef must be >= 0"),
+        ({"neg_coef": torch.ones(9)}, "neg_coef must be <= 0"),
+        ({"advantages": torch.ones(9)}, "either advantages"),
+        ({"weights": torch.ones(9)}, "weights go with advantages"),
+        ({"eps_low": -0.1}, "eps_low must be >= 0"),
+        ({"temperature": 0.0}, "temperature must be finite"),
+        ({"softcap": -1.0}, "softcap must be > 0"),
+        ({"bias": torch.zeros(3)}, "bias must be"),
+        ({"hidden": torch.zeros(9, 5)}, "hidden"),
+        ({"hidden": torch.zeros(9, 24, dtype=torch.float16)}, "float16"),
+        ({"backend": "cuda"}, "backend 'cuda' is unknown"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_raise_one_clear_error(change: dict[str, Any], message: str) -> None:
+    case = make_case(9)
+    arguments = {
+        "hidden": case.hidden,
+        "weight": case.weight,
+        "targets": case.targets,
+        "old_logprob": case.old_logprob,
+        "pos_coef": case.pos,
+        "neg_coef": case.neg,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_policy_loss(**{**arguments, **change})
+
+
+def test_ignore_index_may_be_any_number() -> None:
+    case = make_case(9)
+    moved = torch.where(case.targets == -100, 5000, case.targets)
+    a = linear_logprob(*case.linear)
+    b = linear_logprob(case.hidden, case.weight, moved, ignore_index=5000)
+    assert torch.equal(a, b)
