@@ -103,7 +103,8 @@ class Link:
         self.ready: Future[tuple[str, tuple[str, ...]]] = Future()
         self.load = 0
         self._launch = launch
-        self._lock = threading.Lock()
+        # Two locks: the reader needs `_waiting` even while a sender waits for the server to read.
+        self._sending, self._waiting = threading.Lock(), threading.Lock()
         self._pending: dict[int, Future[Reply]] = {}
         self._last_id = 0
         self._closed = False
@@ -119,37 +120,44 @@ class Link:
     def send(self, op: str, body: Any = None, **fields: Any) -> tuple[int, Future[Reply]]:
         """Send a request; its number and the future of its reply (`ServerGoneError`)."""
         future: Future[Reply] = Future()
-        with self._lock:
+        with self._sending:
             self._last_id += 1
             number = self._last_id
-            if self._requests is None:
-                future.set_exception(ServerGoneError("the sandbox is closed"))
-                return number, future
-            self._pending[number] = future
+            with self._waiting:
+                self._pending[number] = future
             try:
-                _post(self._requests, {"op": op, "id": number, **fields}, body)
+                self._post({"op": op, "id": number, **fields}, body)
             except OSError:
-                del self._pending[number]
-                future.set_exception(ServerGoneError("the sandbox process ended"))
+                with self._waiting:
+                    unanswered = self._pending.pop(number, None) is not None
+                if unanswered:  # else the thread has told it already
+                    future.set_exception(ServerGoneError("the sandbox process ended"))
         return number, future
 
     def tell(self, op: str, **fields: Any) -> None:
         """Send a request that has no reply; nothing to tell a dead server."""
-        with self._lock, contextlib.suppress(OSError):
-            if self._requests is not None:
-                _post(self._requests, {"op": op, **fields})
+        with self._sending, contextlib.suppress(OSError):
+            self._post({"op": op, **fields})
 
     def close(self) -> None:
         """End the server and wait until it, and all it started, are gone."""
-        with self._lock:
-            self._closed = True
-            if self._requests is not None:
-                self._requests.close()
-                self._requests = None
+        self._closed = True
+        self._hang_up()
         self._thread.join(10)
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         self._thread.join()
+
+    def _post(self, request: dict[str, Any], body: Any = None) -> None:
+        if self._requests is None:
+            raise BrokenPipeError("the server is gone")
+        _post(self._requests, request, body)
+
+    def _hang_up(self) -> None:
+        with self._sending:
+            if self._requests is not None:
+                self._requests.close()
+                self._requests = None
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -163,17 +171,15 @@ class Link:
         self.ready.set_result((isolation, tuple(reasons)))
         with replies:
             for reply in _read(replies):
-                with self._lock:
+                with self._waiting:
                     future = self._pending.pop(reply.header["id"], None)
                 if future is not None and future.set_running_or_notify_cancel():
                     future.set_result(reply)
-        with self._lock:
-            if self._requests is not None:
-                self._requests.close()
-                self._requests = None
-            pending, self._pending = self._pending, {}
+        self._hang_up()
         assert self._process is not None
         self._process.wait()
+        with self._waiting:
+            pending, self._pending = self._pending, {}
         for future in pending.values():
             if future.set_running_or_notify_cancel():
                 future.set_exception(ServerGoneError("the sandbox process ended"))
@@ -221,12 +227,10 @@ class Link:
                 said = errors.read().decode(errors="replace").strip().splitlines()
                 raise RefusedError(said[-1] if said else str(problem)) from None
             on_failure.pop_all()
-        with self._lock:
-            self._process = process
-            if self._closed:
-                ours.close()
-            else:
-                self._requests = ours
+        with self._sending:
+            self._process, self._requests = process, ours
+        if self._closed:
+            self._hang_up()
         return replies
 
     def _command(self, isolation: str) -> list[str]:

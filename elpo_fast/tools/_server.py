@@ -21,18 +21,17 @@ import json
 import os
 import resource
 import selectors
-import shutil
 import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from elpo_fast.tools import _child, _confine
+from elpo_fast.tools import _confine
+from elpo_fast.tools._nursery import Nursery, kill
 from elpo_fast.tools._records import Capture, Child, Options, Run, Snapshot
 
 GRACE_S = 0.3  # from the child's own timer to the kill
@@ -43,9 +42,8 @@ SCAN_S = 1.0  # period of the search for stray processes of sessions
 class Server:
     def __init__(self, requests: socket.socket, replies: int, options: Options) -> None:
         self._requests, self._replies, self._options = requests, replies, options
-        self._namespaces = options.isolation == "bubblewrap"
+        self._nursery = Nursery(options)
         self._selector = selectors.DefaultSelector()
-        self._children: dict[int, Child] = {}  # by pid
         self._spares: deque[Child] = deque()
         self._snapshots: dict[int, Snapshot] = {}
         self._runs: dict[int, Run] = {}
@@ -53,18 +51,7 @@ class Server:
         self._last_id = 0
         self._failures = 0  # spares that died unused, in a row
         self._next_scan = 0.0
-        self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        self._depth = len(_status("self")["NSpid"]) - 1
-        self._ruleset = -1
-        if options.isolation == "landlock":
-            devices = ("/dev/null", "/dev/zero", "/dev/urandom")
-            self._ruleset = _confine.landlock_ruleset(options.readable, devices)
-        with open("/proc/self/statm") as file:
-            own_pages = int(file.read().split()[0])
-        self._address_space = own_pages * resource.getpagesize() + (options.memory_mb << 20)
-        self._processes = options.processes + _child.THREADS
-        if not self._namespaces:
-            self._processes += _tasks_of(os.getuid()) + 1024  # the limit counts the whole uid
+        requests.setblocking(False)
         self._watch(requests.fileno(), self._on_request)
 
     def loop(self) -> NoReturn:
@@ -79,7 +66,9 @@ class Server:
                 self._finish(run, "timeout" if run.pid else "lost")
             if self._snapshots and now >= self._next_scan:
                 self._reap()
-                self._kill_strays()
+                known = {snapshot.pid for snapshot in self._snapshots.values()}
+                for child in self._nursery.with_strays(known):
+                    kill(child)
                 self._next_scan = now + SCAN_S
             while self._queue and len(self._runs) < self._options.workers:
                 self._start(*self._queue.popleft())
@@ -106,10 +95,15 @@ class Server:
     # --- requests --------------------------------------------------------------------------------
 
     def _on_request(self) -> None:
-        packet, fds, _, _ = socket.recv_fds(self._requests, 1 << 16, 1)
-        if not packet:
-            self._close()
-        request = json.loads(packet)
+        """All of them: a caller must not wait, while it wants to tell us more, to be read."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet, fds, _, _ = socket.recv_fds(self._requests, 1 << 16, 1)
+                if not packet:
+                    self._close()
+                self._accept(json.loads(packet), fds)
+
+    def _accept(self, request: dict[str, Any], fds: list[int]) -> None:
         match request["op"]:
             case "call" | "step":
                 self._queue.append((request, fds[0]))
@@ -201,7 +195,7 @@ class Server:
                 self._finish(run, "died" if run.pid else "lost")
             else:  # it closed its channel: make sure of its end, which tells the reason
                 self._unwatch(run.channel.fileno())
-                self._kill(run.child)
+                kill(run.child)
             return False
         run.received += data
         try:
@@ -251,7 +245,7 @@ class Server:
             self._close_pipe(run, fd)
         self._unwatch(run.channel.fileno())
         if run.origin is None:
-            self._kill(run.child)
+            kill(run.child)
         elif snapshot is None:
             if run.pid:
                 self._kill_fd(run.pidfd)
@@ -291,7 +285,7 @@ class Server:
 
     def _end_session_if_unused(self, child: Child) -> None:
         if not child.handles and not child.runs:
-            self._kill(child)
+            kill(child)
 
     def _remove_directory(self, child: Child, number: int) -> None:
         packet = json.dumps({"op": "remove", "directory": f"step{number}"}).encode()
@@ -299,64 +293,31 @@ class Server:
             child.control.send(packet, socket.MSG_DONTWAIT)
 
     def _spare(self) -> Child:
-        child = self._spares.popleft() if self._spares else self._spawn()
+        if not self._spares:
+            self._refill()
+        child = self._spares.popleft()
         child.used = True
         return child
 
     def _refill(self) -> None:
         while len(self._spares) < self._options.workers:
-            self._spares.append(self._spawn())
+            child = self._nursery.spawn()
+            self._spares.append(child)
+            self._watch(child.pidfd, self._reap)
+
+    def _reap(self) -> None:
+        for child, signal_number in self._nursery.dead():
+            self._bury(child, signal_number)
 
     def _new_id(self) -> int:
         self._last_id += 1
         return self._last_id
 
-    def _spawn(self) -> Child:
-        control, control_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        directory = tempfile.mkdtemp("", "elpo-") if self._options.isolation == "none" else None
-        if self._namespaces:
-            _confine.unshare(_confine.CLONE_NEWPID)
-        pid = os.fork()
-        if pid == 0:
-            _child.become(
-                control_end.fileno(),
-                isolation=self._options.isolation,
-                directory=directory,
-                ruleset=self._ruleset,
-                address_space=self._address_space,
-                processes=self._processes,
-            )
-        if self._namespaces:
-            _confine.set_pid_namespace(self._own_pid_namespace)
-        control_end.close()
-        child = Child(pid, os.pidfd_open(pid), control, directory)
-        self._children[pid] = child
-        self._watch(child.pidfd, self._reap)
-        return child
-
     def _kill_fd(self, pidfd: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def _kill(self, child: Child) -> None:
-        """Pid 1 takes its namespace along; elsewhere the process group is what can be had."""
-        for kill in (os.killpg, os.kill):
-            with contextlib.suppress(ProcessLookupError):
-                kill(child.pid, signal.SIGKILL)
-
-    def _reap(self) -> None:
-        """Bury the dead, children and orphans of sessions. Until `waitpid` a number, which is a
-        process group's too, cannot become anybody else's."""
-        flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        with contextlib.suppress(ChildProcessError):
-            while (dead := os.waitid(os.P_ALL, 0, flags)) is not None:
-                child = self._children.pop(dead.si_pid, None)
-                if child is not None:
-                    self._bury(child, 0 if dead.si_code == os.CLD_EXITED else dead.si_status)
-                os.waitpid(dead.si_pid, 0)
-
     def _bury(self, child: Child, signal_number: int) -> None:
-        self._kill(child)  # what is left of its group
         for run in [self._runs[number] for number in child.runs]:
             while run.id in self._runs and self._on_channel(run):
                 pass  # its last words
@@ -365,59 +326,15 @@ class Server:
         for number in list(child.handles):
             self._drop(number)
         self._selector.unregister(child.pidfd)
-        os.close(child.pidfd)
-        child.control.close()
-        if child.directory is not None:
-            shutil.rmtree(child.directory, ignore_errors=True)
         if child in self._spares:
             self._spares.remove(child)
         self._failures = 0 if child.used else self._failures + 1
         if self._failures > self._options.workers:
             sys.exit("the sandbox cannot keep a confined process alive")
 
-    def _kill_strays(self) -> None:
-        """A step can fork, since the snapshots do; end sessions in which anything but a snapshot
-        is alive while nothing runs. Session ids tell whose a process is: setsid is filtered."""
-        known = {snapshot.pid for snapshot in self._snapshots.values()} | set(self._children)
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit():
-                continue
-            try:
-                status = _status(entry)
-            except OSError:
-                continue  # ended meanwhile
-            if len(status["NSpid"]) <= self._depth or status["State"][0] == "Z":
-                continue
-            pid, session = (int(status[key][self._depth]) for key in ("NSpid", "NSsid"))
-            child = self._children.get(session)
-            if child is not None and child.handles and not child.runs and pid not in known:
-                self._kill(child)
-
     def _close(self) -> NoReturn:
-        for child in self._children.values():
-            self._kill(child)
-        for child in list(self._children.values()):
-            os.waitpid(child.pid, 0)
-            if child.directory is not None:
-                shutil.rmtree(child.directory, ignore_errors=True)
+        self._nursery.close()
         os._exit(0)
-
-
-def _status(entry: str) -> dict[str, list[str]]:
-    with open(f"/proc/{entry}/status") as file:
-        lines = (line.partition(":") for line in file)
-        return {name: rest.split() for name, _, rest in lines}
-
-
-def _tasks_of(uid: int) -> int:
-    """Threads that count against this uid's RLIMIT_NPROC."""
-    count = 0
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            status = _status(entry)
-            if int(status["Uid"][0]) == uid:
-                count += int(status["Threads"][0])
-    return count
 
 
 def _enter_namespaces() -> None:

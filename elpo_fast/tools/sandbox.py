@@ -46,7 +46,6 @@ _log = logging.getLogger(__name__)
 
 Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
 SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
-MAX_BODY = 4 << 20  # characters of code or payload
 CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
 
 
