@@ -49,6 +49,7 @@ SYSTEM = (
     "down. Then write <answer>x</answer>."
 )
 _ATTEMPTS = 2_000  # draws before a set of options is called too narrow
+_VOCABULARY_TASKS = 300
 
 
 class LedgerOptions(RewardOptions):
@@ -169,19 +170,22 @@ class Ledger:
         return self.options.verdict(False, f"answered {answer[:20]}, expected {task.truth}")
 
     def vocabulary_texts(self) -> Iterator[str]:
-        """Texts with every word, number and character of the family, for
-        making a small tokenizer: the system message, all wordings and codes with all their
-        constants, all values, calls in both formats, and the printable ASCII of tool errors."""
-        yield self.system
-        yield string.printable
+        """Texts for making a small tokenizer. First conversations as the model will see them, so
+        that what is frequent gets few tokens; then every wording, code and number of the family,
+        calls in both formats, and the printable ASCII that tool errors may contain."""
+        for index in range(_VOCABULARY_TASKS):
+            task = self.train(index)
+            yield from (f"{message['role']}\n{message['content']}" for message in task.messages)
+            yield from (f"assistant\n<code>{code};x</code>\ntool\n" for code in task.info["code"])
+            yield f"assistant\n<answer>{task.truth}</answer>"
         for kind in KINDS:
-            for constant in range(kind.low, kind.high + 1):
+            for constant in {kind.low, kind.high}:
                 call = _call(kind.code.format(c=constant))
                 yield f"<code>{call['arguments']['code']}</code>"
                 yield f"<tool_call>{json.dumps(call)}</tool_call>"
                 yield "\n".join(wording.format(c=constant) for wording in kind.wordings)
-        for value in range(self.options.max_value + 1):
-            yield f"{value}\n<answer>{value}</answer>"
+        yield from map(str, range(max(self.options.max_value, *(k.high for k in KINDS)) + 1))
+        yield string.printable
 
 
 def _call(code: str) -> dict[str, Any]:
