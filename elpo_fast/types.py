@@ -171,7 +171,8 @@ class EngineStats:
 class Engine(Protocol):
     """Token ids in, token ids out. After `update_weights` no stale cache entry is reused."""
 
-    weight_version: int
+    @property
+    def weight_version(self) -> int: ...
 
     async def generate(
         self, prefix_ids: np.ndarray, n: int, sampling: Sampling

@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from elpo_fast.config import ToolConfig
 from elpo_fast.tools.sandbox import Sandbox
 
 _OPTIONAL = {
@@ -43,7 +43,7 @@ def doctor() -> int:
         try:
             table.add_row(name, version(name))
         except PackageNotFoundError:
-            table.add_row(name, f"not installed; {remedy}")
+            table.add_row(name, escape(f"not installed; {remedy}"))
     protection, works = asyncio.run(_sandbox())
     table.add_row("sandbox", protection)
     Console().print(table)
@@ -52,11 +52,10 @@ def doctor() -> int:
 
 async def _sandbox() -> tuple[str, bool]:
     """Which protection is active and why not the better one; whether there is any."""
+    sandbox = Sandbox()
     try:
-        sandbox = Sandbox(ToolConfig())
+        return str(await sandbox.describe()), True
     except RuntimeError as error:
         return str(error), False
-    try:
-        return sandbox.describe(), True
     finally:
         await sandbox.close()

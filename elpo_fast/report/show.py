@@ -58,7 +58,7 @@ def _decoder(run: Path) -> Callable[[np.ndarray], str]:
     if found is None:
         raise LookupError(f"{run} has no checkpoint yet, which holds the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(found)
-    return lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _ranges(numbers: list[int]) -> str:

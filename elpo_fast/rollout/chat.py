@@ -103,7 +103,7 @@ class Chat:
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=as_text).input_ids
         return np.asarray(ids, dtype=np.int32)
 
-    def decode(self, token_ids: np.ndarray) -> str:
+    def decode(self, token_ids: np.ndarray | Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:

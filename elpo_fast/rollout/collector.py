@@ -190,7 +190,10 @@ class Collector:
             result = await self.tools.execute(state, call)
             state = result.state
             content = truncate(
-                result.content, self.output_tokens, self.chat.encode, self.chat.decode
+                result.content,
+                self.output_tokens,
+                lambda text: self.chat.encode(text).tolist(),
+                self.chat.decode,
             )
             messages.append({"role": "tool", "content": content})
             glue = self.chat.response_glue(completion.token_ids, content)
@@ -252,9 +255,9 @@ class _Growth:
             for unfinished in pending:
                 unfinished.cancel()
             await asyncio.gather(*pending, return_exceptions=True)
-            await self.collector.tools.release(
-                [situation.state for situation in self.situations.values()]
-            )
+            # Steps without a call hand their parent's state on: release each one once.
+            states = {id(at.state): at.state for at in self.situations.values()}
+            await self.collector.tools.release(states.values())
         for critical in planner.critical:
             self.tree.mark_critical(critical.node, critical.leaf, critical.localized)
         return self.tree

@@ -92,9 +92,11 @@ class Toolbox:
         """Execute code for a grader, in a process of its own."""
         return await self.sandbox.run(code, stdin=stdin, timeout_s=timeout_s)
 
-    async def run_function(self, target: str, payload: Any, timeout_s: float | None = None) -> Any:
+    async def run_function(
+        self, function: str, payload: Any, timeout_s: float | None = None
+    ) -> Any:
         """Call "module:function" with a JSON value, confined; see `Sandbox.call_function`."""
-        return await self.sandbox.call_function(target, payload, timeout_s)
+        return await self.sandbox.call_function(function, payload, timeout_s)
 
     def _problem(self, call: ToolCall) -> str | None:
         """What is wrong with a call, in one sentence for the model."""

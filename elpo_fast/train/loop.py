@@ -81,7 +81,7 @@ class _Run:
         found = latest(self.folder.path) if resume else None
         toolbox = Toolbox(config.tools)
         try:
-            self.source = make_source(config.task, config.run.seed, toolbox.call_function)
+            self.source = make_source(config.task, config.run.seed, toolbox.run_function)
             self.loaded = load_model(
                 config.model.model_copy(update={"name": str(found)}) if found else config.model,
                 seed=config.run.seed,

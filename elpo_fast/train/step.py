@@ -196,6 +196,11 @@ class PolicyOptimizer:
         result[chosen] = logprob.float().cpu().numpy()
         return result
 
+    def restart(self, *, lr: float, schedule: Schedule) -> None:
+        """Begin another phase: fresh moments, the schedule from its start, the weights as they are."""
+        self.lr, self.schedule, self.updates = lr, schedule, 0
+        self._optimizer.state.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """Moments and the number of updates; the weights are the model's own to save."""
         return {"optimizer": self._optimizer.state_dict(), "updates": self.updates}
