@@ -197,7 +197,7 @@ class PolicyOptimizer:
         return result
 
     def restart(self, *, lr: float, schedule: Schedule) -> None:
-        """Begin another phase: fresh moments, the schedule from its start, the weights as they are."""
+        """Begin another phase: fresh moments, schedule from its start, weights as they are."""
         self.lr, self.schedule, self.updates = lr, schedule, 0
         self._optimizer.state.clear()
 
