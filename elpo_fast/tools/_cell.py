@@ -16,6 +16,7 @@ import math
 import signal
 import sys
 import traceback
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -111,20 +112,19 @@ def describe(problem: BaseException, name: str | None) -> str:
 def where(problem: BaseException, name: str | None) -> str:
     """The user's frames, one a line, outermost first, the middle of a long stack left out.
     `name` None: all frames but ours."""
+    # A deep recursion has a million frames: count them, keep the few that are shown.
+    count = 0
+    first: list[tuple[str, int, str]] = []
+    others: deque[tuple[str, int, str]] = deque(maxlen=MAX_FRAMES - 1)
+    for frame, number in traceback.walk_tb(problem.__traceback__):
+        code = frame.f_code
+        if code.co_filename.startswith("<call ") if name else code.co_filename != __file__:
+            count += 1
+            (others if first else first).append((code.co_filename, number, code.co_name))
     lines = []
-    # walk_tb, not extract_tb: a deep recursion has thousands of frames of which four are shown.
-    frames = [
-        (frame.f_code.co_filename, number, frame.f_code.co_name)
-        for frame, number in traceback.walk_tb(problem.__traceback__)
-        if frame.f_code.co_filename.startswith("<call ")
-        or (name is None and frame.f_code.co_filename != __file__)
-    ]
-    skipped = len(frames) - MAX_FRAMES
-    if skipped > 0:
-        frames = frames[:1] + frames[-(MAX_FRAMES - 1) :]
-    for index, (file, number, function) in enumerate(frames):
-        if skipped > 0 and index == 1:
-            lines.append(f"... {skipped} more ...")
+    for index, (file, number, function) in enumerate((*first, *others)):
+        if index == 1 and count > MAX_FRAMES:
+            lines.append(f"... {count - MAX_FRAMES} more ...")
         place = f"line {number}" if file == name else f"{file.strip('<>')}, line {number}"
         inside = "" if function == "<module>" else f", in {function}"
         source = shorten(linecache.getline(file, number).strip(), MAX_LINE)

@@ -49,6 +49,7 @@ def become(
     """The fork of the server that we are becomes a confined spare. `control`: its socket;
     `directory`: private directory where there is one and no namespace; `ruleset`: Landlock's."""
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         _confine.die_with_parent()
         _confine.no_new_privileges()
@@ -108,6 +109,7 @@ def serve(*, seccomp: bool, directories: bool) -> NoReturn:
             continue
 
         # From here on we are the process that runs the request.
+        _confine.die_with_parent()
         if seccomp and not step:
             _confine.filter_system_calls(fork=False)
         control.close()
@@ -134,6 +136,8 @@ def serve(*, seccomp: bool, directories: bool) -> NoReturn:
         stays = step and not outcome["timeout"]
         if stays and _thread._count() > 0 and not _fork():
             os._exit(0)  # the copy, which has this one thread only, becomes the snapshot
+        if stays:
+            _confine.die_with_parent(0)  # a snapshot outlives the one it came from
         outcome["grown_kb"] = _peak_kb() - base_kb
         _send(control, b"D" if stays else b"X", json.dumps(outcome).encode())
         if not stays:

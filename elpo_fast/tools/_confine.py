@@ -119,9 +119,10 @@ def no_new_privileges() -> None:
     _prctl("no new privileges", _PR_SET_NO_NEW_PRIVS, 1)
 
 
-def die_with_parent() -> None:
-    """SIGKILL when the thread that forked us ends. Forgotten on a uid change: call it after."""
-    _prctl("parent death signal", _PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """A signal when the thread that forked us ends; 0: no more. Forgotten on a change of uid and
+    by every fork."""
+    _prctl("parent death signal", _PR_SET_PDEATHSIG, number)
 
 
 def adopt_orphans() -> None:

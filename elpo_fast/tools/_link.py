@@ -225,7 +225,8 @@ class Link:
                 process.wait()
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip().splitlines()
-                raise RefusedError(said[-1] if said else str(problem)) from None
+                reason = said[-1] if said else str(problem) or "it ended while starting"
+                raise RefusedError(reason) from None
             on_failure.pop_all()
         with self._sending:
             self._process, self._requests = process, ours

@@ -83,6 +83,7 @@ class Run:
     received: bytearray = field(default_factory=bytearray)
     pid: int = 0  # known from its hello, as is `pidfd`
     pidfd: int = -1
+    silent: bool = False  # it has closed its channel
 
     def frame(self) -> tuple[bytes, bytes] | None:
         """The next whole frame, taken from what was received."""

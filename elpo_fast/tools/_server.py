@@ -28,7 +28,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from elpo_fast.tools import _confine
 from elpo_fast.tools._nursery import Nursery, kill
@@ -46,27 +46,38 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._spares: deque[Child] = deque()
         self._snapshots: dict[int, Snapshot] = {}
+        self._doomed: set[int] = set()  # snapshots to drop when their running steps have ended
+        self._dying: set[int] = set()  # pids
         self._runs: dict[int, Run] = {}
         self._queue: deque[tuple[dict[str, Any], int]] = deque()
         self._last_id = 0
+        self._ended = False
         self._failures = 0  # spares that died unused, in a row
         self._next_scan = 0.0
         requests.setblocking(False)
         self._watch(requests.fileno(), self._on_request)
 
-    def loop(self) -> NoReturn:
+    def serve(self) -> None:
+        """Until the caller is gone; then nothing is left."""
+        try:
+            self._loop()
+        finally:
+            self._nursery.close()
+
+    def _loop(self) -> None:
         self._refill()
         self._reply({"ready": True})
-        while True:
+        while not self._ended:
             for key, _ in self._selector.select(self._patience()):
                 if self._selector.get_map().get(key.fd) is key:  # not ended by an earlier event
                     key.data()
             now = time.monotonic()
             for run in [run for run in self._runs.values() if run.deadline <= now]:
-                self._finish(run, "timeout" if run.pid else "lost")
+                late = "timeout" if run.origin is None or run.pid else "lost"
+                self._finish(run, "died" if run.silent else late)
             if self._snapshots and now >= self._next_scan:
                 self._reap()
-                known = {snapshot.pid for snapshot in self._snapshots.values()}
+                known = {snapshot.pid for snapshot in self._snapshots.values()} | self._dying
                 for child in self._nursery.with_strays(known):
                     kill(child)
                 self._next_scan = now + SCAN_S
@@ -100,7 +111,8 @@ class Server:
             while True:
                 packet, fds, _, _ = socket.recv_fds(self._requests, 1 << 16, 1)
                 if not packet:
-                    self._close()
+                    self._ended = True
+                    return
                 self._accept(json.loads(packet), fds)
 
     def _accept(self, request: dict[str, Any], fds: list[int]) -> None:
@@ -193,15 +205,16 @@ class Server:
         if not data:
             if run.origin is not None:
                 self._finish(run, "died" if run.pid else "lost")
-            else:  # it closed its channel: make sure of its end, which tells the reason
+            else:  # its end, which tells the reason, should follow at once
                 self._unwatch(run.channel.fileno())
-                kill(run.child)
+                run.silent = True
+                run.deadline = min(run.deadline, time.monotonic() + GRACE_S)
             return False
         run.received += data
         try:
             while run.id in self._runs and (frame := run.frame()) is not None:
                 kind, payload = frame
-                if pid and pid != run.pid:
+                if run.origin is not None and pid not in (0, run.pid):
                     self._identify(run, pid)
                 if kind == b"D" and run.origin is not None:
                     self._keep(run, payload)
@@ -216,7 +229,7 @@ class Server:
     def _identify(self, run: Run, pid: int) -> None:
         """The kernel says who is at the other end: first the fork, later perhaps its copy."""
         if run.pidfd >= 0:
-            os.close(run.pidfd)
+            self._end(run.pid, run.pidfd)
         run.pid, run.pidfd = pid, os.pidfd_open(pid)
 
     def _keep(self, run: Run, payload: bytes) -> None:
@@ -247,15 +260,15 @@ class Server:
         if run.origin is None:
             kill(run.child)
         elif snapshot is None:
-            if run.pid:
-                self._kill_fd(run.pidfd)
-            else:
+            if not run.pid:
                 self._drop(run.origin)  # it did not even fork
             self._remove_directory(run.child, run.target)
         if snapshot is None:
             run.channel.close()
             if run.pidfd >= 0:
-                os.close(run.pidfd)
+                self._end(run.pid, run.pidfd)
+        if run.origin in self._doomed:
+            self._drop(run.origin)
         self._end_session_if_unused(run.child)
         if how != "cancelled":
             header: dict[str, Any] = {"id": run.id, "how": how, "signal": signal_number}
@@ -271,15 +284,20 @@ class Server:
     # --- snapshots and children ------------------------------------------------------------------
 
     def _drop(self, number: int) -> None:
-        snapshot = self._snapshots.pop(number, None)
+        snapshot = self._snapshots.get(number)
         if snapshot is None:
             return
+        if any(run.origin == number for run in self._runs.values()):
+            self._doomed.add(number)  # steps from it are running, and would die with it
+            self._unwatch(snapshot.control.fileno())
+            return
+        del self._snapshots[number]
+        self._doomed.discard(number)
         snapshot.child.handles.discard(number)
         if snapshot.pidfd >= 0:
-            self._selector.unregister(snapshot.control.fileno())
+            self._unwatch(snapshot.control.fileno())
             snapshot.control.close()
-            self._kill_fd(snapshot.pidfd)
-            os.close(snapshot.pidfd)
+            self._end(snapshot.pid, snapshot.pidfd)
             self._remove_directory(snapshot.child, number)
         self._end_session_if_unused(snapshot.child)
 
@@ -313,9 +331,17 @@ class Server:
         self._last_id += 1
         return self._last_id
 
-    def _kill_fd(self, pidfd: int) -> None:
+    def _end(self, pid: int, pidfd: int) -> None:
+        """Kill a process of a session and remember it until it is gone: it is no stray."""
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        self._dying.add(pid)
+        self._watch(pidfd, lambda: self._gone(pid, pidfd))
+
+    def _gone(self, pid: int, pidfd: int) -> None:
+        self._dying.discard(pid)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
 
     def _bury(self, child: Child, signal_number: int) -> None:
         for run in [self._runs[number] for number in child.runs]:
@@ -332,10 +358,6 @@ class Server:
         if self._failures > self._options.workers:
             sys.exit("the sandbox cannot keep a confined process alive")
 
-    def _close(self) -> NoReturn:
-        self._nursery.close()
-        os._exit(0)
-
 
 def _enter_namespaces() -> None:
     """Own a user namespace and, in it, a pid namespace whose pid 1 is this server: that is what
@@ -351,10 +373,11 @@ def _enter_namespaces() -> None:
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Standard input: request socket. Standard output: replies. First argument: options."""
     options = Options(**json.loads(sys.argv[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # comes when the caller dies
     requests, replies = socket.socket(fileno=os.dup(0)), os.dup(1)
     os.dup2(2, 1)  # what a library prints while it is imported must not get among the replies
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -363,7 +386,7 @@ def main() -> NoReturn:
         _enter_namespaces()
     else:
         _confine.drop_root(must_read=options.readable)
-        _confine.die_with_parent()
+        _confine.die_with_parent(signal.SIGTERM)
         _confine.adopt_orphans()
     for name in options.required:
         importlib.import_module(name)
@@ -372,4 +395,4 @@ def main() -> NoReturn:
             importlib.import_module(name)
     gc.collect()
     gc.freeze()  # children do not touch, and so do not copy, what exists now
-    Server(requests, replies, options).loop()
+    Server(requests, replies, options).serve()

@@ -127,7 +127,7 @@ class Sandbox:
         timeout_s: float = 5.0,
         memory_mb: int = 512,
         max_snapshots: int = 256,
-        preload: Sequence[str] = ("numpy", "sympy"),
+        preload: Sequence[str] = ("numpy.random", "sympy"),
         paths: Sequence[str] = (),
     ) -> None:
         python_path, readable = python_paths(paths)

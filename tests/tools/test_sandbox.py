@@ -1,0 +1,412 @@
+"""What programs see: values, output, errors, limits; and the life of the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+
+from elpo_fast.tools.sandbox import Sandbox, SandboxError, SnapshotLostError
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("2**10", "1024"),
+        ("x = 3\nx", "3"),
+        ("x = 3", "(no output)"),
+        ("", "(no output)"),
+        ("# only a comment", "(no output)"),
+        ("None", "(no output)"),
+        ("'a'", "'a'"),
+        ("print('a')", "a"),
+        ("print('a')\n'b'", "a\nOut: 'b'"),
+        ("for i in range(2):\n    print(i)  # last line is a loop", "0\n1"),
+        ("import sys\nprint('bad', file=sys.stderr)\n1", "[stderr]\nbad\nOut: 1"),
+        ("if True:\n    5", "(no output)"),
+        ("print('é', chr(0xd800))", "é \\ud800"),
+        ("import numpy\nnumpy.arange(3)", "array([0, 1, 2])"),
+        ("import sympy\nsympy.factorint(91)", "{7: 1, 13: 1}"),
+        ("import os\nos.write(1, b'raw')", "raw\nOut: 3"),
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n"
+            "import copy, pickle\npickle.loads(pickle.dumps(P(2)))",
+            "P(x=2)",
+        ),
+    ],
+)
+def test_output_is_what_a_notebook_shows(any_box, code: str, text: str) -> None:
+    execution = any_box.run(code)
+    assert execution.text() == text
+    assert execution.error is None and execution.finished
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("1/0", "line 1: 1/0\nZeroDivisionError: division by zero"),
+        ("x = = 3", "line 1: x = = 3\nSyntaxError: invalid syntax"),
+        ("def f():\n    return y\nf()", None),
+        ("import json\njson.loads('{')", None),
+        ("raise SystemExit(3)", "line 1: raise SystemExit(3)\nSystemExit: 3"),
+        ("input()", "line 1: input()\nEOFError: EOF when reading a line"),
+        (
+            "class E(Exception):\n    def __str__(self): return 1/0\nraise E",
+            "line 3: raise E\nE: (its message could not be shown: ZeroDivisionError)",
+        ),
+        ("raise ValueError('x' * 5000)", None),
+        ("def f(n): f(n + 1)\nf(0)", None),
+    ],
+)
+def test_errors_are_short_and_end_with_the_exception(any_box, code: str, error: str | None) -> None:
+    shown = any_box.run(code).error
+    assert shown is not None
+    if error is not None:
+        assert shown == error
+    assert len(shown.splitlines()) <= 6 and len(shown) < 1000
+    assert "elpo_fast" not in shown and "site-packages" not in shown
+
+
+def test_traceback_shows_the_programs_own_frames_and_their_source(any_box) -> None:
+    error = any_box.run("import json\ndef f(x):\n    return json.loads(x)\nf('{')").error
+    assert error.splitlines()[:2] == ["line 4: f('{')", "line 3, in f: return json.loads(x)"]
+    assert error.splitlines()[2].startswith("JSONDecodeError: ")
+
+
+def test_output_before_an_error_is_kept(any_box) -> None:
+    assert any_box.run("print('before')\n1/0").text().startswith("before\nline 2: 1/0\n")
+
+
+def test_timeout_says_so_and_where(any_box) -> None:
+    execution = any_box.run("print('on the way')\nwhile True: pass", timeout_s=0.3)
+    assert execution.text() == "on the way\nline 2: while True: pass\ntimed out after 0.3 s"
+    assert not execution.finished
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import itertools\nsum(itertools.repeat(0))",  # never returns to the interpreter
+        "import signal\nsignal.alarm(0)\nsignal.setitimer(signal.ITIMER_REAL, 0)\nwhile True: pass",
+        "import time\nwhile True:\n    try: time.sleep(9)\n    except BaseException: pass",
+    ],
+    ids=["in C", "timer switched off", "exception swallowed"],
+)
+def test_timeout_of_code_that_resists(any_box, code: str) -> None:
+    started = time.monotonic()
+    execution = any_box.run(code, timeout_s=0.3)
+    assert execution.error == "timed out after 0.3 s" and not execution.finished
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("import ctypes\nctypes.string_at(0)", "the interpreter crashed (SIGSEGV)"),
+        ("import os\nos._exit(0)", "the process ended before the code was finished"),
+        (
+            "x = bytearray(1 << 30)",
+            "line 1: x = bytearray(1 << 30)\nMemoryError: memory limit reached",
+        ),
+        ("import os\nos.closerange(0, 999)", "the process ended before the code was finished"),
+        ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()", None),
+    ],
+    ids=["segfault", "exit", "memory", "descriptors closed", "deep recursion"],
+)
+def test_death_is_told_in_words_and_harms_nobody(any_box, code: str, error: str | None) -> None:
+    execution = any_box.run(code)
+    assert execution.error is not None
+    if error is not None:
+        assert execution.error == error
+    assert any_box.run("1+1").value == "2"
+
+
+def test_flood_is_capped_and_keeps_head_and_tail(any_box) -> None:
+    execution = any_box.run("print('first')\nprint('x' * 10**6)\nprint('last')")
+    assert execution.error is None and len(execution.stdout) < 70_000
+    assert execution.stdout.startswith("first\n") and execution.stdout.endswith("last\n")
+    assert "[output cut]" in execution.stdout
+
+
+def test_endless_output_is_stopped(any_box) -> None:
+    execution = any_box.run("while True: print('x' * 10**6)")
+    assert execution.error == "stopped: too much output" and len(execution.stdout) < 70_000
+
+
+def test_long_value_and_hostile_repr(any_box) -> None:
+    assert len(any_box.run("'x' * 10**7").value) < 50_000
+    error = any_box.run("class R:\n    def __repr__(self): return 1/0\nR()").error
+    assert error.endswith("ZeroDivisionError: division by zero")
+
+
+def test_standard_input_for_graders(any_box) -> None:
+    execution = any_box.run("import sys\nprint(input())\nprint(sys.stdin.read())", stdin="a\nb\nc")
+    assert execution.stdout == "a\nb\nc\n"
+
+
+def test_runs_repeat_exactly(any_box) -> None:
+    code = "import random, numpy\nrandom.random(), numpy.random.rand(), hash('x'), list({'a', 'b'})"
+    assert any_box.run(code).value == any_box.run(code).value
+
+
+def test_calls_share_nothing(any_box) -> None:
+    patched = any_box.run("import math, sys\nmath.sqrt = len\nsys.modules['json'] = None\nx = 1")
+    assert patched.error is None
+    assert any_box.run("import json, math\nmath.sqrt(4), 'x' in dir()").value == "(2.0, False)"
+
+
+def test_threads_work_within_a_call(any_box) -> None:
+    code = (
+        "from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as pool:\n"
+    )
+    assert any_box.run(code + "    r = list(pool.map(abs, [-1, 2]))\nr").value == "[1, 2]"
+
+
+def test_many_concurrent_calls_each_get_their_own_answer(any_box) -> None:
+    async def all_of_them() -> list[str | None]:
+        calls = (any_box.sandbox.run(f"{number} * 2") for number in range(100))
+        return [execution.value for execution in await asyncio.gather(*calls)]
+
+    assert asyncio.run(all_of_them()) == [str(2 * number) for number in range(100)]
+
+
+# --- functions -----------------------------------------------------------------------------------
+
+
+def test_functions_are_called_by_name_with_json(any_box) -> None:
+    call = any_box.sandbox.call_function
+    assert asyncio.run(call("math:factorial", 5)) == 120
+    assert asyncio.run(call("json:dumps", {"a": [1, None]})) == '{"a": [1, null]}'
+
+
+@pytest.mark.parametrize(
+    ("target", "payload", "message"),
+    [
+        ("json:loads", "{", "JSONDecodeError"),
+        ("json:nothing", 1, "AttributeError"),
+        ("time:sleep", 30, "timed out after 0.3 s"),
+        ("os:_exit", 1, "the process ended before"),
+        ("builtins:iter", [1], "TypeError"),
+    ],
+)
+def test_failing_functions_raise_and_say_why(any_box, target, payload, message) -> None:
+    with pytest.raises(SandboxError, match=message) as caught:
+        asyncio.run(any_box.sandbox.call_function(target, payload, timeout_s=0.3))
+    assert target in str(caught.value)
+
+
+def test_module_that_cannot_be_imported_is_named(any_box) -> None:
+    with pytest.raises(RuntimeError, match="no_such_module"):
+        asyncio.run(any_box.sandbox.call_function("no_such_module:f", 1))
+
+
+def test_own_modules_are_importable_from_given_paths(make_box, tmp_path) -> None:
+    (tmp_path / "my_grader.py").write_text("def grade(x):\n    return {'double': 2 * x}\n")
+    for parent in (tmp_path, *tmp_path.parents):
+        if parent.stat().st_uid == os.getuid() and parent != tmp_path.parents[-1]:
+            parent.chmod(parent.stat().st_mode | 0o055)
+    box = make_box(paths=[str(tmp_path)])
+    assert asyncio.run(box.sandbox.call_function("my_grader:grade", 4)) == {"double": 8}
+
+
+# --- life ----------------------------------------------------------------------------------------
+
+
+def test_auto_picks_a_safe_isolation_and_describes_it(make_box) -> None:
+    protection = asyncio.run(make_box().sandbox.describe())
+    assert protection.isolation in ("bubblewrap", "landlock")
+    assert "seccomp" in str(protection)
+    assert bool(protection.why_not_better) == (protection.isolation != "bubblewrap")
+
+
+def test_missing_bubblewrap_is_reported_and_landlock_used(make_box, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    protection = asyncio.run(make_box().sandbox.describe())
+    assert protection.isolation == "landlock"
+    assert "bwrap is not installed" in str(protection)
+
+
+def test_nothing_safe_refuses_to_run(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    sandbox = Sandbox(isolation="bubblewrap")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"bwrap is not installed.*tools\.isolation=none"):
+            asyncio.run(sandbox.run("1"))
+    asyncio.run(sandbox.close())
+
+
+def test_isolation_none_warns_every_time(caplog) -> None:
+    for _ in range(2):
+        caplog.clear()
+        Sandbox(isolation="none")
+        assert "code written by the model runs with your rights" in caplog.text
+
+
+def test_close_leaves_no_process_thread_or_descriptor(make_box, descendants) -> None:
+    make_box().close()  # imports and caches of the first use
+    gc.collect()
+    before = os.listdir("/proc/self/fd"), threading.active_count(), descendants()
+    box = make_box()
+
+    async def use() -> None:
+        sandbox = box.sandbox
+        snapshot = await sandbox.open_session()
+        await asyncio.gather(
+            *(sandbox.run("1") for _ in range(10)),
+            sandbox.step(snapshot, "x = 1", 1),
+            sandbox.call_function("math:factorial", 3),
+        )
+        assert len(descendants()) > len(before[2])
+
+    asyncio.run(use())
+    box.close()
+    gc.collect()
+    after = os.listdir("/proc/self/fd"), threading.active_count(), descendants()
+    assert (len(after[0]), *after[1:]) == (len(before[0]), *before[1:])
+
+
+def test_use_after_close_is_refused(make_box) -> None:
+    box = make_box()
+    box.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        box.run("1")
+
+
+@pytest.mark.parametrize("op", ["call", "function", "step"])
+def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op: str) -> None:
+    before = descendants()
+    box = make_box()
+    sandbox = box.sandbox
+
+    async def main() -> None:
+        async def kill() -> None:
+            await asyncio.sleep(0.3)
+            for pid in descendants() - before:
+                os.kill(pid, signal.SIGKILL)
+
+        slow = "import time\ntime.sleep(1)\n'slept'"
+        await sandbox.start()
+        killing = asyncio.create_task(kill())
+        if op == "call":
+            assert (await sandbox.run(slow)).value == "'slept'"
+        elif op == "function":
+            assert await sandbox.call_function("time:sleep", 1) is None
+        else:
+            snapshot = await sandbox.open_session()
+            with pytest.raises(SnapshotLostError):
+                await sandbox.step(snapshot, slow, 1)
+        await killing
+        assert (await sandbox.run("1 + 1")).value == "2"
+
+    asyncio.run(main())
+
+
+def test_server_that_always_dies_gives_an_error_result(make_box, descendants) -> None:
+    before = descendants()
+    box = make_box()
+
+    async def main() -> None:
+        call = asyncio.create_task(box.sandbox.run("import time\ntime.sleep(9)"))
+        for _ in range(2):
+            await box.sandbox.start()
+            await asyncio.sleep(0.3)
+            for pid in descendants() - before:
+                os.kill(pid, signal.SIGKILL)
+        execution = await call
+        assert "restarted" in execution.error and not execution.finished
+
+    asyncio.run(main())
+
+
+def test_cancelling_frees_the_worker(make_box) -> None:
+    box = make_box(workers=1, timeout_s=60.0)
+
+    async def main() -> None:
+        running = asyncio.create_task(box.sandbox.run("while True: pass"))
+        waiting = asyncio.create_task(box.sandbox.run("while True: pass"))
+        await asyncio.sleep(0.3)
+        running.cancel()
+        waiting.cancel()
+        assert (await asyncio.wait_for(box.sandbox.run("1"), 20)).value == "1"
+
+    asyncio.run(main())
+
+
+def test_workers_bound_what_runs_at_once(make_box) -> None:
+    box = make_box(workers=2)
+
+    async def main() -> float:
+        started = time.monotonic()
+        await asyncio.gather(*(box.sandbox.run("import time\ntime.sleep(0.3)") for _ in range(4)))
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) >= 0.6
+
+
+PARENT = """
+import asyncio, sys
+from elpo_fast.tools.sandbox import Sandbox
+
+async def main():
+    sandbox = Sandbox(isolation=sys.argv[1], timeout_s=60)
+    root = await sandbox.open_session()
+    _, first = await sandbox.step(root, "x = 1", 1)
+    print("ready", flush=True)
+    sleep = sandbox.step(first, "import time\\ntime.sleep(50)", 2)
+    await asyncio.gather(sandbox.run("while True: pass"), sleep)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_nothing_survives_the_caller(any_box, descendants, eventually, number) -> None:
+    command = [sys.executable, "-c", PARENT, any_box.isolation]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.2)
+        started = descendants(parent.pid)
+        assert len(started) >= 3
+        parent.send_signal(number)
+        parent.wait(20)
+    assert eventually(lambda: not any(map(_alive, started)))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_calls_from_several_event_loops_and_threads(any_box) -> None:
+    answers: list[str | None] = []
+    threads = [
+        threading.Thread(target=lambda: answers.append(any_box.run("6 * 7").value))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == ["42"] * 4
+
+
+def test_server_outlives_the_thread_that_started_it(make_box) -> None:
+    boxes: list = []
+    thread = threading.Thread(target=lambda: boxes.append(make_box()))
+    thread.start()
+    thread.join()
+    time.sleep(0.2)
+    link = boxes[0].sandbox._link("")
+    assert boxes[0].run("1").value == "1" and boxes[0].sandbox._link("") is link
