@@ -1,4 +1,4 @@
-"""The operations of the `ledger` family: what each does, its Python code, its English wordings.
+"""The operations of the `ledger` family: what each does, its Python expression, its wordings.
 
 `code` and `apply` of a kind mean the same (tested); `{c}` in code and wordings stands for the
 constant. Wordings of different kinds may differ in little ("take 3 from it", "take it from 300"),
@@ -37,17 +37,17 @@ def _digit_sum(x: int, _: int) -> int:
 
 
 KINDS = (
-    Kind("add", 1, "x+={c}", lambda x, c: x + c, 2, 9),
-    Kind("subtract", 1, "x-={c}", lambda x, c: x - c, 2, 9),
-    Kind("double", 1, "x*=2", lambda x, c: x * 2),
-    Kind("halve", 1, "x//=2", lambda x, c: x // 2),
-    Kind("multiply", 2, "x*={c}", lambda x, c: x * c, 3, 5),
-    Kind("divide", 2, "x//={c}", lambda x, c: x // c, 3, 5),
-    Kind("remainder", 2, "x%={c}", lambda x, c: x % c, 21, 59),
-    Kind("reverse", 2, "x=int(str(x)[::-1])", _reverse),
-    Kind("complement", 3, "x={c}-x", lambda x, c: c - x, 300, 399),
-    Kind("digits", 3, "x=sum(map(int,str(x)))", _digit_sum),
-    Kind("tens", 3, "x-=x%10", lambda x, c: x - x % 10),
+    Kind("add", 1, "x+{c}", lambda x, c: x + c, 2, 9),
+    Kind("subtract", 1, "x-{c}", lambda x, c: x - c, 2, 9),
+    Kind("double", 1, "x*2", lambda x, c: x * 2),
+    Kind("halve", 1, "x//2", lambda x, c: x // 2),
+    Kind("multiply", 2, "x*{c}", lambda x, c: x * c, 3, 5),
+    Kind("divide", 2, "x//{c}", lambda x, c: x // c, 3, 5),
+    Kind("remainder", 2, "x%{c}", lambda x, c: x % c, 21, 59),
+    Kind("reverse", 2, "int(str(x)[::-1])", _reverse),
+    Kind("complement", 3, "{c}-x", lambda x, c: c - x, 300, 399),
+    Kind("digits", 3, "sum(map(int,str(x)))", _digit_sum),
+    Kind("tens", 3, "x-x%10", lambda x, c: x - x % 10),
 )
 
 WORDINGS = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import itertools
 import random
 import re
+from typing import Any
 
 import pytest
 
@@ -21,13 +23,21 @@ def ledger(seed: int = 0, **options: object) -> Ledger:
     return Ledger(LedgerOptions(**options), seed=seed)
 
 
-def execute(task: Task, codes: list[str]) -> int:
-    """What the Python session holds after these calls; one that raises changes nothing."""
-    scope: dict[str, int] = {}
-    for code in (task.setup, *codes):
-        with contextlib.suppress(ValueError):
-            exec(code, scope)
-    return scope["x"]
+def execute(task: Task, codes: list[str]) -> tuple[int, str]:
+    """The value that the Python session holds after these calls, and all that it printed. A call
+    that raises changes nothing."""
+    scope: dict[str, Any] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(task.setup, scope)
+        for code in codes:
+            with contextlib.suppress(ValueError):
+                exec(code, scope)
+    return scope["x"], printed.getvalue()
+
+
+def calls(task: Task) -> list[str]:
+    return [f"do({code})" for code in task.info["code"]]
 
 
 def grade(task: Task, text: str, end: End = End.ANSWER) -> Verdict:
@@ -39,10 +49,11 @@ def grade(task: Task, text: str, end: End = End.ANSWER) -> Verdict:
 def test_code_of_a_kind_computes_what_apply_does(kind):
     for x in (1, 2, 7, 10, 40, 99, 120, 305, 999, 0, -12):
         for constant in range(kind.low, kind.high + 1):
-            scope = {"x": x}
-            with contextlib.suppress(ValueError):
-                exec(kind.code.format(c=constant), scope)
-            assert scope["x"] == kind.apply(x, constant)
+            try:
+                value = eval(kind.code.format(c=constant), {"x": x})
+            except ValueError:
+                value = x
+            assert value == kind.apply(x, constant)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -67,14 +78,33 @@ def test_truth_is_what_python_computes(options):
     source = ledger(**options)
     for index in range(100):
         task = source.train(index)
-        assert execute(task, task.info["code"]) == task.truth
+        assert execute(task, calls(task))[0] == task.truth
+
+
+def test_session_shows_one_line_at_a_time():
+    task = ledger().train(0)
+    lines = task.info["lines"]
+    assert task.messages[-1]["content"] == lines[0]
+    values = [execute(task, calls(task)[: step + 1])[0] for step in range(4)]
+    shown = [
+        str(part) for pair in zip(values, [*lines[1:], "answer"], strict=True) for part in pair
+    ]
+    assert execute(task, calls(task))[1].splitlines() == shown
+    assert not any(line in str(task.messages) for line in lines[1:])
+
+
+def test_session_goes_on_after_the_last_line():
+    task = ledger().train(0)
+    value, printed = execute(task, [*calls(task), "do(x+1)"])
+    assert value == task.truth + 1
+    assert printed.endswith(f"\n{task.truth}\nanswer\n{value}\nanswer\n")
 
 
 def test_values_stay_small_and_every_operation_changes_them():
     source = ledger(level=3, steps=6, max_value=500)
     for index in range(100):
         task = source.train(index)
-        values = [execute(task, task.info["code"][:step]) for step in range(7)]
+        values = [execute(task, calls(task)[:step])[0] for step in range(7)]
         assert all(1 <= value <= 500 for value in values)
         assert all(a != b for a, b in itertools.pairwise(values))
 
@@ -86,10 +116,10 @@ def test_no_single_mistake_leads_to_the_right_answer():
     planted = 0
     for index in range(60):
         task = source.train(index)
-        codes = task.info["code"]
-        for step, code in enumerate(codes):
-            wrong_codes = ["pass"]
+        right = calls(task)
+        for step, code in enumerate(task.info["code"]):
             kind, constant = operation(code)
+            wrong_codes = ["x"]
             if constant:
                 wrong_codes += [kind.code.format(c=constant + d) for d in (-1, 1)]
             wrong_codes += [
@@ -97,7 +127,8 @@ def test_no_single_mistake_leads_to_the_right_answer():
             ]
             for wrong in wrong_codes:
                 planted += 1
-                assert execute(task, [*codes[:step], wrong, *codes[step + 1 :]]) != task.truth
+                value, _ = execute(task, [*right[:step], f"do({wrong})", *right[step + 1 :]])
+                assert value != task.truth
     assert planted > 60 * 5 * len(kinds)
 
 
@@ -125,23 +156,23 @@ def test_turn_budget_is_one_call_an_operation_and_the_answer():
     task = ledger(steps=5).train(0)
     assert task.max_turns == 6
     assert len(task.info["code"]) == task.info["steps"] == 5
-    assert len(task.messages[1]["content"].splitlines()) == 5
+    assert len(task.info["lines"]) == 5
 
 
 def test_the_task_does_not_tell_the_secret():
     for index in range(50):
         task = ledger(start=(871, 871), level=1).train(index)
-        assert "871" not in str(task.messages) and task.setup == "x=871"
+        assert "871" not in str(task.messages) and execute(task, []) == (871, "")
 
 
 def test_demonstration_is_one_call_an_operation_then_the_answer():
     source = ledger()
     task = source.train(7)
-    *calls, answer = source.demonstration(task)
-    codes = [call["tool_calls"][0]["function"]["arguments"]["code"] for call in calls]
-    assert all(call["tool_calls"][0]["function"]["name"] == "python_session" for call in calls)
-    assert all(code.endswith(";x") for code in codes)
-    assert execute(task, codes) == task.truth
+    *messages, answer = source.demonstration(task)
+    functions = [call["function"] for message in messages for call in message["tool_calls"]]
+    assert {function["name"] for function in functions} == {"python_session"}
+    assert [function["arguments"] for function in functions] == [{"code": c} for c in calls(task)]
+    assert execute(task, calls(task))[0] == task.truth
     assert answer == {"role": "assistant", "content": f"<answer>{task.truth}</answer>"}
     assert grade(task, answer["content"]).correct
 
@@ -172,25 +203,21 @@ def test_splits_share_no_sequence_of_operations_for_any_seed(steps):
 def test_splits_draw_from_one_distribution_of_wordings():
     source = ledger(level=1)
     words = [
-        {re.sub("[0-9]+", "#", line) for i in range(300) for line in lines(split(i))}
+        {re.sub("[0-9]+", "#", line) for i in range(300) for line in split(i).info["lines"]}
         for split in (source.train, source.held_out)
     ]
     assert words[0] == words[1] and len(words[0]) == 4 * PARAPHRASES
 
 
-def lines(task: Task) -> list[str]:
-    return task.messages[1]["content"].splitlines()
-
-
 def test_options_bound_what_is_drawn():
     source = ledger(kinds=("add", "double"), wordings=1, steps=(2, 3), start=(20, 21))
     tasks = [source.train(i) for i in range(80)]
-    assert {re.sub("[0-9]", "", line) for task in tasks for line in lines(task)} == {
+    assert {re.sub("[0-9]", "", line) for task in tasks for line in task.info["lines"]} == {
         "add ",
         "double it",
     }
     assert {task.info["steps"] for task in tasks} == {2, 3}
-    assert {task.setup for task in tasks} == {"x=20", "x=21"}
+    assert {execute(task, [])[0] for task in tasks} == {20, 21}
 
 
 @pytest.mark.parametrize(
@@ -240,7 +267,7 @@ def test_vocabulary_texts_cover_every_word_of_the_family():
     words = set(re.findall(r"[a-z]+|[0-9]+|[^a-z0-9]", " ".join(source.vocabulary_texts())))
     for index in range(100):
         task = source.train(index)
-        said = [message["content"] for message in task.messages] + task.info["code"]
+        said = [message["content"] for message in task.messages] + calls(task) + task.info["lines"]
         for text in said:
             assert set(re.findall(r"[a-z]+|[0-9]+|[^a-z0-9]", text)) <= words
         assert str(task.truth) in words
