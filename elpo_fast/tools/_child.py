@@ -182,10 +182,9 @@ def _stream(fd: int) -> TextIO:
 
 
 def _silence() -> None:
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    os.close(null)
+    """Let go of the pipes. Descriptor 0 is /dev/null; there may be none free for another."""
+    for fd in (1, 2):
+        os.dup2(0, fd)
 
 
 def _send(channel: socket.socket, kind: bytes, payload: bytes = b"") -> None:

@@ -102,6 +102,7 @@ class Link:
     def __init__(self, launch: Launch) -> None:
         self.ready: Future[tuple[str, tuple[str, ...]]] = Future()
         self.load = 0
+        self.alive = True  # or starting
         self._launch = launch
         # Two locks: the reader needs `_waiting` even while a sender waits for the server to read.
         self._sending, self._waiting = threading.Lock(), threading.Lock()
@@ -112,10 +113,6 @@ class Link:
         self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._live, name="elpo-sandbox", daemon=True)
         self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
 
     def send(self, op: str, body: Any = None, **fields: Any) -> tuple[int, Future[Reply]]:
         """Send a request; its number and the future of its reply (`ServerGoneError`)."""
@@ -166,6 +163,7 @@ class Link:
         try:
             replies, isolation = self._start(reasons)
         except RuntimeError as problem:
+            self.alive = False
             self.ready.set_exception(problem)
             return
         self.ready.set_result((isolation, tuple(reasons)))
@@ -175,6 +173,7 @@ class Link:
                     future = self._pending.pop(reply.header["id"], None)
                 if future is not None and future.set_running_or_notify_cancel():
                     future.set_result(reply)
+        self.alive = False
         self._hang_up()
         assert self._process is not None
         self._process.wait()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from elpo_fast.tools import _child, _confine
 from elpo_fast.tools._records import Child, Options
 
+exit_now = os._exit  # ours, even if a program replaces the module's
 _MARGIN = 1024  # processes of the same uid that others may start, where the limit counts them too
 
 
@@ -44,14 +45,17 @@ class Nursery:
             _confine.unshare(_confine.CLONE_NEWPID)
         pid = os.fork()
         if pid == 0:
-            _child.become(
-                control_end.fileno(),
-                isolation=self._isolation,
-                directory=directory,
-                ruleset=self._ruleset,
-                address_space=self._address_space,
-                processes=self._processes,
-            )
+            try:
+                _child.become(
+                    control_end.fileno(),
+                    isolation=self._isolation,
+                    directory=directory,
+                    ruleset=self._ruleset,
+                    address_space=self._address_space,
+                    processes=self._processes,
+                )
+            finally:  # whatever a program did to us, we never return into the server's code
+                exit_now(1)
         if self._isolation == "bubblewrap":
             _confine.set_pid_namespace(self._own_pid_namespace)
         control_end.close()

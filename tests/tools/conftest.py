@@ -105,7 +105,13 @@ def descendants() -> Callable[[], set[int]]:
     """Living processes that this test process started, directly or not."""
 
     def find(pid: int | None = None) -> set[int]:
-        children = psutil.Process(pid).children(recursive=True)
-        return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE}
+        return {child.pid for child in psutil.Process(pid).children(recursive=True) if alive(child)}
 
     return find
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -122,7 +122,7 @@ def test_timeout_of_code_that_resists(any_box, code: str) -> None:
     ids=["segfault", "exit", "memory", "descriptors closed", "deep recursion"],
 )
 def test_death_is_told_in_words_and_harms_nobody(any_box, code: str, error: str | None) -> None:
-    execution = any_box.run(code)
+    execution = any_box.run(code, timeout_s=2.0)
     assert execution.error is not None
     if error is not None:
         assert execution.error == error
@@ -320,6 +320,7 @@ def test_server_that_always_dies_gives_an_error_result(make_box, descendants) ->
             await asyncio.sleep(0.3)
             for pid in descendants() - before:
                 os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.2)
         execution = await call
         assert "restarted" in execution.error and not execution.finished
 
