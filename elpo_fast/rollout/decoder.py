@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from elpo_fast.rollout import decoder_cpu, decoder_torch, simd
+from elpo_fast.rollout import decoder_cpu, decoder_torch
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -45,8 +45,9 @@ class _Linear:
 
     def load(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
         weight = torch.cat([tensors[f"{n}.weight"].to(like) for n in self.names])
-        biased = [n for n in self.names if f"{n}.bias" in tensors]
-        bias = torch.cat([tensors[f"{n}.bias"].to(like) for n in biased]) if biased else None
+        biases = [tensors[f"{n}.bias"].to(like) for n in self.names if f"{n}.bias" in tensors]
+        assert len(biases) in (0, len(self.names))
+        bias = torch.cat(biases) if biases else None
         self.apply = _product(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,8 @@ class Decoder:
                 f"the local engine supports rotary embeddings {', '.join(_STATIC_ROPE)}, "
                 f"not {rotary.rope_type!r}"
             )
-        self.device, self.dtype = model.device, dtype
+        self.device, self.dtype, self.slots = model.device, dtype, slots
+        self.context: int = min(slots, config.max_position_embeddings)
         self.vocab_size: int = config.vocab_size
         self.heads: int = config.num_attention_heads
         self.kv_heads: int = config.num_key_value_heads
@@ -126,7 +128,7 @@ class Decoder:
         self.layers = [_Layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)]
         self.head = _Linear("lm_head")
         angles = torch.outer(
-            torch.arange(min(slots, config.max_position_embeddings), dtype=torch.float32),
+            torch.arange(self.context, dtype=torch.float32),
             rotary.inv_freq.float().cpu(),
         )
         self.cos = (angles.cos() * rotary.attention_scaling).to(self.device)
@@ -171,7 +173,7 @@ class _TorchStep:
 
         self.tokens, self.slots = move(batch.tokens), move(batch.slots)
         positions = move(batch.positions)
-        self.cos, self.sin = decoder.cos[positions][:, None], decoder.sin[positions][:, None]
+        self.cos, self.sin = decoder.cos[positions], decoder.sin[positions]
         # Runs of several nodes go one by one, all single nodes as one padded batch.
         bounds = batch.segments
         self.runs = []
@@ -261,9 +263,9 @@ class _CpuStep:
         )
         out = qkv.new_empty(len(qkv), d.heads * d.width)
         decoder_cpu.attend(
-            _elements(self.queries, simd.query_heads(d.heads // d.kv_heads, d.width)),
-            _elements(keys, simd.head(keys.dtype, d.width)),
-            _elements(values, simd.head(keys.dtype, d.width)),
+            _elements(self.queries, decoder_cpu.query_heads(d.heads // d.kv_heads, d.width)),
+            _elements(keys, decoder_cpu.head(keys.dtype, d.width)),
+            _elements(values, decoder_cpu.head(keys.dtype, d.width)),
             b.table,
             b.first,
             b.positions,

@@ -1,7 +1,15 @@
-"""The decoder's operations on the CPU: everything in a step that is not a matrix product.
+"""The CPU's kernels: everything in a step that is not a matrix product.
 
-Numba, parallel over nodes and key heads. `decoder_torch` is the same in plain PyTorch and defines
-what these must compute.
+Numba, parallel over nodes and key heads, or over rows. `decoder_torch` and `sampling.sample` are
+the same in plain PyTorch and define what these must compute. bfloat16 arrays come in as `uint16`
+and are widened in registers; all arithmetic is fp32, sums over the vocabulary end in fp64.
+
+A compiler does not vectorise a dot product of 64 numbers well, and attention is made of them, so
+`_scores` and `_weighted_sum` emit their vector instructions themselves. They take the sizes of a
+head from the element types of their arrays, `query_heads(group, width)` and `head(dtype, width)`,
+so that every loop over a head is unrolled.
+
+One module, because Numba's cache on disk notices changes of a kernel's own file alone.
 """
 
 # Kernels are typed by their compilation, for each dtype they are called with.
@@ -9,13 +17,227 @@ what these must compute.
 
 from __future__ import annotations
 
+from functools import cache
+from math import gcd
+
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
 
-from elpo_fast.rollout.simd import LOWEST, OPTIONS, exp, narrow, scores, weighted_sum, widen
+_OPTIONS = {"cache": True, "fastmath": True, "error_model": "numpy", "nogil": True}
+_LOWEST = np.float32(-3e38)  # fastmath knows no infinities
+_BINS, _BINS_PER_NAT = 2048, 64  # histogram of log-probabilities for top-k and top-p
+_BLOCK = 256  # tokens of the vocabulary summed in fp32
+
+_FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
+_FAST = ("fast",)
 
 
-@njit(parallel=True, **OPTIONS)
+@cache
+def head(dtype: np.dtype, width: int) -> np.dtype:
+    """Element type of key and value arrays: one head of one token."""
+    return np.dtype([("x", dtype, (width,))])
+
+
+@cache
+def query_heads(group: int, width: int) -> np.dtype:
+    """Element type of query arrays: the `group` query heads that share one key head."""
+    return np.dtype([("x", np.float32, (group, width))])
+
+
+@intrinsic
+def _to_float(typing_context, bits):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.float32))
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def _to_bits(typing_context, value):
+    def generate(context, builder, signature, args):
+        return builder.bitcast(args[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+def widen(x):
+    """float32 of an array element, which is float32 or a bfloat16 in a uint16."""
+
+
+@overload(widen, inline="always")
+def _widen(x):
+    if x == types.uint16:
+        return lambda x: _to_float(np.uint32(x) << np.uint32(16))
+    return lambda x: x
+
+
+def narrow(value, like):
+    """`value` (float32) as an element of the array `like`, rounded to nearest even."""
+
+
+@overload(narrow, inline="always")
+def _narrow(value, like):
+    if like.dtype == types.uint16:
+
+        def to_bfloat16(value, like):
+            bits = _to_bits(np.float32(value))
+            bits += np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+            return np.uint16(bits >> np.uint32(16))
+
+        return to_bfloat16
+    return lambda value, like: value
+
+
+def not_finite(x):
+    """1 for an infinity or NaN, 0 otherwise; by its bits, because fastmath knows neither."""
+
+
+@overload(not_finite, inline="always")
+def _not_finite(x):
+    if x == types.uint16:
+        return lambda x: np.uint32((x & np.uint16(0x7F80)) == np.uint16(0x7F80))
+    return lambda x: np.uint32((_to_bits(x) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
+
+
+@njit(inline="always", **_OPTIONS)
+def exp(z):
+    """e^z for z <= 0, by a minimax polynomial that vectorises; relative error 1e-7 (1 + |z|)."""
+    t = max(z, np.float32(-87.0)) * np.float32(1.44269504)
+    n = np.rint(t)
+    f = t - n
+    p = np.float32(1.5353359e-4)
+    p = p * f + np.float32(1.3398875e-3)
+    p = p * f + np.float32(9.6184374e-3)
+    p = p * f + np.float32(5.5503323e-2)
+    p = p * f + np.float32(2.4022648e-1)
+    p = p * f + np.float32(6.9314720e-1)
+    p = p * f + np.float32(1.0)
+    return p * _to_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+
+
+class _Shapes:
+    """Array arguments of an intrinsic, and how to address a head of one of them."""
+
+    def __init__(self, context, builder, signature, args) -> None:
+        self.builder = builder
+        self.arrays = [
+            context.make_array(kind)(context, builder, value=value)
+            if isinstance(kind, types.Array)
+            else None
+            for kind, value in zip(signature.args, args, strict=True)
+        ]
+
+    def size(self, array: int, axis: int):
+        return self.builder.extract_value(self.arrays[array].shape, axis)
+
+    def element(self, array: int, row, column, scale: int):
+        """Index of the first of `scale` numbers at `[row, column]` of an array of two axes."""
+        b = self.builder
+        return b.mul(b.add(b.mul(row, self.size(array, 1)), column), _INDEX(scale))
+
+    def pointer(self, array: int, kind, *index):
+        b = self.builder
+        offset = index[0] if len(index) == 1 else b.add(*index)
+        return b.gep(self.arrays[array].data, [offset], source_etype=kind)
+
+    def scalar(self, array: int, kind, index):
+        return self.builder.load(self.pointer(array, kind, index), typ=kind)
+
+    def vectors(self, array: int, start, width: int, lanes: int, dtype) -> list:
+        """`width` numbers from `start` on, as fp32 vectors."""
+        b = self.builder
+        narrow = dtype == types.uint16
+        kind = ir.IntType(16) if narrow else _FLOAT
+        loaded = []
+        for i in range(0, width, lanes):
+            pointer = self.pointer(array, kind, start, _INDEX(i))
+            x = b.load(pointer, typ=ir.VectorType(kind, lanes), align=2 if narrow else 4)
+            if narrow:
+                bits = ir.VectorType(ir.IntType(32), lanes)
+                x = b.shl(b.zext(x, bits), ir.Constant(bits, [16] * lanes))
+                x = b.bitcast(x, ir.VectorType(_FLOAT, lanes))
+            loaded.append(x)
+        return loaded
+
+
+def _sizes(queries, keys):
+    group, width = queries.dtype.fields["x"].type.shape
+    return group, width, gcd(width, 16), keys.dtype.fields["x"].type.dtype
+
+
+@intrinsic
+def _scores(typing_context, queries, row, head, keys, path, out):
+    """`out[g, t] = queries[row, head].x[g] . keys[path[t], head].x`, `out` `[group, len(path)]`."""
+    group, width, lanes, dtype = _sizes(queries, keys)
+
+    def generate(context, builder, signature, args):
+        b, a = builder, _Shapes(context, builder, signature, args)
+        _, row, head, _, _, _ = args
+        length = a.size(4, 0)
+        vector = ir.VectorType(_FLOAT, lanes)
+        add_up = cgutils.get_or_insert_function(
+            b.module,
+            ir.FunctionType(_FLOAT, [_FLOAT, vector]),
+            f"llvm.vector.reduce.fadd.v{lanes}f32",
+        )
+        start = a.element(0, row, head, group * width)
+        query = a.vectors(0, start, group * width, lanes, types.float32)
+        with cgutils.for_range(b, length, intp=_INDEX) as loop:
+            slot = a.scalar(4, _INDEX, loop.index)
+            key = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
+            for g in range(group):
+                total = ir.Constant(vector, [0.0] * lanes)
+                for i, x in enumerate(key):
+                    product = b.fmul(query[g * len(key) + i], x, flags=_FAST)
+                    total = b.fadd(total, product, flags=_FAST)
+                score = b.call(add_up, [_FLOAT(0.0), total], fastmath=_FAST)
+                b.store(score, a.pointer(5, _FLOAT, b.mul(_INDEX(g), length), loop.index))
+        return context.get_dummy_value()
+
+    return types.void(queries, row, head, keys, path, out), generate
+
+
+@intrinsic
+def _weighted_sum(typing_context, weights, queries, head, values, path, out):
+    """`out[g] = sum_t weights[g, t] values[path[t], head].x`, `out` `[group, width]`.
+
+    `queries` only tells the sizes.
+    """
+    group, width, lanes, dtype = _sizes(queries, values)
+
+    def generate(context, builder, signature, args):
+        b, a = builder, _Shapes(context, builder, signature, args)
+        head = args[2]
+        length = a.size(4, 0)
+        vector = ir.VectorType(_FLOAT, lanes)
+        zero = ir.Constant(vector, [0.0] * lanes)
+        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+        sums = [cgutils.alloca_once(b, vector) for _ in range(group * width // lanes)]
+        for s in sums:
+            b.store(zero, s)
+        with cgutils.for_range(b, length, intp=_INDEX) as loop:
+            slot = a.scalar(4, _INDEX, loop.index)
+            value = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
+            for g in range(group):
+                weight = a.scalar(0, _FLOAT, b.add(b.mul(_INDEX(g), length), loop.index))
+                weight = b.insert_element(zero, weight, ir.IntType(32)(0))
+                weight = b.shuffle_vector(weight, zero, first_lane)
+                for i, x in enumerate(value):
+                    s = sums[g * len(value) + i]
+                    product = b.fmul(weight, x, flags=_FAST)
+                    b.store(b.fadd(b.load(s), product, flags=_FAST), s)
+        for i, s in enumerate(sums):
+            target = a.pointer(5, _FLOAT, _INDEX(i * lanes))
+            b.store(b.load(s), b.bitcast(target, vector.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(weights, queries, head, values, path, out), generate
+
+
+@njit(parallel=True, **_OPTIONS)
 def add_norm(residual, delta, weight, eps, out):
     """`residual += delta`; `out = residual / rms(residual) * weight`; all `[Q, H]`."""
     rows, width = residual.shape
@@ -30,7 +252,7 @@ def add_norm(residual, delta, weight, eps, out):
             out[r, i] = narrow(residual[r, i] * scale * weight[i], out)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, **_OPTIONS)
 def silu_mul(gate_up, out):
     """`out = silu(gate) * up` of `gate_up` `[Q, 2 I]`."""
     rows, width = out.shape
@@ -43,7 +265,7 @@ def silu_mul(gate_up, out):
             out[r, i] = narrow(x * sigmoid * widen(gate_up[r, width + i]), out)
 
 
-@njit(inline="always", **OPTIONS)
+@njit(inline="always", **_OPTIONS)
 def _rotate(x, weight, eps, cos, sin, scale, out):
     """Optional RMS norm (empty `weight`: none) and rotary embedding of one head, times `scale`."""
     half = cos.size
@@ -64,7 +286,7 @@ def _rotate(x, weight, eps, cos, sin, scale, out):
             out[half + i] = narrow((b * cos[i] + a * sin[i]) * scale, out)
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, **_OPTIONS)
 def rope_store(qkv, query_norm, key_norm, eps, cos, sin, positions, slots, queries, keys, values):
     """Norm and rotate queries (scaled, into `queries`) and keys; store keys and values.
 
@@ -90,12 +312,12 @@ def rope_store(qkv, query_norm, key_norm, eps, cos, sin, positions, slots, queri
                 values[slot, h, i] = qkv[r, start + i]
 
 
-@njit(parallel=True, **OPTIONS)
+@njit(parallel=True, **_OPTIONS)
 def attend(queries, keys, values, table, first, positions, out):
     """Attention of node `q` over the slots `table[first[q] : first[q] + positions[q] + 1]`.
 
-    `queries` `[Q, kv_heads]` of `simd.query_heads`, scaled; `keys` and `values` `[S, kv_heads]` of
-    `simd.head`; `out` `[Q, heads * D]`.
+    `queries` `[Q, kv_heads]` of `query_heads`, scaled; `keys` and `values` `[S, kv_heads]` of
+    `head`; `out` `[Q, heads * D]`.
     """
     nodes, kv_heads = queries.shape
     group, width = queries[0, 0].x.shape
@@ -105,10 +327,10 @@ def attend(queries, keys, values, table, first, positions, out):
         path = table[first[q] : first[q] + length]
         weights = np.empty((group, length), np.float32)
         mean = np.empty((group, width), np.float32)
-        scores(queries, q, h, keys, path, weights)
+        _scores(queries, q, h, keys, path, weights)
         for g in range(group):
             line = weights[g]
-            highest = LOWEST
+            highest = _LOWEST
             for t in range(length):
                 highest = max(highest, line[t])
             total = np.float32(0)
@@ -119,7 +341,127 @@ def attend(queries, keys, values, table, first, positions, out):
             scale = np.float32(1) / total
             for t in range(length):
                 line[t] *= scale
-        weighted_sum(weights, queries, h, values, path, mean)
+        _weighted_sum(weights, queries, h, values, path, mean)
         for g in range(group):
             for i in range(width):
                 out[q, (h * group + g) * width + i] = narrow(mean[g, i], out)
+
+
+@njit(**_OPTIONS)
+def _threshold(logits, highest, scale, top_k, top_p, min_p):
+    """Lowest kept `z = (logit - highest) * scale`, exact, without sorting the vocabulary.
+
+    A histogram of z finds the bin in which the limit of top-k (by count) and of top-p (by mass)
+    lies; only that bin is sorted.
+    """
+    vocab_size = logits.size
+    count = np.zeros(_BINS, np.int64)
+    mass = np.zeros(_BINS, np.float64)
+    for i in range(vocab_size):
+        z = (widen(logits[i]) - highest) * scale
+        b = min(np.int64(-z * np.float32(_BINS_PER_NAT)), _BINS - 1)
+        count[b] += 1
+        mass[b] += exp(z)
+    lowest = _LOWEST
+    kept = mass.sum()
+    if 0 < top_k < vocab_size:
+        b, before, kept = 0, 0, 0.0
+        while before + count[b] < top_k:
+            before += count[b]
+            kept += mass[b]
+            b += 1
+        members = _bin(logits, highest, scale, b, count[b])
+        lowest = members[top_k - before - 1]
+        for z in members:
+            if z >= lowest:
+                kept += exp(z)
+    if top_p < 1:
+        goal = top_p * kept
+        b, heavier = 0, 0.0
+        while b < _BINS - 1 and heavier + mass[b] < goal:
+            heavier += mass[b]
+            b += 1
+        limit = np.float32(0)
+        for z in _bin(logits, highest, scale, b, count[b]):
+            if heavier >= goal:
+                break
+            limit = z
+            heavier += exp(z)
+        lowest = max(lowest, limit)
+    if min_p > 0:
+        lowest = max(lowest, np.float32(np.log(min_p)))
+    return lowest
+
+
+@njit(**_OPTIONS)
+def _bin(logits, highest, scale, b, size):
+    """The z values of histogram bin `b`, descending."""
+    members = np.empty(size, np.float32)
+    m = 0
+    for i in range(logits.size):
+        z = (widen(logits[i]) - highest) * scale
+        if min(np.int64(-z * np.float32(_BINS_PER_NAT)), _BINS - 1) == b:
+            members[m] = z
+            m += 1
+    return np.sort(members)[::-1]
+
+
+@njit(parallel=True, **_OPTIONS)
+def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, logprobs, entropies):
+    """Draw one token a row by inverting the cumulative distribution at `uniform`.
+
+    `logits` `[F, V]`, everything else `[R]`; writes `tokens`, `logprobs`, `entropies`. See
+    `sampling.sample` for the meaning. Log-probs are NaN where a logit is not finite.
+    """
+    vocab_size = logits.shape[1]
+    blocks = (vocab_size + _BLOCK - 1) // _BLOCK
+    for r in prange(which.size):
+        line = logits[which[r]]
+        highest, broken = _LOWEST, np.uint32(0)
+        for i in range(vocab_size):
+            highest = max(highest, widen(line[i]))
+            broken |= not_finite(line[i])
+        if broken:
+            tokens[r], logprobs[r], entropies[r] = 0, np.nan, np.nan
+            continue
+        if temperature[r] == 0:
+            token = 0
+            while widen(line[token]) < highest:
+                token += 1
+            tokens[r], logprobs[r], entropies[r] = token, 0, 0
+            continue
+        scale = np.float32(1) / temperature[r]
+        lowest = _LOWEST
+        if top_k[r] > 0 or top_p[r] < 1 or min_p[r] > 0:
+            lowest = _threshold(line, highest, scale, top_k[r], top_p[r], min_p[r])
+        masses = np.empty(blocks, np.float64)
+        total = moment = 0.0  # sums of e^z and of z e^z
+        for b in range(blocks):
+            mass = weighted = np.float32(0)
+            for i in range(b * _BLOCK, min((b + 1) * _BLOCK, vocab_size)):
+                z = (widen(line[i]) - highest) * scale
+                p = exp(z) if z >= lowest else np.float32(0)
+                mass += p
+                weighted += p * z
+            masses[b] = mass
+            total += mass
+            moment += weighted
+        goal = uniform[r] * total
+        b = 0
+        while b < blocks - 1 and goal >= masses[b]:
+            goal -= masses[b]
+            b += 1
+        while b > 0 and masses[b] == 0:  # rounding: past the last token kept
+            b -= 1
+        token = 0
+        for i in range(b * _BLOCK, min((b + 1) * _BLOCK, vocab_size)):
+            z = (widen(line[i]) - highest) * scale
+            if z >= lowest:
+                token = i
+                goal -= exp(z)
+                if goal < 0:
+                    break
+        z = (widen(line[token]) - highest) * scale
+        tokens[r] = token
+        logprobs[r] = z - np.log(total)
+        entropies[r] = np.log(total) - moment / total

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elpo_fast.rollout import sampling_cpu
+from elpo_fast.rollout import decoder_cpu
 from elpo_fast.rollout.decoder import as_numpy
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -101,7 +101,7 @@ def sample_fused(
     rows = len(batch.which)
     tokens = np.empty(rows, np.int32)
     logprobs, entropies = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    sampling_cpu.sample(
+    decoder_cpu.sample(
         as_numpy(logits),
         batch.which,
         batch.temperature,

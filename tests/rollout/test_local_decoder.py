@@ -1,0 +1,129 @@
+"""The decoder's two sets of operations against each other, on one irregular batch of nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from elpo_fast.rollout import decoder_cpu
+from elpo_fast.rollout.decoder import Decoder, NodeBatch, _CpuStep, _TorchStep, as_numpy
+
+SLOTS = 200
+
+
+@njit
+def _narrowed(values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(values)):
+        out[i] = decoder_cpu.narrow(values[i], out)
+
+
+@njit(fastmath=True)
+def _exponentials(values: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(values)):
+        out[i] = decoder_cpu.exp(values[i])
+
+
+def test_rounding_to_bfloat16_equals_pytorch() -> None:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 1e3
+    values = torch.cat([values, torch.tensor([0.0, -0.0, 1 + 2.0**-8, 1 + 3 * 2.0**-8, 3e38])])
+    out = np.full(len(values), 77, np.uint16)
+    _narrowed(values.numpy(), out)
+    assert (torch.from_numpy(out).view(torch.bfloat16) == values.bfloat16()).all()
+
+
+def test_exponential_is_accurate() -> None:
+    values = np.concatenate([np.linspace(-86, 0, 200_001), [-1e30, -87, 0]]).astype(np.float32)
+    out = np.full_like(values, np.nan)
+    _exponentials(values, out)
+    exact = np.exp(np.maximum(values, -87).astype(np.float64))
+    assert (np.abs(out / exact - 1) <= 1e-7 * (1 + np.abs(np.maximum(values, -87)))).all()
+    assert out[-1] == 1
+
+
+def irregular_batch() -> NodeBatch:
+    """Three paths: a prompt of 37 new nodes, one new node after 20 cached, and 3 after them."""
+    rng = np.random.default_rng(0)
+    slots = rng.permutation(SLOTS)
+    cached, prompt, branch = slots[:20], slots[20:57], slots[57:61]
+    paths = [prompt, np.append(cached, branch[0]), np.append(cached, branch[1:])]
+    starts = [0, 20, 20]
+    counts = [len(p) - s for p, s in zip(paths, starts, strict=True)]
+    return NodeBatch(
+        tokens=rng.integers(0, 320, sum(counts)),
+        positions=np.concatenate(
+            [np.arange(s, len(p)) for p, s in zip(paths, starts, strict=True)]
+        ),
+        slots=np.concatenate([p[s:] for p, s in zip(paths, starts, strict=True)]),
+        table=np.concatenate(paths),
+        first=np.repeat([0, 37, 58], counts),
+        segments=np.cumsum([0, *counts]),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.inference_mode()
+def test_cpu_kernels_equal_plain_operations(any_model: Any, dtype: torch.dtype) -> None:
+    batch = irregular_batch()
+    outputs = []
+    for kind in (_TorchStep, _CpuStep):
+        decoder = Decoder(any_model, SLOTS, dtype)
+        tensors = dict(any_model.named_parameters())
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+        decoder.load(tensors)
+        generator = torch.Generator().manual_seed(1)
+        for store in (decoder.keys, decoder.values):
+            store.copy_(torch.randn(store.shape, generator=generator))
+        step = kind(decoder, batch)
+        qkv = torch.randn(
+            len(batch.tokens),
+            (decoder.heads + 2 * decoder.kv_heads) * decoder.width,
+            generator=generator,
+        ).to(dtype)
+        residual = torch.randn(9, 96, generator=generator)
+        delta = torch.randn(9, 96, generator=generator).to(dtype)
+        norm = torch.randn(96, generator=generator)
+        outputs.append(
+            {
+                "attention": step.attend(qkv, 1),
+                "keys": decoder.keys,
+                "values": decoder.values,
+                "norm": step.add_norm(residual, delta, norm),
+                "residual": residual,
+                "mlp": step.silu_mul(qkv[:, :320]),
+            }
+        )
+    relative = 1e-5 if dtype == torch.float32 else 2.0**-7
+    plain, fused = outputs
+    for name, expected in plain.items():
+        scale = expected.float().abs().max()
+        error = (fused[name].float() - expected.float()).abs().max()
+        assert error <= relative * scale, name
+    assert torch.equal(fused["values"], plain["values"])
+
+
+@torch.inference_mode()
+def test_forward_is_the_same_with_plain_operations(
+    any_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = irregular_batch()
+    results = []
+    for kind in (_CpuStep, _TorchStep):
+        monkeypatch.setattr("elpo_fast.rollout.decoder._CpuStep", kind)
+        decoder = Decoder(any_model, SLOTS, torch.float32)
+        tensors = dict(any_model.named_parameters())
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+        decoder.load(tensors)
+        for store in (decoder.keys, decoder.values):
+            store.copy_(torch.randn(store.shape, generator=torch.Generator().manual_seed(1)))
+        results.append(decoder.forward(batch, np.array([3, 36, 37, 40])))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+def test_views_of_bfloat16_share_memory() -> None:
+    tensor = torch.zeros(3, dtype=torch.bfloat16)
+    as_numpy(tensor)[1] = 0x3F80
+    assert tensor.tolist() == [0, 1, 0]
