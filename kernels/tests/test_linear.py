@@ -273,7 +273,7 @@ def test_gradients_are_bitwise_repeatable() -> None:
         ({"weights": torch.ones(9)}, "weights go with advantages"),
         ({"eps_low": -0.1}, "eps_low must be >= 0"),
         ({"temperature": 0.0}, "temperature must be finite"),
-        ({"softcap": -1.0}, "softcap must be > 0"),
+        ({"softcap": -1.0}, "softcap must be finite"),
         ({"bias": torch.zeros(3)}, "bias must be"),
         ({"hidden": torch.zeros(9, 5)}, "hidden"),
         ({"hidden": torch.zeros(9, 24, dtype=torch.float16)}, "float16"),

@@ -1,12 +1,16 @@
 """Fused log-prob and policy-loss kernels."""
 
-from elpo_kernels.linear import linear_logprob, linear_policy_loss
+from elpo_kernels.linear import LoRA, linear_logprob, linear_policy_loss
+from elpo_kernels.logits import logits_policy_loss, logprob_from_logits
 from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_loss
 
 __all__ = [
+    "LoRA",
     "PolicyLossOutput",
     "PolicyStats",
     "linear_logprob",
     "linear_policy_loss",
+    "logits_policy_loss",
+    "logprob_from_logits",
     "policy_loss",
 ]

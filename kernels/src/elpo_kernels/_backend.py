@@ -1,35 +1,49 @@
-"""Choice of the backend; asking for one that cannot run raises."""
+"""Choice of the backend; asking for one that cannot run raises, nothing falls back."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 
 import torch
 
-from elpo_kernels._engine import Tiles
-from elpo_kernels._head import Head
-from elpo_kernels._torch_tiles import TorchTiles
-
 logger = logging.getLogger("elpo_kernels")
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "triton", "torch")
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that runs: `auto` picks by device and logs its choice once."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs. `auto` picks by device (and float64, which only `torch` computes) and
+    logs its choice once. `ValueError` for an unknown name, `RuntimeError` where it cannot run."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    return _automatic(device.type) if backend == "auto" else backend
+    if backend == "auto":
+        return _automatic(device.type, dtype)
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise RuntimeError(
+                "backend 'triton' needs the triton package; install it, or use 'torch'"
+            )
+        if dtype == torch.float64:
+            raise RuntimeError("backend 'triton' does not compute float64; use 'torch'")
+        if device.type != "cuda" and not _interpreted():
+            raise RuntimeError(
+                f"backend 'triton' cannot run on {device.type}; use 'torch' or 'auto'"
+            )
+    return backend
 
 
 @functools.cache
-def _automatic(device_type: str) -> str:
-    chosen = "torch"
-    logger.info("backend for %s tensors: %s", device_type, chosen)
+def _automatic(device_type: str, dtype: torch.dtype) -> str:
+    on_gpu = device_type == "cuda" and dtype != torch.float64
+    chosen = "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+    logger.info("backend for %s tensors on %s: %s", dtype, device_type, chosen)
     return chosen
 
 
-def make_tiles(head: Head, backend: str) -> Tiles:
-    """Tile arithmetic of the resolved `backend`."""
-    return TorchTiles(head)
+@functools.cache
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

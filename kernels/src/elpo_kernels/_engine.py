@@ -166,25 +166,27 @@ def forward(
     entropy = torch.zeros_like(logprob)
     for block in blocks(index, head.tiling.rows):
         rows = gather_rows(head, xs, targets, block)
-        found = measured(rows, *tiles.sums(rows, want_entropy))
+        found = measured(rows.target, *tiles.sums(rows, want_entropy))
         if tiles.rounds_logits:
             far = (found[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
             if len(far):
                 nearer = anchored(head, subset(rows, far), found[0][far])
-                better = measured(nearer, *tiles.sums(nearer, want_entropy))
+                better = measured(nearer.target, *tiles.sums(nearer, want_entropy))
                 for values, improved in zip(found, better, strict=True):
                     values[far] = improved
         logprob[block], entropy[block] = found
     return logprob, entropy
 
 
-def measured(rows: Rows, log_rest: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy in nats from log2 S and the mean of L over the other tokens."""
-    odds = (log_rest - rows.target) * LN2  # of every other token against the target
-    logprob = -torch.logaddexp(torch.zeros_like(odds), odds)
-    log_total = torch.logaddexp2(rows.target, log_rest)
-    others = torch.where(log_rest == -torch.inf, 0, torch.sigmoid(odds) * (log_total - mean))
-    return logprob, others * LN2 - logprob.exp() * logprob
+def measured(target: Tensor, log_rest: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy in nats from L of the target, log2 S and the entropy in bits among the
+    other tokens; either the target or the others may be impossible (−inf)."""
+    odds = (log_rest - target) * LN2  # of all other tokens against the target
+    zero = torch.zeros_like(odds)
+    logprob, log_others = -torch.logaddexp(zero, odds), -torch.logaddexp(zero, -odds)
+    own = torch.where(logprob == -torch.inf, 0, logprob.exp() * logprob)
+    others = torch.where(log_others == -torch.inf, 0, log_others.exp() * (rest * LN2 - log_others))
+    return logprob, others - own
 
 
 def backward(

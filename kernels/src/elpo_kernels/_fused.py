@@ -45,13 +45,14 @@ class Policy:
     eps_low: Tensor
     eps_high: Tensor
     entropy_coef: Tensor | None
+    backend: str
 
     def surrogate(self, logprob: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`policy.surrogate` of the tokens `index`, whose log-probs are given."""
         old = None if self.old_logprob is None else self.old_logprob[index]
         low = self.eps_low[index] if self.eps_low.ndim else self.eps_low
         high = self.eps_high[index] if self.eps_high.ndim else self.eps_high
-        return surrogate(logprob, old, self.pos[index], self.neg[index], low, high)
+        return surrogate(logprob, old, self.pos[index], self.neg[index], low, high, self.backend)
 
     def guess(self, index: Tensor) -> Tensor:
         """Expected log-prob: the old one where it is sane."""
@@ -176,8 +177,9 @@ def _powers(
     limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT
     far = (~(log_total.abs() <= limit)).nonzero()[:, 0]
     if len(far):
-        logprob, _ = measured(subset(rows, far), *tiles.sums(subset(rows, far), False))
-        nearer = anchored(head, subset(rows, far), logprob)
+        lost = subset(rows, far)
+        logprob, _ = measured(lost.target, *tiles.sums(lost, False))
+        nearer = anchored(head, lost, logprob)
         sums[:, far] = fill(nearer, far)
         rows.anchor[far], rows.target[far] = nearer.anchor, nearer.target
         log_total = torch.logaddexp2(rows.target, sums[0].log2())

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elpo_kernels._checks import accumulation
+
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 MIB = 1 << 20
@@ -94,11 +96,6 @@ def blocks(index: Tensor, rows: int) -> Sequence[Tensor]:
 def column(inv_temperature: float | Tensor) -> float | Tensor:
     """The inverse temperature as a factor for `[R]` arrays."""
     return inv_temperature[:, 0] if isinstance(inv_temperature, Tensor) else inv_temperature
-
-
-def accumulation(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays what it is, everything narrower accumulates in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(slots=True)

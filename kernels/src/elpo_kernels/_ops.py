@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from elpo_kernels._backend import make_tiles
-from elpo_kernels._engine import Wanted, backward, forward
+from elpo_kernels._checks import accumulation, check_signs, valid_targets
+from elpo_kernels._engine import Tiles, Wanted, backward, forward
 from elpo_kernels._fused import Policy, fused
-from elpo_kernels._head import Head, Tiling, accumulation
-from elpo_kernels.policy import check_signs
+from elpo_kernels._head import Head, Tiling
+from elpo_kernels._torch_tiles import TorchTiles
 
 
 def _head(
@@ -50,20 +50,21 @@ def _head(
     return head, tuple(x.to(dtype) for x in xs)
 
 
+def _tiles(head: Head, backend: str) -> Tiles:
+    """Tile arithmetic of the resolved `backend`."""
+    if backend == "torch":
+        return TorchTiles(head)
+    # Imported here: whether kernels are compiled or interpreted is settled at import.
+    from elpo_kernels._triton_tiles import TritonTiles
+
+    return TritonTiles(head)
+
+
 def _valid(head: Head, targets: Tensor, ignore_index: int) -> Tensor:
-    """Mask of the tokens with a target; `ValueError` for a target that is no token."""
     size = head.vocabulary
     if head.group is not None:
         size = int(head.all_reduce(torch.tensor(size, device=targets.device)))
-    valid = targets != ignore_index
-    wrong = valid & ((targets < 0) | (targets >= size))
-    if wrong.any():
-        at = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"targets[{at}] = {int(targets[at])} is outside the vocabulary of {size}; "
-            f"give tokens without a target ignore_index={ignore_index}"
-        )
-    return valid
+    return valid_targets(targets, size, ignore_index)
 
 
 def _wanted(needs: Sequence[bool], parts: int) -> Wanted:
@@ -105,7 +106,7 @@ def linear_logprob_op(
     """Log-prob and entropy `[T]`."""
     head, xs = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
     index = _valid(head, targets, ignore_index).nonzero()[:, 0]
-    return forward(head, xs, targets, make_tiles(head, backend), index, want_entropy)
+    return forward(head, xs, targets, _tiles(head, backend), index, want_entropy)
 
 
 @linear_logprob_op.register_fake
@@ -143,7 +144,7 @@ def linear_logprob_backward_op(
         head,
         cast,
         targets,
-        make_tiles(head, backend),
+        _tiles(head, backend),
         _wanted(needs, len(xs)),
         logprob,
         entropy,
@@ -218,7 +219,7 @@ def linear_policy_op(
     """Loss, log-prob `[T]`, entropy `[T]`, statistics `[6]` and the gradients. The weight's
     gradient is added to `main_grad` where one is given."""
     head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
-    tiles = make_tiles(head, backend)
+    tiles = _tiles(head, backend)
     valid = _valid(head, targets, ignore_index)
     check_signs(pos, neg)
 
@@ -234,6 +235,7 @@ def linear_policy_op(
         entropy_coef=None
         if entropy_coef is None
         else torch.where(valid, per_token(entropy_coef), 0),
+        backend=backend,
     )
     live = (policy.pos != 0) | (policy.neg != 0)
     if policy.entropy_coef is not None:
@@ -257,26 +259,33 @@ def _(
 
 @torch.library.custom_op("elpo_kernels::with_gradients", mutates_args=())
 def with_gradients_op(
-    loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor]
+    loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor], fixed: bool
 ) -> Tensor:
-    """The loss, with `gradients` as its derivatives with respect to `tensors`."""
+    """The loss, with `gradients` as its derivatives with respect to `tensors`. `fixed`: part of the
+    gradient has gone elsewhere and can no longer be scaled."""
     return loss.clone()
 
 
 @with_gradients_op.register_fake
-def _(loss: Tensor, tensors: Any, gradients: Any) -> Tensor:
+def _(loss: Tensor, tensors: Any, gradients: Any, fixed: bool) -> Tensor:
     return torch.empty_like(loss)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.fixed = inputs[3]
     ctx.save_for_backward(*inputs[2])
 
 
 def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
+    if ctx.fixed:
+        torch._assert_async(
+            grad_loss == 1,
+            "main_grad was filled for an upstream gradient of 1; scale the coefficients instead",
+        )
     # In place: a second copy of the weight's gradient would be the largest tensor of the step.
     # A second backward through the same loss therefore raises autograd's in-place error.
     scaled = [saved.mul_(grad_loss) for saved in ctx.saved_tensors]
-    return None, scaled, [None] * len(scaled)
+    return None, scaled, [None] * len(scaled), None
 
 
 with_gradients_op.register_autograd(_scaled_gradients, setup_context=_save_gradients)

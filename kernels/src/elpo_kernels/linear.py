@@ -6,24 +6,36 @@ a graph break, and so that autograd, autocast and checkpointing see a single ste
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from elpo_kernels._backend import resolve_backend
-from elpo_kernels._head import accumulation
-from elpo_kernels._ops import linear_logprob_op, linear_policy_op, with_gradients_op
-from elpo_kernels.policy import (
+from elpo_kernels._checks import (
     Number,
-    PolicyLossOutput,
-    PolicyStats,
     bound,
+    check_device,
+    check_dtype,
     check_per_token,
-    coefficients,
-    policy_loss,
+    check_softcap,
+    check_targets,
+    entropy_coefficient,
+    split_temperature,
 )
+from elpo_kernels._ops import linear_logprob_op, linear_policy_op, with_gradients_op
+from elpo_kernels._shards import local_head
+from elpo_kernels.policy import PolicyLossOutput, PolicyStats, coefficients, policy_loss
+
+
+class LoRA(NamedTuple):
+    """A low-rank update of the head: logits are x Wᵀ + scale · (x Aᵀ) Bᵀ."""
+
+    a: Tensor  # [r, H]
+    b: Tensor  # [V, r]
+    scale: float = 1.0
 
 
 def linear_logprob(
@@ -35,6 +47,9 @@ def linear_logprob(
     temperature: Number = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    lora: LoRA | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,27 +58,24 @@ def linear_logprob(
     `hidden` `[T, H]`, `weight` `[V, H]`, `bias` `[V]`, `temperature` a number or `[T]`; logits are
     soft-capped, cap · tanh(l / cap), before the temperature divides them. Returns float32 `[T]` in
     nats (float64 for float64 inputs), with `return_entropy` also the entropy of every token's
-    distribution, both differentiable with respect to hidden, weight and bias. Tokens whose target
-    is `ignore_index` give 0 and no gradient. Matrix products run in the dtype of `hidden`; the
-    backward computes the logits once more.
+    distribution, both differentiable with respect to hidden, weight, bias and the LoRA factors.
+    Tokens whose target is `ignore_index` give 0 and no gradient. Matrix products run in the dtype
+    of `hidden` (of autocast, where that is on); the backward computes the logits once more.
 
-    Raises `ValueError` for shapes, dtypes, devices or targets that do not fit.
+    A vocabulary-sharded head: every rank of `vocab_group` calls with the same tokens and its own
+    rows `vocab_start …` of weight, bias and LoRA `b`; results and the gradient of `hidden` are
+    those of the whole head. A `weight` that is a DTensor sharded over its rows, with `hidden` a
+    replicated DTensor on the same mesh, is such a head.
+
+    Raises `ValueError` for shapes, dtypes, devices or targets that do not fit, `RuntimeError` for a
+    backend that cannot run.
     """
-    hidden, bias = _inputs(hidden, weight, targets, bias)
-    scalar, per_token = _temperature(temperature, hidden)
+    head = _prepare(
+        hidden, weight, targets, bias, temperature, softcap, lora,
+        vocab_group, vocab_start, ignore_index, backend,
+    )  # fmt: skip
     logprob, entropy = linear_logprob_op(
-        [hidden],
-        [weight],
-        bias,
-        per_token,
-        targets,
-        scalar,
-        _softcap(softcap),
-        0,
-        "",
-        ignore_index,
-        resolve_backend(backend, hidden.device),
-        return_entropy,
+        head.xs, head.weights, head.bias, head.temperatures, targets, *head.scalars, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob
 
@@ -87,61 +99,75 @@ def linear_policy_loss(
     softcap: float | None = None,
     return_entropy: bool = False,
     logprob_for_all: bool = False,
+    main_grad: Tensor | None = None,
+    lora: LoRA | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> PolicyLossOutput:
     """The clipped policy loss of `policy.py`, summed over tokens, gradients made in one pass.
 
-    `hidden` `[T, H]`, `weight` `[V, H]`; `targets`, `old_logprob`, `pos_coef`, `neg_coef` `[T]`;
-    `eps_low`, `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio
-    1, gradient of the plain policy gradient). Instead of the coefficient pair, `advantages` and
-    optionally `weights` `[T]` may be given. `is_weight` `[T]` multiplies the coefficients
-    (truncated importance sampling). `entropy_coef` (number or `[T]`) subtracts
-    Σ entropy_coef · entropy.
-    The coefficients carry all weights: nothing is divided by a number of tokens.
+    Head arguments as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`; `eps_low`,
+    `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio 1, plain
+    policy gradient). Instead of the coefficient pair, `advantages` and optionally `weights` `[T]`
+    may be given. `is_weight` `[T]` multiplies the coefficients (truncated importance sampling).
+    `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients carry all
+    weights: nothing is divided by a number of tokens.
 
     Tokens without coefficient are never computed: their `logprob` and `entropy` are 0 unless
     `logprob_for_all`; what their `old_logprob` holds is of no account. `logprob`, `entropy` and
     `stats` are detached; use `linear_logprob` to differentiate through them.
 
-    Raises `ValueError` for shapes, dtypes, devices, signs or targets that do not fit.
+    The weight's gradient is summed in float32 and returned in the weight's dtype. With `main_grad`
+    (float32 `[V, H]`) it is added there instead, in this call, for an upstream gradient of 1: scale
+    the coefficients rather than the loss, and keep the call out of gradient checkpointing.
+
+    Raises `ValueError` for shapes, dtypes, devices, signs or targets that do not fit,
+    `RuntimeError` for a backend that cannot run.
     """
-    hidden, bias = _inputs(hidden, weight, targets, bias)
-    scalar, per_token = _temperature(temperature, hidden)
+    head = _prepare(
+        hidden, weight, targets, bias, temperature, softcap, lora,
+        vocab_group, vocab_start, ignore_index, backend,
+    )  # fmt: skip
+    like = head.xs[0]
     pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
-    entropy_weight = _entropy_coef(entropy_coef, hidden)
     for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
-        check_per_token(name, values, hidden)
-    low, high = bound("eps_low", eps_low, hidden), bound("eps_high", eps_high, hidden)
-    if softcap is not None and entropy_weight is not None:
+        check_per_token(name, values, like)
+    low, high = bound("eps_low", eps_low, like), bound("eps_high", eps_high, like)
+    entropy_weight = entropy_coefficient(entropy_coef, like)
+    _check_main_grad(main_grad, head.weights[0])
+    if head.softcap and entropy_weight is not None:
         # The kept powers carry the soft cap's derivative and no longer tell the entropy's.
+        if main_grad is not None:
+            raise ValueError("main_grad cannot be combined with softcap and entropy_coef together")
         valid = targets != ignore_index
         pos, neg = torch.where(valid, pos, 0), torch.where(valid, neg, 0)
-        live = (pos != 0) | (neg != 0) | (entropy_weight != 0)
-        values, spread = linear_logprob(
-            hidden,
-            weight,
-            targets if logprob_for_all else torch.where(live, targets, ignore_index),
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            return_entropy=True,
-            ignore_index=ignore_index,
-            backend=backend,
+        live = logprob_for_all | (pos != 0) | (neg != 0) | (entropy_weight != 0)
+        values, spread = linear_logprob_op(
+            head.xs,
+            head.weights,
+            head.bias,
+            head.temperatures,
+            torch.where(live, targets, ignore_index),
+            *head.scalars,
+            True,
         )
         composed = policy_loss(
-            values, old_logprob, pos, neg, low, high, entropy=spread, entropy_coef=entropy_weight
-        )
+            values, old_logprob, pos, neg, low, high,
+            entropy=spread, entropy_coef=entropy_weight, backend=backend,
+        )  # fmt: skip
         return composed if return_entropy else composed._replace(entropy=None)
+    tensors = [*head.xs, *head.weights, head.bias]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (hidden, weight, bias)
+        for tensor in tensors
     ]
     loss, logprob, entropy, stats, gradients = linear_policy_op(
-        [hidden.detach()],
-        [weight.detach()],
-        None if bias is None else bias.detach(),
-        per_token,
+        [x.detach() for x in head.xs],
+        [w.detach() for w in head.weights],
+        None if head.bias is None else head.bias.detach(),
+        head.temperatures,
         targets,
         None if old_logprob is None else old_logprob.detach(),
         pos,
@@ -149,92 +175,102 @@ def linear_policy_loss(
         low,
         high,
         entropy_weight,
-        None,
-        scalar,
-        _softcap(softcap),
-        0,
-        "",
-        ignore_index,
-        resolve_backend(backend, hidden.device),
+        main_grad,
+        *head.scalars,
         return_entropy,
         logprob_for_all,
         needs,
     )
-    loss = _attached(loss, needs, (hidden, weight, bias), gradients)
+    if main_grad is not None:
+        needs[len(head.xs)] = False
+    chosen = [i for i, need in enumerate(needs) if need]
+    if chosen:
+        loss = with_gradients_op(
+            loss,
+            [tensors[i] for i in chosen],
+            [gradients[i] for i in chosen],
+            main_grad is not None,
+        )
     return PolicyLossOutput(
         loss, logprob, entropy if return_entropy else None, PolicyStats(*stats.unbind())
     )
 
 
-def _attached(
-    loss: Tensor,
-    needs: Sequence[bool],
-    tensors: Sequence[Tensor | None],
-    gradients: Sequence[Tensor],
-) -> Tensor:
-    """The loss as a function of those `tensors` that need a gradient."""
-    chosen = [
-        (tensor, gradient)
-        for need, tensor, gradient in zip(needs, tensors, gradients, strict=True)
-        if need and tensor is not None
-    ]
-    if not chosen:
-        return loss
-    return with_gradients_op(loss, [t for t, _ in chosen], [g for _, g in chosen])
+class _Prepared(NamedTuple):
+    """Checked arguments of the operators."""
+
+    xs: list[Tensor]
+    weights: list[Tensor]
+    bias: Tensor | None
+    temperatures: Tensor | None
+    softcap: float
+    scalars: tuple[Any, ...]  # temperature, softcap, first, group, ignore_index, backend
 
 
-def _inputs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Check shapes, dtypes and devices; the rows of what the caller gives may be strided."""
+def _prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    temperature: Number,
+    softcap: float | None,
+    lora: LoRA | None,
+    group: dist.ProcessGroup | None,
+    first: int,
+    ignore_index: int,
+    backend: str,
+) -> _Prepared:
+    hidden, weight, bias, group, first = local_head(hidden, weight, bias, group, first)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [T, H] and "
             "[V, H]; flatten batch and sequence into T"
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype not in (torch.int32, torch.int64):
+    size, width = weight.shape
+    check_targets(targets, hidden)
+    given: list[tuple[str, Tensor | None, Sequence[int]]] = [
+        ("hidden", hidden, hidden.shape),
+        ("weight", weight, weight.shape),
+        ("bias", bias, (size,)),
+    ]
+    if lora is not None:
+        rank = lora.a.shape[0]
+        given += [("lora.a", lora.a, (rank, width)), ("lora.b", lora.b, (size, rank))]
+    for name, tensor, shape in given:
+        if tensor is not None:
+            check_dtype(name, tensor)
+            check_device(name, tensor, hidden)
+            if tensor.shape != tuple(shape):
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+        check_dtype("autocast", hidden)
+    xs, weights = [hidden.contiguous()], [weight]
+    if lora is not None:
+        xs.append(lora.scale * (hidden @ lora.a.to(hidden.dtype).t()))
+        weights.append(lora.b)
+    scalar, temperatures = split_temperature(temperature, hidden)
+    cap = check_softcap(softcap)
+    backend = resolve_backend(backend, hidden.device, hidden.dtype)
+    name = "" if group is None else group.group_name
+    scalars = (scalar, cap, first, name, ignore_index, backend)
+    return _Prepared(xs, weights, bias, temperatures, cap, scalars)
+
+
+def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
+    if main_grad is None:
+        return
+    if main_grad.dtype != torch.float32 or main_grad.shape != weight.shape:
         raise ValueError(
-            f"targets must be int64 or int32 [{hidden.shape[0]}], "
-            f"got {targets.dtype} {list(targets.shape)}"
+            f"main_grad must be float32 {list(weight.shape)}, "
+            f"got {main_grad.dtype} {list(main_grad.shape)}"
         )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in (
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-        ):
-            raise ValueError(f"{name} must be bfloat16, float32 or float64, got {tensor.dtype}")
-    for name, tensor in (("weight", weight), ("targets", targets), ("bias", bias)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} but hidden on {hidden.device}; move one of them"
-            )
-    return hidden.contiguous(), bias
-
-
-def _temperature(temperature: Number, hidden: Tensor) -> tuple[float, Tensor | None]:
-    if isinstance(temperature, Tensor):
-        check_per_token("temperature", temperature, hidden)
-        return 1.0, temperature
-    if not temperature > 0 or math.isinf(temperature):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    return float(temperature), None
-
-
-def _softcap(softcap: float | None) -> float:
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be > 0 or None, got {softcap}")
-    return softcap or 0.0
-
-
-def _entropy_coef(value: Number, hidden: Tensor) -> Tensor | None:
-    if isinstance(value, Tensor):
-        if value.ndim:
-            check_per_token("entropy_coef", value, hidden)
-        return value.detach().expand(hidden.shape[0])
-    if value == 0:
-        return None
-    dtype = accumulation(hidden.dtype)
-    return torch.full((hidden.shape[0],), value, dtype=dtype, device=hidden.device)
+    check_device("main_grad", main_grad, weight)
+    if not weight.requires_grad:
+        raise ValueError("main_grad was given, but the weight does not require a gradient")
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "main_grad would be filled twice under gradient checkpointing; "
+            "call linear_policy_loss outside the checkpointed region"
+        )

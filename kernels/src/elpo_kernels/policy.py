@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elpo_kernels._backend import resolve_backend
+from elpo_kernels._checks import Number, bound, check_per_token, check_signs
+
 LOG_RATIO_LIMIT = 40.0
-Number = float | Tensor
 
 
 class PolicyStats(NamedTuple):
@@ -71,15 +73,6 @@ def coefficients(
     return pos_coef.detach(), neg_coef.detach()
 
 
-def check_signs(pos: Tensor, neg: Tensor) -> None:
-    """`ValueError` for a pair that is no sum of clipped surrogates."""
-    for name, wrong, sign in (("pos_coef", pos < 0, ">="), ("neg_coef", neg > 0, "<=")):
-        if wrong.any():
-            raise ValueError(
-                f"{name} must be {sign} 0 everywhere; give advantages= for mixed signs"
-            )
-
-
 def surrogate(
     logprob: Tensor,
     old_logprob: Tensor | None,
@@ -87,9 +80,17 @@ def surrogate(
     neg: Tensor,
     eps_low: Tensor,
     eps_high: Tensor,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high),
     each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
+    if backend == "triton":
+        # Imported here: whether kernels are compiled or interpreted is settled at import.
+        from elpo_kernels import _triton_policy
+
+        return _triton_policy.surrogate(
+            logprob, old_logprob, pos, neg, eps_low, eps_high, LOG_RATIO_LIMIT
+        )
     live = (pos != 0) | (neg != 0)
     old = logprob if old_logprob is None else old_logprob
     log_ratio = torch.where(live, logprob - old, 0)
@@ -134,10 +135,13 @@ def policy_loss_op(
     neg: Tensor,
     eps_low: Tensor,
     eps_high: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, its derivative `[T]` and the statistics `[6]`."""
     check_signs(pos, neg)
-    loss, slope, log_ratio, flags = surrogate(logprob, old_logprob, pos, neg, eps_low, eps_high)
+    loss, slope, log_ratio, flags = surrogate(
+        logprob, old_logprob, pos, neg, eps_low, eps_high, backend
+    )
     return loss.sum(), slope, statistics(log_ratio, flags, pos, neg)
 
 
@@ -151,7 +155,7 @@ def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _policy_loss_backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
-    return ctx.saved_tensors[0] * grad_loss, None, None, None, None, None
+    return ctx.saved_tensors[0] * grad_loss, *(None,) * 6
 
 
 policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_save_slope)
@@ -170,6 +174,7 @@ def policy_loss(
     is_weight: Tensor | None = None,
     entropy: Tensor | None = None,
     entropy_coef: Number = 0.0,
+    backend: str = "auto",
 ) -> PolicyLossOutput:
     """The loss of this module from log-probs `[T]` (float32 or float64) that are there already,
     differentiable with respect to `logprob` and `entropy`; arguments as in `linear_policy_loss`."""
@@ -187,6 +192,7 @@ def policy_loss(
         neg.to(logprob.dtype),
         bound("eps_low", eps_low, logprob),
         bound("eps_high", eps_high, logprob),
+        resolve_backend(backend, logprob.device, logprob.dtype),
     )
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)
@@ -197,27 +203,3 @@ def policy_loss(
         None if entropy is None else entropy.detach(),
         PolicyStats(*stats.detach().unbind()),
     )
-
-
-def check_per_token(name: str, values: Tensor | None, like: Tensor) -> None:
-    """`ValueError` unless `values` holds one value for each row of `like`, on its device."""
-    if values is None:
-        return
-    if values.shape != like.shape[:1]:
-        raise ValueError(
-            f"{name} must be [{like.shape[0]}], one value a token, got {list(values.shape)}"
-        )
-    if values.device != like.device:
-        raise ValueError(f"{name} is on {values.device}, not {like.device}; move it there")
-
-
-def bound(name: str, value: Number, like: Tensor) -> Tensor:
-    """A clip bound as a tensor, 0-dimensional or `[T]`."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if isinstance(value, Tensor):
-        if value.ndim:
-            check_per_token(name, value, like)
-        return value.detach().to(dtype)
-    if not value >= 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
-    return torch.full((), value, dtype=dtype, device=like.device)

@@ -1,0 +1,106 @@
+"""Argument checks shared by the public functions; every error names the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+
+DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays what it is, everything narrower accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} must be bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, not {like.device}; move it there")
+
+
+def check_per_token(name: str, values: Tensor | None, like: Tensor) -> None:
+    """One value for each row of `like`, on its device."""
+    if values is None:
+        return
+    if values.shape != like.shape[:1]:
+        raise ValueError(
+            f"{name} must be [{like.shape[0]}], one value a token, got {list(values.shape)}"
+        )
+    check_device(name, values, like)
+
+
+def check_targets(targets: Tensor, like: Tensor) -> None:
+    check_per_token("targets", targets, like)
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"targets must be int64 or int32, got {targets.dtype}")
+
+
+def bound(name: str, value: Number, like: Tensor) -> Tensor:
+    """A clip bound as a tensor in the accumulation dtype, 0-dimensional or `[T]`."""
+    dtype = accumulation(like.dtype)
+    if isinstance(value, Tensor):
+        if value.ndim:
+            check_per_token(name, value, like)
+        return value.detach().to(like.device, dtype)
+    if not value >= 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def split_temperature(temperature: Number, like: Tensor) -> tuple[float, Tensor | None]:
+    """The temperature as a number, or as 1 and one value a token."""
+    if isinstance(temperature, Tensor):
+        check_per_token("temperature", temperature, like)
+        return 1.0, temperature.detach()
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    return float(temperature), None
+
+
+def check_softcap(softcap: float | None) -> float:
+    """0 stands for none."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be finite and > 0, or None, got {softcap}")
+    return softcap or 0.0
+
+
+def entropy_coefficient(value: Number, like: Tensor) -> Tensor | None:
+    """`[T]`, or `None` where the entropy does not enter the loss."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            check_per_token("entropy_coef", value, like)
+        return value.detach().expand(like.shape[0])
+    if value == 0:
+        return None
+    return torch.full((like.shape[0],), value, dtype=accumulation(like.dtype), device=like.device)
+
+
+def check_signs(pos: Tensor, neg: Tensor) -> None:
+    """A pair of other signs is no sum of clipped surrogates. Reads the device."""
+    for name, wrong, sign in (("pos_coef", pos < 0, ">="), ("neg_coef", neg > 0, "<=")):
+        if wrong.any():
+            raise ValueError(
+                f"{name} must be {sign} 0 everywhere; give advantages= for mixed signs"
+            )
+
+
+def valid_targets(targets: Tensor, size: int, ignore_index: int) -> Tensor:
+    """Mask of the tokens with a target; a target that is no token is an error. Reads the device."""
+    valid = targets != ignore_index
+    wrong = valid & ((targets < 0) | (targets >= size))
+    if wrong.any():
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets[{at}] = {int(targets[at])} is outside the vocabulary of {size}; "
+            f"give tokens without a target ignore_index={ignore_index}"
+        )
+    return valid

@@ -1,0 +1,88 @@
+"""The arithmetic of `_triton_rows` on one tile `[R, columns]` in plain PyTorch, mostly in place.
+
+Tiles are in the accumulation dtype. A target column outside `0 … columns − 1` is not in the tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elpo_kernels._head import LN2
+
+
+def levels(
+    tile: Tensor, bias: Tensor | None, scale: Tensor, offset: Tensor, softcap: float
+) -> Tensor | None:
+    """Raw logits become L = scale · softcap(z + bias) + offset in place, `scale` and `offset`
+    `[R]`; returns the soft cap's derivative."""
+    if bias is not None:
+        tile.add_(bias)
+    slope = None
+    if softcap:
+        # tanh(x) = 2σ(2x) − 1; PyTorch's sigmoid is ten times faster on CPU
+        tile.mul_(2 / softcap).sigmoid_().mul_(2).sub_(1)
+        slope = 1 - tile * tile
+        tile.mul_(softcap)
+    tile.mul_(scale[:, None]).add_(offset[:, None])
+    return slope
+
+
+def locate(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every target that lies in the tile."""
+    row = ((target >= 0) & (target < columns)).nonzero()[:, 0]
+    return row, target[row]
+
+
+def moved(top: Tensor, origin: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums Σ 2^(L−top) and Σ 2^(L−top)·(L−top), taken relative to `origin` instead."""
+    shift = torch.where(top.isinf(), 0, top - origin)
+    fade = shift.exp2()
+    return fade * total, fade * (moment + shift * total)
+
+
+def add_sums(
+    tile: Tensor, target: Tensor, state: tuple[Tensor, Tensor, Tensor], want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The running maximum of L, Σ 2^(L−top) and Σ 2^(L−top)·(L−top) without the target `[R]`, after
+    this tile of L, which is overwritten."""
+    top, total, moment = state
+    at = locate(target, tile.shape[1])
+    tile[at] = -torch.inf
+    higher = torch.maximum(top, tile.amax(1))
+    origin = torch.where(higher == -torch.inf, 0, higher)
+    tile.sub_(origin[:, None])
+    total, moment = moved(top, origin, total, moment)
+    if want_entropy:
+        power = tile.exp2()
+        moment = moment + power.mul(tile.clamp_min_(-1e4)).sum(1)  # 0 · −inf is 0 here
+        return higher, total + power.sum(1), moment
+    return higher, total + tile.exp2_().sum(1), moment
+
+
+def closed(top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """log2 Σ 2^L and the entropy in bits of the normalised 2^L, from the finished sums."""
+    bits = total.log2()
+    return top + bits, torch.where(total > 0, bits - moment / total, 0)
+
+
+def to_gradient(
+    tile: Tensor,
+    slope: Tensor | None,
+    target: Tensor,
+    alpha: Tensor,
+    beta: Tensor | None,
+    at_target: Tensor,
+) -> None:
+    """L becomes 2^L · (α + β ln 2^L), at the target `at_target`, times the soft cap's derivative;
+    α, β, `at_target` `[R]`."""
+    if beta is None:
+        tile.exp2_().mul_(alpha[:, None])
+    else:
+        tile.clamp_min_(-1e4)  # 0 · −inf is 0 here
+        factor = (tile * LN2).mul_(beta[:, None]).add_(alpha[:, None])
+        tile.exp2_().mul_(factor)
+    row, column = locate(target, tile.shape[1])
+    tile[row, column] = at_target[row]
+    if slope is not None:
+        tile.mul_(slope)

@@ -1,0 +1,189 @@
+"""Triton kernels over rows of logits, one program a row: the tile arithmetic of `TorchTiles`.
+
+A row's logits z arrive raw, in any floating dtype, and become base-2 levels in float32,
+
+    L_v = scale · softcap(z_v + bias_v) + offset,
+
+with `scale` and `offset` of the row. Columns beyond the tile read as −inf and are never written.
+Tokens lie on grid axis 0, the only one without a small limit. Offsets are 64-bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+BLOCK, WARPS = 2048, 8
+
+
+@triton.jit
+def _level(z, scale, offset, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """L and the soft cap's derivative."""
+    slope = 1.0
+    if SOFTCAP != 0:
+        decay = tl.exp2(-2.8853900817779268 * tl.abs(z) / SOFTCAP)  # e^(−2|z|/cap)
+        size = (1 - decay) / (1 + decay)
+        slope = 1 - size * size
+        z = tl.where(z < 0, -SOFTCAP, SOFTCAP) * size
+    return z * scale + offset, slope
+
+
+@triton.jit
+def _load(logits, bias, at, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+    inside = at < columns
+    z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + at, mask=inside, other=0.0)
+    return z, inside
+
+
+@triton.jit
+def sums_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [., columns]
+    index,  # [R] row of `logits` that program r works on
+    bias,  # [columns]
+    scale,  # [R]
+    offset,  # [R]
+    target,  # [R] column of the target, anything outside the tile where it is not in it
+    top,  # [R] running maximum of L, updated
+    total,  # [R] running Σ 2^(L − top) without the target, updated
+    moment,  # [R] running Σ 2^(L − top) · (L − top) without the target, updated
+    columns,
+    stride,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row).to(tl.int64)
+    row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
+    skip = tl.load(target + row)
+    m, s, e = tl.load(top + row), tl.load(total + row), tl.load(moment + row)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z, inside = _load(logits + source * stride, bias, at, columns, HAS_BIAS)
+        level, _ = _level(z, row_scale, row_offset, SOFTCAP)
+        level = tl.where(inside, tl.where(at == skip, float("-inf"), level), float("-inf"))
+        higher = tl.maximum(m, tl.max(level, 0))
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        shift = tl.where(m == float("-inf"), 0.0, m - origin)
+        power = tl.exp2(level - origin)
+        fade = tl.exp2(shift)
+        if ENTROPY:
+            part = tl.where(power == 0, 0.0, power * (level - origin))
+            e = fade * (e + shift * s) + tl.sum(part, 0)
+        s = fade * s + tl.sum(power, 0)
+        m = higher
+    tl.store(top + row, m)
+    tl.store(total + row, s)
+    tl.store(moment + row, e)
+
+
+@triton.jit
+def powers_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [R, columns]
+    bias,  # [columns]
+    scale,  # [R]
+    offset,  # [R]
+    target,  # [R]
+    out,  # [., columns] row position[r] receives row r
+    position,  # [R]
+    total,  # [R] running Σ 2^L without the target, updated
+    moment,  # [R] running Σ 2^L · L without the target, updated
+    columns,
+    stride,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
+    skip = tl.load(target + row)
+    place = out + tl.load(position + row).to(tl.int64) * out_stride
+    s, e = tl.load(total + row), tl.load(moment + row)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z, inside = _load(logits + row * stride, bias, at, columns, HAS_BIAS)
+        level, slope = _level(z, row_scale, row_offset, SOFTCAP)
+        level = tl.where(inside, tl.where(at == skip, float("-inf"), level), float("-inf"))
+        power = tl.exp2(level)
+        s += tl.sum(power, 0)
+        if ENTROPY:
+            e += tl.sum(tl.where(power == 0, 0.0, power * level), 0)
+        if SOFTCAP != 0:
+            power *= slope
+        tl.store(place + at, power.to(out.dtype.element_ty), mask=inside)
+    tl.store(total + row, s)
+    tl.store(moment + row, e)
+
+
+@triton.jit
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits,  # [., columns]
+    index,  # [R] row of `logits` that program r works on
+    bias,  # [columns]
+    scale,  # [R]
+    offset,  # [R]
+    target,  # [R]
+    alpha,  # [R]
+    beta,  # [R]
+    at_target,  # [R]
+    out,  # [., columns] written at the same rows; may be `logits`
+    columns,
+    stride,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """2^L · (α + β ln 2^L), `at_target` at the target, times the soft cap's derivative."""
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(index + row).to(tl.int64)
+    row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
+    skip, a, peak = tl.load(target + row), tl.load(alpha + row), tl.load(at_target + row)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        z, inside = _load(logits + source * stride, bias, at, columns, HAS_BIAS)
+        level, slope = _level(z, row_scale, row_offset, SOFTCAP)
+        power = tl.exp2(level)
+        factor = power * a
+        if ENTROPY:
+            log = level * 0.6931471805599453
+            factor += tl.where(power == 0, 0.0, power * log) * tl.load(beta + row)
+        value = tl.where(at == skip, peak, factor)
+        if SOFTCAP != 0:
+            value *= slope
+        tl.store(out + source * out_stride + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def with_entropy_kernel(  # type: ignore[no-untyped-def]
+    kept,  # [R, columns], updated
+    alpha,  # [R]
+    beta,  # [R]
+    columns,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    """E ← E · (α + β ln E)."""
+    row = tl.program_id(0).to(tl.int64)
+    a, b = tl.load(alpha + row), tl.load(beta + row)
+    for start in range(0, columns, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        place = kept + row * stride + at
+        power = tl.load(place, mask=at < columns, other=0.0).to(tl.float32)
+        log = tl.log2(tl.maximum(power, 1.1754943508222875e-38)) * 0.6931471805599453
+        value = power * (a + b * log)
+        tl.store(place, value.to(kept.dtype.element_ty), mask=at < columns)
+
+
+def launch(kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
+    """One program a row; nothing for no rows."""
+    if rows:
+        kernel[(rows,)](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS)

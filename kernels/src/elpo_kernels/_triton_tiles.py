@@ -1,0 +1,150 @@
+"""Tile arithmetic on GPUs: the vendor's matrix products with float32 results, Triton for the rest.
+
+A strip of logits is produced by one product and consumed while it is still in the second-level
+cache, so that of the `[rows, V]` block only the powers, in the operands' dtype, reach memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elpo_kernels._head import LOG2E, Head, Rows, column
+from elpo_kernels._torch_tiles import combined
+from elpo_kernels._triton_rows import (
+    gradient_kernel,
+    launch,
+    powers_kernel,
+    sums_kernel,
+    with_entropy_kernel,
+)
+
+
+class TritonTiles:
+    """See `TorchTiles` for what each method does."""
+
+    rounds_logits = False
+    acc = torch.float32
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self._held: Tensor | None = None
+
+    def _out(self, operand: Tensor) -> dict[str, Any]:
+        """Ask for float32 results where operands are narrower; CPU tensors exist for the
+        interpreter alone, in float32."""
+        return {} if operand.dtype == self.acc else {"out_dtype": self.acc}
+
+    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.mm(a, b, **self._out(a))
+
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
+        torch.addmm(total, a, b, **self._out(a), out=total)
+
+    def _logits(self, rows: Rows, strip: slice) -> Tensor:
+        """Raw logits `[R, strip]`, float32, in scratch memory."""
+        shape = len(rows.column), strip.stop - strip.start
+        if self._held is None or self._held.numel() < shape[0] * shape[1]:
+            self._held = torch.empty(shape, dtype=self.acc, device=rows.column.device).view(-1)
+        tile = self._held[: shape[0] * shape[1]].view(shape)
+        for i, (x, weight) in enumerate(zip(rows.xs, self.head.weights, strict=True)):
+            operand = weight[strip].t()
+            if i == 0:
+                torch.mm(x, operand, **self._out(x), out=tile)
+            else:
+                self.accumulate(tile, x, operand)
+        return tile
+
+    def _every(self, rows: Rows) -> Tensor:
+        return torch.arange(len(rows.column), device=rows.column.device)
+
+    def _row_arguments(self, rows: Rows, strip: slice) -> tuple[Tensor, ...]:
+        """bias, scale, offset and target column of a strip."""
+        scale = torch.ones_like(rows.raw) * (LOG2E * column(rows.inv_temperature))
+        bias = rows.raw if self.head.bias is None else self.head.bias[strip]
+        target = rows.column - strip.start
+        return bias, scale, rows.target - LOG2E * rows.logit, target
+
+    def _flags(self, entropy: bool) -> dict[str, bool | float]:
+        return {
+            "HAS_BIAS": self.head.bias is not None,
+            "SOFTCAP": self.head.softcap,
+            "ENTROPY": entropy,
+        }
+
+    def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]:
+        top = torch.full_like(rows.raw, -torch.inf)
+        total, moment = torch.zeros_like(top), torch.zeros_like(top)
+        for strip in self.head.strips():
+            tile = self._logits(rows, strip)
+            launch(
+                sums_kernel,
+                len(top),
+                tile,
+                self._every(rows),
+                *self._row_arguments(rows, strip),
+                top,
+                total,
+                moment,
+                tile.shape[1],
+                tile.stride(0),
+                **self._flags(want_entropy),
+            )
+        return combined(self.head, top, total, moment)
+
+    def powers(
+        self, rows: Rows, out: Tensor, position: Tensor | None, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        total = torch.zeros_like(rows.raw)
+        moment = torch.zeros_like(total)
+        if position is None:
+            position = self._every(rows)
+        for strip in self.head.strips():
+            tile = self._logits(rows, strip)
+            launch(
+                powers_kernel,
+                len(total),
+                tile,
+                *self._row_arguments(rows, strip),
+                out[:, strip],
+                position,
+                total,
+                moment,
+                tile.shape[1],
+                tile.stride(0),
+                out.stride(0),
+                **self._flags(want_entropy),
+            )
+        return total, moment
+
+    def with_entropy(self, kept: Tensor, alpha: Tensor, beta: Tensor) -> None:
+        columns, stride = kept.shape[1], kept.stride(0)
+        launch(with_entropy_kernel, len(kept), kept, alpha, beta, columns, stride)
+
+    def gradient(
+        self,
+        rows: Rows,
+        strip: slice,
+        alpha: Tensor,
+        beta: Tensor | None,
+        at_target: Tensor,
+        out: Tensor,
+    ) -> None:
+        tile = self._logits(rows, strip)
+        launch(
+            gradient_kernel,
+            len(alpha),
+            tile,
+            self._every(rows),
+            *self._row_arguments(rows, strip),
+            alpha,
+            alpha if beta is None else beta,
+            at_target,
+            out,
+            tile.shape[1],
+            tile.stride(0),
+            out.stride(0),
+            **self._flags(beta is not None),
+        )
