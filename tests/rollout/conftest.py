@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from functools import cache
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -30,6 +31,12 @@ _KINDS = {
     "qwen3-normed": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 32}),
     "qwen3-odd-heads": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 24}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> None:
+    """The kernels use as many threads as PyTorch, also where a test calls them itself."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -42,21 +40,35 @@ def batch_of(
 
 SETTINGS = [
     {"temperature": t, "top_k": k, "top_p": p, "min_p": m}
-    for t, k, p, m in product([1.0, 0.3, 2.5], [0, 1, 7, 10_000], [1.0, 0.9, 0.01], [0.0, 0.05])
+    for t, k, p, m in [
+        (1.0, 0, 1.0, 0.0),
+        (0.3, 0, 1.0, 0.0),
+        (2.5, 0, 1.0, 0.0),
+        (1.0, 1, 1.0, 0.0),
+        (1.0, 7, 1.0, 0.0),
+        (1.0, 10_000, 1.0, 0.0),
+        (1.0, 0, 0.9, 0.0),
+        (1.0, 0, 0.01, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        (0.7, 7, 0.9, 0.0),
+        (0.7, 50, 0.5, 0.05),
+        (2.5, 0, 0.9, 0.2),
+        (2.5, 3, 1.0, 0.01),
+    ]
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("vocab_size", [1, 2, 255, 257, 5000])
+@pytest.mark.parametrize("vocab_size", [1, 2, 255, 257, 2000])
 def test_fused_equals_plain(vocab_size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     for seed, setting in enumerate(SETTINGS):
-        logits = (torch.randn(12, vocab_size, generator=generator) * 4).to(dtype)
-        batch = batch_of(12, seed=seed, **setting)
+        logits = (torch.randn(6, vocab_size, generator=generator) * 4).to(dtype)
+        batch = batch_of(6, seed=seed, **setting)
         tokens, logprobs, entropies = sample(logits, batch)
         fused_tokens, fused_logprobs, fused_entropies = sample_fused(logits, batch)
-        same = tokens == fused_tokens  # a uniform number on the edge between two may go either way
-        assert same.mean() > 0.9
+        same = tokens == fused_tokens
+        assert same.sum() >= 5  # a uniform number on the edge between two may go either way
         np.testing.assert_allclose(fused_logprobs[same], logprobs[same], atol=2e-5)
         np.testing.assert_allclose(fused_entropies, entropies, atol=2e-5)
 
