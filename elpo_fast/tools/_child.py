@@ -90,6 +90,7 @@ def serve(*, seccomp: bool, directories: bool) -> NoReturn:
     sys.argv = [""]
     root = home = os.getcwd()
     base_kb = _peak_kb()
+    threads = _thread._count()
     out, err = _stream(1), _stream(2)
     _seed()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
@@ -134,8 +135,10 @@ def serve(*, seccomp: bool, directories: bool) -> NoReturn:
             outcome = _cell.run_code(call["code"], call["number"], main.__dict__, call["timeout_s"])
         _silence()
         stays = step and not outcome["timeout"]
-        if stays and _thread._count() > 0 and not _fork():
-            os._exit(0)  # the copy, which has this one thread only, becomes the snapshot
+        if stays and _thread._count() > threads:
+            if not _fork():
+                os._exit(0)  # the copy, which has this one thread only, becomes the snapshot
+            threads = _thread._count()  # a fork ends threads but does not count them out
         if stays:
             _confine.die_with_parent(0)  # a snapshot outlives the one it came from
         outcome["grown_kb"] = _peak_kb() - base_kb

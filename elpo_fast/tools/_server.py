@@ -222,18 +222,21 @@ class Server:
                     self._finish(run, "done", payload)
         except ValueError:
             self._finish(run, "flood")
-        except ProcessLookupError:
-            self._finish(run, "died")
         return True
 
     def _identify(self, run: Run, pid: int) -> None:
         """The kernel says who is at the other end: first the fork, later perhaps its copy."""
         if run.pidfd >= 0:
             self._end(run.pid, run.pidfd)
-        run.pid, run.pidfd = pid, os.pidfd_open(pid)
+        run.pid, run.pidfd = pid, -1
+        with contextlib.suppress(ProcessLookupError):  # gone already: a copy of it will follow
+            run.pidfd = os.pidfd_open(pid)
 
     def _keep(self, run: Run, payload: bytes) -> None:
         """The run has become a snapshot."""
+        if run.pidfd < 0:
+            self._finish(run, "died")
+            return
         snapshot = Snapshot(run.target, run.child, run.channel, run.pid, run.pidfd)
         self._snapshots[snapshot.id] = snapshot
         run.child.handles.add(snapshot.id)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+_MARK = "\n...[{} tokens cut]...\n"
+
 
 def truncate(
     text: str,
@@ -20,19 +22,16 @@ def truncate(
     ids = encode(text)
     if len(ids) <= limit:
         return text
-    kept = limit
-    while kept > 0:
-        mark = f"\n...[{len(ids) - kept} tokens cut]...\n"
-        room = kept - len(encode(mark))
-        if room < 2:
-            break
+    room = limit - len(encode(_MARK.format(len(ids))))
+    while room >= 2:
         head, tail = ids[: room // 2], ids[len(ids) - (room - room // 2) :]
+        mark = _MARK.format(len(ids) - room)
         # A cut inside a character leaves replacement characters at the seam.
         result = decode(head).rstrip("\ufffd") + mark + decode(tail).lstrip("\ufffd")
         excess = len(encode(result)) - limit  # tokens may split anew at the seams
         if excess <= 0:
             return result
-        kept -= excess
+        room -= excess
     for kept in range(limit, 0, -1):
         result = decode(ids[len(ids) - kept :]).lstrip("\ufffd")
         if len(encode(result)) <= limit:

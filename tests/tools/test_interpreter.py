@@ -1,0 +1,287 @@
+"""The two Python tools: branching equals running from scratch, snapshots are only a cache."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import Any
+
+import pytest
+
+from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession, SessionState
+from elpo_fast.types import Task
+
+
+def task(setup: str = "", name: str = "t1") -> Task:
+    return Task(id=name, messages=(), source="test", setup=setup)
+
+
+async def call(session: PythonSession, state: SessionState, code: str) -> tuple[str, Any]:
+    result = await session.call(state, {"code": code})
+    return result.content, result.state
+
+
+def test_code_interpreter_forgets(any_box) -> None:
+    async def main() -> None:
+        tool = CodeInterpreter(any_box.sandbox)
+        state = await tool.open(task())
+        first = await tool.call(state, {"code": "x = 1\nx"})
+        second = await tool.call(first.state, {"code": "x"})
+        assert state is None and first.state is None and second.state is None
+        assert first.content == "1" and not first.error and first.seconds > 0
+        assert second.content == "line 1: x\nNameError: name 'x' is not defined" and second.error
+
+    asyncio.run(main())
+
+
+def test_session_remembers_branches_and_keeps_old_states(any_box) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        root = await session.open(task("x = 40\nprint('not shown')"))
+        text, one = await call(session, root, "x += 1\nx")
+        assert text == "41"
+        branches = await asyncio.gather(
+            *(call(session, one, f"x += {number}\nx") for number in range(8))
+        )
+        assert [text for text, _ in branches] == [str(41 + number) for number in range(8)]
+        assert (await call(session, root, "x"))[0] == "40"
+        assert (await call(session, branches[3][1], "x"))[0] == "44"
+        await session.close()
+
+    asyncio.run(main())
+
+
+def test_definitions_classes_and_modules_live_on(any_box) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        state = await session.open(task())
+        cells = [
+            "import math\ndef area(r):\n    return math.pi * r ** 2",
+            "class P:\n    def __init__(self): self.a = area(1)",
+            "p = P()",
+            "round(p.a, 2)",
+        ]
+        for cell in cells:
+            text, state = await call(session, state, cell)
+        assert text == "3.14"
+        text, _ = await call(session, state, "area('x')")
+        assert text.splitlines()[:2] == [
+            "line 1: area('x')",
+            "call 1, line 3, in area: return math.pi * r ** 2",
+        ]
+        await session.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["math.factorial(n)", "random", "numpy"])
+def test_exception_keeps_what_was_done_before_it(any_box, name: str) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        root = await session.open(task())
+        result = await session.call(root, {"code": f"x = {name!r}\n1/0"})
+        assert result.error and result.state is not root
+        assert (await call(session, result.state, "x"))[0] == repr(name)
+        await session.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("x = 2\nwhile True: pass", "timed out after 0.5 s"),
+        ("x = 2\nimport os\nos._exit(0)", "the process ended before the code was finished"),
+        ("x = 2\nimport ctypes\nctypes.string_at(0)", "the process ended"),
+        ("x = 2\nwhile True: print('x' * 10**6)", "too much output"),
+    ],
+    ids=["timeout", "exit", "crash", "flood"],
+)
+def test_killed_call_leaves_the_state_and_says_so(make_box, code: str, said: str) -> None:
+    async def main() -> None:
+        session = PythonSession(make_box(timeout_s=0.5).sandbox)
+        root = await session.open(task("x = 1"))
+        result = await session.call(root, {"code": code})
+        assert result.error and result.state is root
+        assert said in result.content
+        assert result.content.endswith("the session is as it was before this call")
+        assert (await call(session, root, "x"))[0] == "1"
+
+    asyncio.run(main())
+
+
+CELLS = [
+    "x = x * 3 + 1\nx",
+    "import random\nrandom.random()",
+    "random.shuffle(items)\nitems",
+    "import numpy as np\nnp.random.rand()",
+    "generator = np.random.default_rng(x)\ngenerator.normal()",
+    "own.gauss(0, 1), generator.integers(100)",
+    "items.append(len(items))\nitems[-3:]",
+    "open('notes', 'a').write(f'{x}\\n')",
+    "open('notes').read()",
+    "{str(v) for v in items}",
+    "import threading\nt = threading.Thread(target=items.append, args=(x,))\nt.start()\nt.join()",
+    "print(x, end='')\nx // (x % 5)",
+]
+SETUP = (
+    "import random\nimport numpy as np\nx = 1\nitems = [5, 3, 8]\nown = random.Random(7)\n"
+    "generator = np.random.default_rng(1)"
+)
+
+
+async def random_tree(session: PythonSession, seed: int, nodes: int) -> None:
+    """Grow a tree in random order; every node must show what its path shows when run alone."""
+    dice = random.Random(seed)
+    root = await session.open(task(SETUP))
+    paths: list[tuple[tuple[str, ...], tuple[str, ...], Any]] = [((), (), root)]
+    for _ in range(nodes):
+        cells, texts, state = dice.choice(paths)
+        cell = dice.choice(CELLS)
+        text, new = await call(session, state, cell)
+        paths.append(((*cells, cell), (*texts, text), new))
+    for cells, texts, _ in dice.sample(paths[1:], 3):
+        state = await session.open(task(SETUP))
+        for cell, text in zip(cells, texts, strict=True):
+            replayed, state = await call(session, state, cell)
+            assert replayed == text
+    await session.close()
+
+
+def test_random_trees_equal_a_replay_from_scratch(make_box) -> None:
+    async def main() -> None:
+        session = PythonSession(make_box().sandbox)
+        for seed in range(25):
+            await random_tree(session, seed, nodes=10)
+
+    asyncio.run(main())
+
+
+def test_random_trees_with_hardly_any_snapshots(make_box) -> None:
+    async def main() -> None:
+        sandbox = make_box(max_snapshots=2).sandbox
+        for seed in range(6):
+            await random_tree(PythonSession(sandbox), seed, nodes=8)
+
+    asyncio.run(main())
+
+
+def test_trees_with_a_server_killed_in_between(make_box) -> None:
+    async def main() -> None:
+        box = make_box()
+        session = PythonSession(box.sandbox)
+        root = await session.open(task("x = 1"))
+        _, one = await call(session, root, "x += 1\nx")
+        _, two = await call(session, one, "import random\nx += 1\nrandom.random()")
+        box.sandbox._link("")._process.kill()
+        assert (await call(session, two, "x"))[0] == "3"
+        assert (await call(session, one, "x"))[0] == "2"
+
+    asyncio.run(main())
+
+
+def test_snapshots_are_bounded_and_released(make_box, descendants) -> None:
+    async def main() -> None:
+        before = descendants()
+        box = make_box(max_snapshots=5)
+        session = PythonSession(box.sandbox)
+        await box.sandbox.run("1")
+        idle = len(descendants() - before)
+        root = await session.open(task("x = 0"))
+        states = [root]
+        for number in range(20):
+            states.append((await call(session, states[number // 2], "x += 1"))[1])
+        assert len(session._snapshots) <= 5
+        time.sleep(0.3)
+        assert len(descendants() - before) <= idle + 6  # five snapshots and the session's first
+        await session.release(states)
+        assert not session._snapshots
+        time.sleep(0.3)
+        assert len(descendants() - before) <= idle
+        assert (await call(session, states[-1], "x"))[0].isdigit()  # a cache, not a promise
+
+    asyncio.run(main())
+
+
+def test_snapshots_are_bounded_by_memory(make_box) -> None:
+    async def main() -> None:
+        sandbox = make_box().sandbox
+        session = PythonSession(sandbox, memory_mb=200)  # what counts is the peak: old and new x
+        state = await session.open(task())
+        for _ in range(4):
+            _, state = await call(session, state, "x = b'x' * (40 << 20)")
+        assert len(session._snapshots) == 2
+        assert (await call(session, state, "len(x) >> 20"))[0] == "40"
+
+    asyncio.run(main())
+
+
+def test_rebuilt_session_is_verified(make_box) -> None:
+    async def main() -> None:
+        session = PythonSession(make_box().sandbox)
+        root = await session.open(task())
+        _, state = await call(session, root, "import time\ntime.time_ns()")
+        await session.release([state])
+        result = await session.call(state, {"code": "1"})
+        assert result.error and result.state is state
+        expected = "the session could not be restored: call 1 now shows something else"
+        assert result.content == expected
+
+    asyncio.run(main())
+
+
+def test_branches_have_their_own_files(make_box) -> None:
+    async def main() -> None:
+        session = PythonSession(make_box("bubblewrap").sandbox)
+        root = await session.open(task("import os\nos.mkdir('d')\nos.chdir('d')"))
+        _, one = await call(session, root, "open('f', 'w').write('one')")
+        _, two = await call(session, root, "open('f', 'w').write('two')")
+        text, three = await call(session, one, "open('g', 'w').write('x')\nopen('f').read()")
+        assert text == "'one'"
+        assert (await call(session, two, "os.listdir()"))[0] == "['f']"
+        assert (await call(session, three, "sorted(os.listdir())"))[0] == "['f', 'g']"
+        assert (await call(session, root, "os.listdir()"))[0] == "[]"
+
+    asyncio.run(main())
+
+
+def test_failing_setup_names_the_task(any_box) -> None:
+    session = PythonSession(any_box.sandbox)
+    with pytest.raises(
+        RuntimeError, match=r"(?s)setup of task 'bad-task' failed.*ZeroDivisionError"
+    ):
+        asyncio.run(session.open(task("1/0", "bad-task")))
+
+
+def test_background_threads_end_with_their_call(any_box) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        root = await session.open(task("n = 0"))
+        code = (
+            "import threading, time\ndef count():\n    global n\n    while True:\n"
+            "        n += 1\n        time.sleep(0.001)\n"
+            "threading.Thread(target=count, daemon=True).start()\ntime.sleep(0.05)\nn > 0"
+        )
+        text, state = await call(session, root, code)
+        assert text == "True"
+        first, _ = await call(session, state, "n")
+        await asyncio.sleep(0.1)
+        assert (await call(session, state, "n"))[0] == first
+        await session.close()
+
+    asyncio.run(main())
+
+
+def test_states_are_small_immutable_and_hashable(any_box) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        root = await session.open(task("data = b'x' * (50 << 20)"))
+        _, state = await call(session, root, "len(data)")
+        assert len({root, state, state}) == 2
+        with pytest.raises(AttributeError):
+            state.code = "y"
+        assert not hasattr(state, "__dict__")
+        await session.close()
+
+    asyncio.run(main())
