@@ -136,7 +136,7 @@ class Gradients:
         totals = [None if x is None else self.head.all_reduce(x) for x in self.xs]
         made = [*totals, *(self._joined(i, like) for i in range(len(self.weights))), self.bias]
         return [
-            torch.empty(0, device=self.inputs[0].device)
+            self.inputs[0].new_empty(0)
             if gradient is None or tensor is None
             else gradient.to(tensor.dtype)
             for gradient, tensor in zip(made, like, strict=True)

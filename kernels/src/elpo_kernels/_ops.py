@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
+from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import accumulation, check_signs, valid_targets
 from elpo_kernels._engine import Tiles, Wanted, backward, forward
 from elpo_kernels._fused import Policy, fused
@@ -51,8 +52,8 @@ def _head(
 
 
 def _tiles(head: Head, backend: str) -> Tiles:
-    """Tile arithmetic of the resolved `backend`."""
-    if backend == "torch":
+    """Tile arithmetic of `backend`."""
+    if resolve_backend(backend, head.weights[0].device, head.dtype) == "torch":
         return TorchTiles(head)
     # Imported here: whether kernels are compiled or interpreted is settled at import.
     from elpo_kernels._triton_tiles import TritonTiles
@@ -86,6 +87,12 @@ def _fake_gradients(
         tensor.new_empty(tensor.shape) if need and tensor is not None else xs[0].new_empty(0)
         for need, tensor in zip(needs, (*xs, *weights, bias), strict=True)
     ]
+
+
+def _five(gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    padding = (gradients[0].new_empty(0) for _ in range(5 - len(gradients)))
+    a, b, c, d, e = *gradients, *padding
+    return a, b, c, d, e
 
 
 @torch.library.custom_op("elpo_kernels::linear_logprob", mutates_args=())
@@ -215,9 +222,10 @@ def linear_policy_op(
     want_entropy: bool,
     all_tokens: bool,
     needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, log-prob `[T]`, entropy `[T]`, statistics `[6]` and the gradients. The weight's
-    gradient is added to `main_grad` where one is given."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-prob `[T]`, entropy `[T]`, statistics `[6]` and five gradients, the last ones empty
+    where there are fewer inputs (an operator that writes to an input cannot return a list). The
+    weight's gradient is added to `main_grad` where one is given."""
     head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
     tiles = _tiles(head, backend)
     valid = _valid(head, targets, ignore_index)
@@ -244,17 +252,32 @@ def linear_policy_op(
     result = fused(
         head, cast, targets, tiles, _wanted(needs, len(xs)), policy, index, want_entropy, main_grad
     )
-    gradients = result.gradients.finish([*xs, *weights, bias])
-    return result.loss, result.logprob, result.entropy, result.stats, gradients
+    gradients = _five(result.gradients.finish([*xs, *weights, bias]))
+    return result.loss, result.logprob, result.entropy, result.stats, *gradients
 
 
 @linear_policy_op.register_fake
 def _(
-    xs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    xs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None,
+    token_temperature: Tensor | None,
+    targets: Tensor,
+    old_logprob: Tensor | None,
+    pos: Tensor,
+    neg: Tensor,
+    eps_low: Tensor,
+    eps_high: Tensor,
+    entropy_coef: Tensor | None,
+    main_grad: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     values = xs[0].new_empty(len(xs[0]), dtype=accumulation(xs[0].dtype))
-    gradients = _fake_gradients(xs, weights, bias, rest[-1])
-    return values.new_empty(()), values, torch.empty_like(values), values.new_empty(6), gradients
+    needs = list(rest[-1])
+    if main_grad is not None:
+        needs[len(xs)] = False
+    gradients = _five(_fake_gradients(xs, weights, bias, needs))
+    return values.new_empty(()), values, torch.empty_like(values), values.new_empty(6), *gradients
 
 
 @torch.library.custom_op("elpo_kernels::with_gradients", mutates_args=())

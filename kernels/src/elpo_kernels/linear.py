@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import (
     Number,
     bound,
@@ -163,7 +162,7 @@ def linear_policy_loss(
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in tensors
     ]
-    loss, logprob, entropy, stats, gradients = linear_policy_op(
+    loss, logprob, entropy, stats, *gradients = linear_policy_op(
         [x.detach() for x in head.xs],
         [w.detach() for w in head.weights],
         None if head.bias is None else head.bias.detach(),
@@ -252,7 +251,6 @@ def _prepare(
         weights.append(lora.b)
     scalar, temperatures = split_temperature(temperature, hidden)
     cap = check_softcap(softcap)
-    backend = resolve_backend(backend, hidden.device, hidden.dtype)
     name = "" if group is None else group.group_name
     scalars = (scalar, cap, first, name, ignore_index, backend)
     return _Prepared(xs, weights, bias, temperatures, cap, scalars)

@@ -68,6 +68,7 @@ def logits_logprob_op(
     level = logits[index, column].to(scale.dtype)
     if softcap:
         level = softcap * torch.tanh(level / softcap)
+    backend = resolve_backend(backend, logits.device, logits.dtype)
     sums = _triton_sums if backend == "triton" else _torch_sums
     state = sums(logits, index, column, scale, softcap, want_entropy)
     logprob = torch.zeros(len(targets), dtype=scale.dtype, device=scale.device)
@@ -169,6 +170,7 @@ def logits_gradient_op(
         e = grad_entropy[index].to(scale.dtype)
         alpha, beta = alpha - e * entropy * rate, -e * rate
         at_target = at_target - e * logprob.exp() * (logprob + entropy) * rate
+    backend = resolve_backend(backend, source.device, source.dtype)
     write = _triton_gradient if backend == "triton" else _torch_gradient
     write(out, source, index, column, scale, offset, alpha, beta, at_target, softcap)
     out[dead] = 0
@@ -373,5 +375,4 @@ def _arguments(
     check_dtype("logits", logits)
     check_targets(targets, logits)
     scalar, temperatures = split_temperature(temperature, logits)
-    backend = resolve_backend(backend, logits.device, logits.dtype)
     return (scalar, check_softcap(softcap), ignore_index, backend), temperatures

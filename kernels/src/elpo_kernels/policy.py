@@ -84,7 +84,7 @@ def surrogate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high),
     each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
-    if backend == "triton":
+    if resolve_backend(backend, logprob.device, logprob.dtype) == "triton":
         # Imported here: whether kernels are compiled or interpreted is settled at import.
         from elpo_kernels import _triton_policy
 
@@ -192,7 +192,7 @@ def policy_loss(
         neg.to(logprob.dtype),
         bound("eps_low", eps_low, logprob),
         bound("eps_high", eps_high, logprob),
-        resolve_backend(backend, logprob.device, logprob.dtype),
+        backend,
     )
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)
