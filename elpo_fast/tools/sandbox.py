@@ -127,7 +127,7 @@ class Sandbox:
         timeout_s: float = 5.0,
         memory_mb: int = 512,
         max_snapshots: int = 256,
-        preload: Sequence[str] = ("numpy.random", "sympy"),
+        preload: Sequence[str] = ("numpy.random", "elpo_fast.tools._warm"),
         paths: Sequence[str] = (),
     ) -> None:
         python_path, readable = python_paths(paths)

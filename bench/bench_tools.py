@@ -1,0 +1,211 @@
+"""Speed of the Python tools: `python bench/bench_tools.py [--seconds 3] [--soak 0] [--out FILE]`.
+
+Every variant is checked for the right answer first; rounds of all variants alternate, and the
+median round is reported with the range of the rounds. Beside the sandbox stand cold subprocesses,
+which is what it replaces. `--soak N` then makes N mixed calls, hostile ones among them, and reports
+whether processes, descriptors or memory have grown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from elpo_fast.tools.interpreter import PythonSession, SessionState
+from elpo_fast.tools.sandbox import Sandbox
+from elpo_fast.types import Task
+
+PRINT = "print(2**10)"
+FACTOR = "import sympy\nx = sympy.Symbol('x')\nprint(sympy.factor(x**6 - 1))"
+ANSWERS = {PRINT: "1024", FACTOR: "(x - 1)*(x + 1)*(x**2 - x + 1)*(x**2 + x + 1)"}
+ROUNDS = 5
+Call = Callable[[], Awaitable[None]]
+
+
+def cold(code: str) -> Call:
+    async def call() -> None:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert out.decode().strip() == ANSWERS[code]
+
+    return call
+
+
+async def measure(call: Call, callers: int, seconds: float) -> tuple[float, list[float]]:
+    """Calls a second of all callers together, and the milliseconds of every call."""
+    times: list[float] = []
+    started = time.perf_counter()
+
+    async def caller() -> None:
+        while (begin := time.perf_counter()) < started + seconds:
+            await call()
+            times.append((time.perf_counter() - begin) * 1e3)
+
+    await asyncio.gather(*(caller() for _ in range(callers)))
+    return len(times) / (time.perf_counter() - started), times
+
+
+def percentile(times: list[float], share: float) -> float:
+    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
+
+
+async def compare(variants: dict[str, tuple[Call, int]], seconds: float) -> dict[str, Any]:
+    for call, _ in variants.values():
+        await call()  # right answer, warm
+    rates: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(ROUNDS):
+        for name, (call, callers) in variants.items():
+            rate, taken = await measure(call, callers, seconds / ROUNDS)
+            rates[name].append(rate)
+            times[name] += taken
+    return {
+        name: {
+            "per_s": round(statistics.median(rates[name]), 1),
+            "per_s_range": [round(min(rates[name]), 1), round(max(rates[name]), 1)],
+            "p50_ms": round(percentile(times[name], 0.5), 2),
+            "p99_ms": round(percentile(times[name], 0.99), 2),
+            "calls": len(times[name]),
+        }
+        for name in variants
+    }
+
+
+def footprint() -> dict[str, float]:
+    processes = psutil.Process().children(recursive=True)
+    return {
+        "processes": len(processes),
+        "descriptors": sum(map(descriptors, [psutil.Process(), *processes])),
+        "memory_mb": round(sum(process.memory_info().rss for process in processes) / 2**20),
+    }
+
+
+def descriptors(process: psutil.Process) -> int:
+    try:
+        return process.num_fds()
+    except psutil.Error:
+        return 0
+
+
+async def soak(sandbox: Sandbox, calls: int) -> dict[str, Any]:
+    """Mixed calls, four at a time; footprint after a tenth of them and at the end."""
+    kinds = [
+        (PRINT, "1024"),
+        (FACTOR, ANSWERS[FACTOR]),
+        ("print(1); 1/0", "1"),
+        ("import os; os._exit(0)", ""),
+        ("open('f', 'w').write('x' * 10**6); print('w')", "w"),
+        ("x = bytearray(1 << 40)", ""),
+    ]
+    session = PythonSession(sandbox)
+    remaining = iter(range(calls))
+    snapshots: list[dict[str, float]] = []
+
+    async def caller() -> None:
+        for number in remaining:
+            if number % 10 == 9:
+                state = await session.open(Task("t", (), "bench", setup="x = 1"))
+                one = (await session.call(state, {"code": "x += 1; x"})).state
+                result = await session.call(one, {"code": "x += 1; x"})
+                assert result.content == "3", result
+                await session.release([state, one, result.state])
+            else:
+                code, answer = kinds[number % len(kinds)]
+                execution = await sandbox.run(code)
+                assert execution.stdout.strip() == answer, execution
+            if number == calls // 10:
+                snapshots.append(footprint())
+
+    started = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(4)))
+    seconds = time.perf_counter() - started
+    await asyncio.sleep(1)
+    snapshots.append(footprint())
+    return {"calls": calls, "per_s": round(calls / seconds, 1), "footprint": snapshots}
+
+
+async def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    started = time.perf_counter()
+    sandbox = Sandbox(isolation=arguments.isolation, workers=2)
+    protection = await sandbox.start()
+    start_s = time.perf_counter() - started
+    session = PythonSession(sandbox)
+
+    def in_sandbox(code: str) -> Call:
+        async def call() -> None:
+            assert (await sandbox.run(code)).stdout.strip() == ANSWERS[code]
+
+        return call
+
+    async def stepper(setup: str) -> Call:
+        root: SessionState = await session.open(Task("t", (), "bench", setup=setup))
+
+        async def call() -> None:
+            result = await session.call(root, {"code": "x += 1; x"})
+            assert result.content == "2", result
+            await session.release([result.state])
+
+        return call
+
+    async def function() -> None:
+        assert await sandbox.call_function("math:factorial", 5) == 120
+
+    variants: dict[str, tuple[Call, int]] = {}
+    for name, code in (("print", PRINT), ("sympy factor", FACTOR)):
+        for callers in (1, 2):
+            variants[f"cold {name}, {callers} callers"] = (cold(code), callers)
+            variants[f"sandbox {name}, {callers} callers"] = (in_sandbox(code), callers)
+    variants["session step, 1 callers"] = (await stepper("x = 1"), 1)
+    big = "import numpy\nx = 1\ndata = numpy.ones((100 << 20) // 8)"
+    variants["session step on 100 MB, 1 callers"] = (await stepper(big), 1)
+    variants["function, 1 callers"] = (function, 1)
+    results = await compare(variants, arguments.seconds)
+    record = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.release()}",
+        "python": platform.python_version(),
+        "load_before": arguments.load,
+        "isolation": protection.isolation,
+        "start_s": round(start_s, 2),
+        "results": results,
+    }
+    if arguments.soak:
+        record["soak"] = await soak(sandbox, arguments.soak)
+    await sandbox.close()
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isolation", default="auto")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per variant")
+    parser.add_argument("--soak", type=int, default=0, help="mixed calls afterwards")
+    parser.add_argument("--out", type=Path, help="write the record here, too")
+    arguments = parser.parse_args()
+    arguments.load = round(os.getloadavg()[0], 2)
+    record = asyncio.run(run(arguments))
+    results = record.pop("results")
+    print(json.dumps(record, indent=1))
+    print(f"{'':38}{'calls/s':>9}{'range':>17}{'p50 ms':>9}{'p99 ms':>9}")
+    for name, row in results.items():
+        low, high = row["per_s_range"]
+        print(f"{name:38}{row['per_s']:9}{f'{low}-{high}':>17}{row['p50_ms']:9}{row['p99_ms']:9}")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record | {"results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
