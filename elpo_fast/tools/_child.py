@@ -62,17 +62,18 @@ def become(
         elif isolation == "landlock":
             _confine.landlock_restrict(ruleset)
         os.chdir(directory or "/")
+        os.dup2(control, CONTROL)
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.closerange(CONTROL + 1, 1 << 30)
+        # After the server's descriptors are gone: with many sessions they exceed the limit.
         _confine.limit(
             address_space=address_space,
             file_size=TMP_MB << 20,
             processes=processes,
             files=FILES,
         )
-        os.dup2(control, CONTROL)
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.closerange(CONTROL + 1, 1 << 30)
         if isolation != "none":
             _confine.filter_system_calls(fork=True)
     except BaseException as problem:

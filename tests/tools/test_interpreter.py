@@ -52,6 +52,21 @@ def test_session_remembers_branches_and_keeps_old_states(any_box) -> None:
     asyncio.run(main())
 
 
+def test_a_hundred_sessions_at_once(any_box) -> None:
+    """More descriptors in the server than a confined process may have open."""
+
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        roots = await asyncio.gather(
+            *(session.open(task(f"x = {number}", f"t{number}")) for number in range(100))
+        )
+        answers = await asyncio.gather(*(call(session, root, "x + 1") for root in roots))
+        assert [text for text, _ in answers] == [str(number + 1) for number in range(100)]
+        await session.close()
+
+    asyncio.run(main())
+
+
 def test_definitions_classes_and_modules_live_on(any_box) -> None:
     async def main() -> None:
         session = PythonSession(any_box.sandbox)
