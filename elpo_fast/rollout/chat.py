@@ -78,14 +78,16 @@ class Chat:
         )
         after = rendered.partition(_ASSISTANT)[2]
         self._before_response, _, self._after_response = after.partition(_RESPONSE)
+        # Some tokenizers list only a few of their special tokens as such, but know all of them.
+        special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         first = self.encode(after)[:1]
-        if not len(first) or int(first[0]) not in tokenizer.all_special_ids:
+        if not len(first) or int(first[0]) not in special:
             raise ValueError(
                 "the chat template does not end an assistant message with a special token; "
                 "set a chat template that does, for example ChatML"
             )
         self.end_of_turn = int(first[0])
-        self._special_texts = [token for token in tokenizer.all_special_tokens if token]
+        self._special_texts = list(special.values())
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
