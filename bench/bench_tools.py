@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -85,19 +86,16 @@ async def compare(variants: dict[str, tuple[Call, int]], seconds: float) -> dict
 
 
 def footprint() -> dict[str, float]:
-    processes = psutil.Process().children(recursive=True)
+    """Of this process and all below it; calls come and go while we look."""
+    found = []
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            found.append((process.num_fds(), process.memory_info().rss / 2**20))
     return {
-        "processes": len(processes),
-        "descriptors": sum(map(descriptors, [psutil.Process(), *processes])),
-        "memory_mb": round(sum(process.memory_info().rss for process in processes) / 2**20),
+        "processes": len(found),
+        "descriptors": sum(descriptors for descriptors, _ in found),
+        "memory_mb": round(sum(memory for _, memory in found)),
     }
-
-
-def descriptors(process: psutil.Process) -> int:
-    try:
-        return process.num_fds()
-    except psutil.Error:
-        return 0
 
 
 async def soak(sandbox: Sandbox, calls: int) -> dict[str, Any]:

@@ -164,16 +164,18 @@ class Sandbox:
         reply, seconds = await self._call("", body, timeout_s)
         return _execution(reply, timeout_s, seconds)
 
-    async def call_function(self, target: str, payload: Any, timeout_s: float | None = None) -> Any:
-        """`target` is "module:function" of an importable module, taking and returning one JSON
+    async def call_function(
+        self, function: str, payload: Any, timeout_s: float | None = None
+    ) -> Any:
+        """`function` is "module:function" of an importable module, taking and returning one JSON
         value. Its module is imported once, in a server of its own. `SandboxError` when it raises,
         times out or dies; the message says which."""
         timeout_s = timeout_s or self.timeout_s
-        body = {"target": target, "payload": payload, "timeout_s": timeout_s}
-        reply, seconds = await self._call(target.partition(":")[0], body, timeout_s)
+        body = {"target": function, "payload": payload, "timeout_s": timeout_s}
+        reply, seconds = await self._call(function.partition(":")[0], body, timeout_s)
         execution = _execution(reply, timeout_s, seconds)
         if execution.error is not None or execution.value is None:
-            raise SandboxError(f"{target}: {execution.error}")
+            raise SandboxError(f"{function}: {execution.error}")
         return json.loads(execution.value)
 
     async def open_session(self) -> Snapshot:
