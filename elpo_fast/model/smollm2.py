@@ -132,7 +132,10 @@ def _model(facts: dict[str, Any], tensors: dict[str, NDArray[np.float32]]) -> Ll
         pad_token_id=facts["tokenizer.ggml.padding_token_id"],
         tie_word_embeddings=True,
     )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {
+        "attn_q": facts["llama.attention.head_count"],
+        "attn_k": facts["llama.attention.head_count_kv"],
+    }
     weights = {}
     for name, tensor in tensors.items():
         if not (match := re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)):
