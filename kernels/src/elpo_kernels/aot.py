@@ -1,0 +1,150 @@
+"""Compile every kernel in every shipped configuration for GPUs that are not there.
+
+`python -m elpo_kernels.aot` prints registers, spills and shared memory, and fails where a kernel
+spills or asks for more shared memory than the chip has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from elpo_kernels import _triton_policy, _triton_rows
+
+KIB = 1024
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+}
+BY_NAME = {
+    "index": "*i64",
+    "target": "*i64",
+    "position": "*i64",
+    "flags": "*i8",
+    "columns": "i32",
+    "stride": "i32",
+    "out_stride": "i32",
+    "count": "i32",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """A kernel with its element types and compile-time constants."""
+
+    kernel: Any
+    types: dict[str, str]  # of the arguments that are not float32 pointers
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def name(self) -> str:
+        given = [f"{k}={v.removeprefix('*')}" for k, v in self.types.items()]
+        on = [k.lower() for k, v in self.constants.items() if v and k not in ("BLOCK", "LIMIT")]
+        return " ".join([self.kernel.fn.__name__.removesuffix("_kernel"), *given, *on])
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one configuration takes on one chip."""
+
+    target: str
+    name: str
+    registers: int
+    spilled: int  # bytes on NVIDIA, registers on AMD
+    shared: int  # bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
+
+
+def shipped() -> Iterator[Shipped]:
+    """Every configuration that the package launches."""
+    rows, block = _triton_rows, {"BLOCK": _triton_rows.BLOCK}
+    flags = [
+        dict(zip(("HAS_BIAS", "SOFTCAP", "ENTROPY"), values, strict=True))
+        for values in itertools.product((False, True), (0.0, 30.0), (False, True))
+    ]
+    wide, narrow = "*fp32", "*bf16"
+    for constants in ({**f, **block} for f in flags):
+        # From existing logits there is no bias, and the logits may be bfloat16.
+        sources = [wide] if constants["HAS_BIAS"] else [wide, narrow]
+        for source in sources:
+            yield Shipped(rows.sums_kernel, {"logits": source}, constants, rows.WARPS)
+            for out in (narrow, wide) if source == wide else (narrow,):
+                types = {"logits": source, "out": out}
+                yield Shipped(rows.gradient_kernel, types, constants, rows.WARPS)
+        for out in (narrow, wide):
+            yield Shipped(rows.powers_kernel, {"out": out}, constants, rows.WARPS)
+    for kept in (narrow, wide):
+        yield Shipped(rows.with_entropy_kernel, {"kept": kept}, block, rows.WARPS)
+    for low, high in itertools.product((0, 1), repeat=2):
+        constants = {"LOW_STEP": low, "HIGH_STEP": high, "LIMIT": 40.0}
+        constants["BLOCK"] = _triton_policy.BLOCK
+        yield Shipped(_triton_policy.surrogate_kernel, {}, constants, 4)
+
+
+def measure(configuration: Shipped, target: str) -> Usage:
+    """Compile for `target`; `RuntimeError` from Triton where that fails."""
+    signature = {
+        name: "constexpr"
+        if name in configuration.constants
+        else configuration.types.get(name, BY_NAME.get(name, "*fp32"))
+        for name in configuration.kernel.arg_names
+    }
+    source = ASTSource(configuration.kernel, signature, configuration.constants)
+    options = {"num_warps": configuration.warps}
+    compiled = triton.compile(source, target=TARGETS[target][0], options=options)
+    usage = _amd_usage(compiled) if "amdgcn" in compiled.asm else _nvidia_usage(compiled)
+    return Usage(target, configuration.name, *usage, compiled.metadata.shared)
+
+
+def _nvidia_usage(compiled: Any) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        report = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def _amd_usage(compiled: Any) -> tuple[int, int]:
+    pattern = r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)"
+    found = {key: int(value) for key, value in re.findall(pattern, compiled.asm["amdgcn"])}
+    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+
+
+def main() -> int:
+    """Print the table; the exit code says whether everything fits."""
+    print(f"{'chip':8} {'registers':>9} {'spilled':>8} {'shared':>7}  kernel")
+    failed = 0
+    for target in TARGETS:
+        for configuration in shipped():
+            usage = measure(configuration, target)
+            failed += not usage.fits
+            mark = "" if usage.fits else "  DOES NOT FIT"
+            print(
+                f"{target:8} {usage.registers:9} {usage.spilled:8} {usage.shared:7}  "
+                f"{usage.name}{mark}"
+            )
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
