@@ -64,7 +64,7 @@ def become(
         os.chdir(directory or "/")
         os.dup2(control, CONTROL)
         null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
+        for fd in (0, 1):
             os.dup2(null, fd)
         os.closerange(CONTROL + 1, 1 << 30)
         # After the server's descriptors are gone: with many sessions they exceed the limit.
@@ -76,6 +76,7 @@ def become(
         )
         if isolation != "none":
             _confine.filter_system_calls(fork=True)
+        os.dup2(0, 2)  # last: until here a refusal must reach the server's log
     except BaseException as problem:
         os.write(2, f"cannot confine a process: {problem}\n".encode())
         os._exit(1)

@@ -167,7 +167,7 @@ async def random_tree(session: PythonSession, seed: int, nodes: int) -> None:
 def test_random_trees_equal_a_replay_from_scratch(make_box) -> None:
     async def main() -> None:
         session = PythonSession(make_box().sandbox)
-        for seed in range(25):
+        for seed in range(12):
             await random_tree(session, seed, nodes=10)
 
     asyncio.run(main())
@@ -176,7 +176,7 @@ def test_random_trees_equal_a_replay_from_scratch(make_box) -> None:
 def test_random_trees_with_hardly_any_snapshots(make_box) -> None:
     async def main() -> None:
         sandbox = make_box(max_snapshots=2).sandbox
-        for seed in range(6):
+        for seed in range(4):
             await random_tree(PythonSession(sandbox), seed, nodes=8)
 
     asyncio.run(main())

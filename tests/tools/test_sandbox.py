@@ -243,6 +243,13 @@ def test_nothing_safe_refuses_to_run(monkeypatch) -> None:
     asyncio.run(sandbox.close())
 
 
+def test_failed_confinement_is_told() -> None:
+    """A step of the confinement that fails inside the child reaches the user as the reason."""
+    sandbox = Sandbox(isolation="landlock", max_snapshots=1 << 70)
+    with pytest.raises(RuntimeError, match="landlock: cannot confine a process: "):
+        asyncio.run(sandbox.start())
+
+
 def test_isolation_none_warns_every_time(caplog) -> None:
     for _ in range(2):
         caplog.clear()
