@@ -59,7 +59,8 @@ class PrefixCache:
             found.append(child)
             node = child
         slots = np.array(found, np.int32)
-        self._pins[slots] += 1
+        if found:
+            self._pins[slots] += 1
         return slots
 
     def add(self, node: int, tokens: np.ndarray) -> np.ndarray:
@@ -72,16 +73,19 @@ class PrefixCache:
         if count > len(self._free):
             self._evict(count - len(self._free))
         depth = 0 if node == ROOT else int(self._depth[node]) + 1
+        if count == 1:  # what every decoding row does in every step: scalars are faster
+            slot = self._free.pop()
+            key = (node + 1) * self.vocab_size + int(tokens[0])
+            self._children[key] = slot
+            self._place(slot, key, depth)
+            return np.array([slot], np.int32)
         slots = np.array(self._free[: -count - 1 : -1], np.int32)
         del self._free[-count:]
         parents = np.empty(count, np.int64)
         parents[0], parents[1:] = node, slots[:-1]
         keys = (parents + 1) * self.vocab_size + tokens
         self._children.update(zip(keys.tolist(), slots.tolist(), strict=True))
-        self._key[slots] = keys
-        self._depth[slots] = np.arange(depth, depth + count)
-        self._pins[slots] = 1
-        self._allocated[slots] = True
+        self._place(slots, keys, np.arange(depth, depth + count))
         return slots
 
     def release(self, path: np.ndarray) -> None:
@@ -89,6 +93,14 @@ class PrefixCache:
         self._clock += 1
         self._pins[path] -= 1
         self._used[path] = self._clock
+
+    def _place(
+        self, slots: int | np.ndarray, keys: int | np.ndarray, depths: int | np.ndarray
+    ) -> None:
+        self._key[slots] = keys
+        self._depth[slots] = depths
+        self._pins[slots] = 1
+        self._allocated[slots] = True
 
     def _evict(self, count: int) -> None:
         idle = np.flatnonzero(self._allocated & (self._pins == 0))

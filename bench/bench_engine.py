@@ -1,0 +1,247 @@
+"""Decoding speed of the local engine: SmolLM2-135M, 64 branches of 16 prompts, 128 new tokens each.
+
+`make bench` times the engine and, under it, the matrix products of its steps alone. Side by side
+with `transformers.generate` on the same batch, interleaved, correctness first:
+
+    OMP_WAIT_POLICY=passive python bench/bench_engine.py --rounds 3
+
+The floor of a step is the larger of weight bytes over memory bandwidth and FLOPs over GEMM rate,
+both measured in the same round. Tokens per CPU-second, all threads together, say the same on a
+machine that others use too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Coroutine
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from elpo_fast.config import ModelConfig
+from elpo_fast.model.load import load_model
+from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.types import Completion, Sampling
+
+PROMPTS, BRANCHES, PROMPT_TOKENS, NEW_TOKENS = 16, 4, 80, 128
+ROWS = PROMPTS * BRANCHES
+TEXT = (
+    "Keep a ledger. Start with 40 coins, give a third of them away and find 12 more on the road. "
+)
+
+
+@cache
+def exact_model() -> PreTrainedModel:
+    loaded = load_model(ModelConfig(name="smollm2-135m", device="cpu"), seed=0)
+    texts = [f"Day {day}. {TEXT * 8}" for day in range(PROMPTS)]
+    ids = [loaded.tokenizer.encode(text)[:PROMPT_TOKENS] for text in texts]
+    loaded.model.prompts = np.array(ids)
+    return loaded.model
+
+
+@cache
+def rounded_model() -> PreTrainedModel:
+    """transformers' own bfloat16 model with its default attention."""
+    exact = exact_model()
+    model = AutoModelForCausalLM.from_config(exact.config, attn_implementation="sdpa")
+    model.load_state_dict(exact.state_dict())
+    return model.to(torch.bfloat16).eval()
+
+
+async def decode(engine: LocalEngine) -> list[list[Completion]]:
+    sampling = Sampling(max_tokens=NEW_TOKENS)
+    asked = [engine.generate(p, BRANCHES, sampling) for p in exact_model().prompts]
+    return await asyncio.gather(*asked)
+
+
+class Clock:
+    """Tokens of the whole batch per second and per CPU-second of a `with` block."""
+
+    def __enter__(self) -> Clock:
+        self.wall, self.cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.wall, self.cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
+
+    def rates(self, name: str) -> dict[str, float]:
+        tokens = ROWS * NEW_TOKENS
+        return {f"{name}_per_s": tokens / self.wall, f"{name}_per_cpu_s": tokens / self.cpu}
+
+
+async def decode_fresh(engine: LocalEngine) -> Clock:
+    """The whole batch, prompts included, with an empty cache."""
+    await engine.weights_changed(engine.weight_version + 1)
+    with Clock() as clock:
+        await decode(engine)
+    return clock
+
+
+def generate() -> Clock:
+    """`transformers.generate` for the same batch."""
+    prompts = torch.from_numpy(exact_model().prompts.repeat(BRANCHES, 0))
+    with Clock() as clock:
+        out = rounded_model().generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+        )
+    assert out.shape == (ROWS, PROMPT_TOKENS + NEW_TOKENS)
+    return clock
+
+
+@torch.inference_mode()
+def products(engine: LocalEngine) -> Callable[[], None]:
+    """The matrix products of one step with `ROWS` rows, on the engine's own weights."""
+    decoder = engine._decoder
+    linears = [linear for layer in decoder.layers for linear in layer.linears] + [decoder.head]
+    shapes = {n: p.shape for n, p in exact_model().state_dict().items()}
+    inputs = [torch.randn(ROWS, shapes[f"{x.names[0]}.weight"][1]).bfloat16() for x in linears]
+
+    def run() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x)
+
+    return run
+
+
+def best_of(run: Callable[[], Any], times: int) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def floor() -> dict[str, float]:
+    """Seconds of one step from measured bandwidth and GEMM rate, and how they came about."""
+    parameters = sum(p.numel() for n, p in exact_model().named_parameters() if p.ndim == 2)
+    flops, weight_bytes = 2 * parameters * ROWS, 2 * parameters
+    block = torch.zeros(64 << 20, dtype=torch.float32)
+    bandwidth = block.nbytes / best_of(block.sum, 5)
+    x, weight = torch.randn(ROWS, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
+    rate = 2 * ROWS * 2048**2 / best_of(lambda: torch.nn.functional.linear(x, weight), 50)
+    return {
+        "step": max(weight_bytes / bandwidth, flops / rate),
+        "gigaflops": flops / 1e9,
+        "weight_megabytes": weight_bytes / 1e6,
+        "gigaflops_per_second": rate / 1e9,
+        "gigabytes_per_second": bandwidth / 1e9,
+    }
+
+
+def check(completions: list[list[Completion]]) -> dict[str, float]:
+    """Mean distance of log-probs from an fp32 forward: the engine's, and transformers' bfloat16."""
+    errors: dict[str, list[float]] = {"engine": [], "transformers": []}
+    for prompt, (completion, *_) in zip(exact_model().prompts, completions, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, completion.token_ids]))[None]
+        with torch.inference_mode():
+            exact, rounded = (
+                model(ids).logits[0, PROMPT_TOKENS - 1 : -1].float().log_softmax(-1)
+                for model in (exact_model(), rounded_model())
+            )
+        chosen = ids[0, PROMPT_TOKENS:, None]
+        expected = exact.gather(-1, chosen)[:, 0]
+        engine = torch.from_numpy(completion.logprobs)
+        errors["engine"].append(float((engine - expected).abs().mean()))
+        other = rounded.gather(-1, chosen)[:, 0]
+        errors["transformers"].append(float((other - expected).abs().mean()))
+    means = {name: statistics.mean(values) for name, values in errors.items()}
+    assert means["engine"] <= 1.05 * means["transformers"], means
+    return means
+
+
+def with_engine(work: Callable[[LocalEngine], Coroutine[Any, Any, Any]]) -> Any:
+    async def whole() -> Any:
+        engine = LocalEngine(exact_model(), None, dtype=torch.bfloat16)
+        try:
+            await decode(engine)  # compiles the kernels
+            return await work(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(whole())
+
+
+def test_decode(benchmark) -> None:
+    async def work(engine: LocalEngine) -> None:
+        loop = asyncio.get_running_loop()
+
+        def once() -> None:
+            asyncio.run_coroutine_threadsafe(decode_fresh(engine), loop).result()
+
+        await asyncio.to_thread(benchmark.pedantic, once, rounds=3)
+
+    with_engine(work)
+    benchmark.extra_info["tokens"] = ROWS * NEW_TOKENS
+
+
+def test_matrix_products_of_a_step(benchmark) -> None:
+    engine = LocalEngine(exact_model(), None, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        benchmark(products(engine))
+    asyncio.run(engine.close())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-transformers", action="store_true", help="skip the slow half")
+    options = parser.parse_args()
+    rounds: list[dict[str, float]] = []
+
+    async def work(engine: LocalEngine) -> None:
+        step = products(engine)
+        if not options.no_transformers:
+            print(json.dumps({"logprob_error": check(await decode(engine))}))
+        for _ in range(options.rounds):
+            one = {"load": os.getloadavg()[0]}
+            one |= (await decode_fresh(engine)).rates("engine")
+            measured = floor()
+            one["floor_per_s"] = ROWS / measured["step"]
+            with torch.inference_mode():
+                one["products_per_s"] = ROWS / best_of(step, 20)
+            if not options.no_transformers:
+                one |= generate().rates("transformers")
+            print(json.dumps({k: round(v, 4) for k, v in (one | measured).items()}), flush=True)
+            rounds.append(one)
+
+    with_engine(work)
+    print("tokens of the batch, median (lowest-highest) of the rounds:")
+    for name in rounds[0]:
+        values = sorted(one[name] for one in rounds)
+        print(f"{name}: {statistics.median(values):.1f} ({values[0]:.1f}-{values[-1]:.1f})")
+    print(
+        json.dumps(
+            {
+                "cpu": platform.processor() or platform.machine(),
+                "cores": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "numba": numba.__version__,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
