@@ -197,10 +197,10 @@ def test_operators_pass_the_library_checks() -> None:
     check(
         ops.linear_policy,
         ([case.hidden], [case.weight], None, None, case.targets, case.old_logprob, pos, neg,
-         half, half, None, None, *scalars, True, False, [True, True, False]),
+         half, half, None, None, 3.0, *scalars, True, False, [True, True, False]),
     )  # fmt: skip
     logits = (case.hidden @ case.weight.t()).requires_grad_()
     check(ops.logits_logprob, (logits, None, case.targets, 1.0, 0.0, -100, "torch", True, False))
     logprob = case.old_logprob.nan_to_num(-1).requires_grad_()
-    check(ops.policy_loss, (logprob, case.old_logprob, pos, neg, half, half, "torch"))
+    check(ops.policy_loss, (logprob, case.old_logprob, pos, neg, half, half, 3.0, "torch"))
     check(ops.with_gradients, (half, xs, [torch.ones_like(case.hidden)], False))

@@ -96,15 +96,17 @@ def test_policy_loss(dtype: torch.dtype, variant: str, entropy_coef: float) -> N
 
 
 def test_statistics_count_unmasked_tokens_only() -> None:
-    case = make_case(dtype=torch.float64)
-    stats = linear_policy_loss(*case.linear, *case.policy).stats
+    case = make_case(dtype=torch.float64, drift=0.6)
+    stats = linear_policy_loss(*case.linear, *case.policy, ratio_cap=1.5).stats
     live = (case.pos != 0) | (case.neg != 0)
     log_ratio = (truth(case)[0] - case.old_logprob)[live]
     ratio = log_ratio.exp()
     low = (ratio < 1 - case.eps_low[live]) & (case.neg[live] != 0)
     high = (ratio > 1 + case.eps_high[live]) & (case.pos[live] != 0)
     assert low.any() and high.any()
-    expected = [live.sum(), low.double().mean(), high.double().mean()]
+    capped = (ratio > 1.5) & (case.neg[live] != 0)
+    assert capped.any()
+    expected = [live.sum(), *(x.double().mean() for x in (low, high, capped))]
     expected += [(ratio - 1 - log_ratio).mean(), ratio.mean(), ratio.max()]
     torch.testing.assert_close(torch.stack(list(stats)), torch.stack(expected).double())
 
@@ -271,6 +273,7 @@ def test_gradients_are_bitwise_repeatable() -> None:
         ({"neg_coef": torch.ones(9)}, "neg_coef must be <= 0"),
         ({"advantages": torch.ones(9)}, "either advantages"),
         ({"weights": torch.ones(9)}, "weights go with advantages"),
+        ({"ratio_cap": 0.5}, "ratio_cap must be >= 1"),
         ({"eps_low": -0.1}, "eps_low must be >= 0"),
         ({"temperature": 0.0}, "temperature must be finite"),
         ({"softcap": -1.0}, "softcap must be finite"),

@@ -128,11 +128,12 @@ def test_elementwise_loss(coefs: str) -> None:
         given = {"advantages": advantages}
     out = policy_loss(
         mine[0], case.old_logprob, eps_low=case.eps_low, eps_high=case.eps_high,
+        ratio_cap=1.6,
         entropy=mine[1], entropy_coef=0.3, **given,
     )  # fmt: skip
     out.loss.backward()
     loss = reference.policy_loss(
-        true[0], case.old_logprob, pos, neg, case.eps_low, case.eps_high
+        true[0], case.old_logprob, pos, neg, case.eps_low, case.eps_high, 1.6
     ) - 0.3 * true[1].sum()  # fmt: skip
     loss.backward()
     assert error(out.loss.detach(), loss.detach()) <= 1e-12

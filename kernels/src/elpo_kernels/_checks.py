@@ -66,6 +66,13 @@ def split_temperature(temperature: Number, like: Tensor) -> tuple[float, Tensor 
     return float(temperature), None
 
 
+def check_ratio_cap(ratio_cap: float) -> float:
+    """Infinity stands for none."""
+    if not ratio_cap >= 1:
+        raise ValueError(f"ratio_cap must be >= 1 (1 + eps_high or more is meant), got {ratio_cap}")
+    return float(ratio_cap)
+
+
 def check_softcap(softcap: float | None) -> float:
     """0 stands for none."""
     if softcap is not None and not 0 < softcap < math.inf:

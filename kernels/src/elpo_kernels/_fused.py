@@ -45,6 +45,7 @@ class Policy:
     eps_low: Tensor
     eps_high: Tensor
     entropy_coef: Tensor | None
+    ratio_cap: float
     backend: str
 
     def surrogate(self, logprob: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,7 +53,8 @@ class Policy:
         old = None if self.old_logprob is None else self.old_logprob[index]
         low = self.eps_low[index] if self.eps_low.ndim else self.eps_low
         high = self.eps_high[index] if self.eps_high.ndim else self.eps_high
-        return surrogate(logprob, old, self.pos[index], self.neg[index], low, high, self.backend)
+        pos, neg = self.pos[index], self.neg[index]
+        return surrogate(logprob, old, pos, neg, low, high, self.ratio_cap, self.backend)
 
     def guess(self, index: Tensor) -> Tensor:
         """Expected log-prob: the old one where it is sane."""
@@ -66,7 +68,7 @@ class Fused:
     loss: Tensor
     logprob: Tensor  # [T]
     entropy: Tensor  # [T]
-    stats: Tensor  # [6]
+    stats: Tensor  # [7]
     gradients: Gradients
 
 

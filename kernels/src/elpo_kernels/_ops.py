@@ -213,6 +213,7 @@ def linear_policy_op(
     eps_high: Tensor,
     entropy_coef: Tensor | None,
     main_grad: Tensor | None,
+    ratio_cap: float,
     temperature: float,
     softcap: float,
     first: int,
@@ -223,7 +224,7 @@ def linear_policy_op(
     all_tokens: bool,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-prob `[T]`, entropy `[T]`, statistics `[6]` and five gradients, the last ones empty
+    """Loss, log-prob `[T]`, entropy `[T]`, statistics `[7]` and five gradients, the last ones empty
     where there are fewer inputs (an operator that writes to an input cannot return a list). The
     weight's gradient is added to `main_grad` where one is given."""
     head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
@@ -243,6 +244,7 @@ def linear_policy_op(
         entropy_coef=None
         if entropy_coef is None
         else torch.where(valid, per_token(entropy_coef), 0),
+        ratio_cap=ratio_cap,
         backend=backend,
     )
     live = (policy.pos != 0) | (policy.neg != 0)
@@ -277,7 +279,7 @@ def _(
     if main_grad is not None:
         needs[len(xs)] = False
     gradients = _five(_fake_gradients(xs, weights, bias, needs))
-    return values.new_empty(()), values, torch.empty_like(values), values.new_empty(6), *gradients
+    return values.new_empty(()), values, torch.empty_like(values), values.new_empty(7), *gradients
 
 
 @torch.library.custom_op("elpo_kernels::with_gradients", mutates_args=())

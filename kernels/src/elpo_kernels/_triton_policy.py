@@ -22,6 +22,7 @@ def surrogate_kernel(  # type: ignore[no-untyped-def]
     slope,  # [T] out
     log_ratio,  # [T] out
     flags,  # [T] out
+    ratio_cap,
     count,
     LOW_STEP: tl.constexpr,  # 1: a bound for every token, 0: one for all
     HIGH_STEP: tl.constexpr,
@@ -40,12 +41,13 @@ def surrogate_kernel(  # type: ignore[no-untyped-def]
     ratio = tl.exp(bounded)
     top = 1 + tl.load(eps_high + at * HIGH_STEP, mask=inside, other=0.0)
     bottom = 1 - tl.load(eps_low + at * LOW_STEP, mask=inside, other=0.0)
-    high, low = ratio > top, ratio < bottom
+    high, low, capped = ratio > top, ratio < bottom, ratio > ratio_cap
     gain = tl.where(has_pos, p * tl.where(high, top, ratio), 0.0)
-    gain += tl.where(has_neg, n * tl.where(low, bottom, ratio), 0.0)
-    steep = tl.where(high, 0.0, p) + tl.where(low, 0.0, n)
+    gain += tl.where(has_neg, n * tl.where(low, bottom, tl.minimum(ratio, ratio_cap)), 0.0)
+    steep = tl.where(high, 0.0, p) + tl.where(low | capped, 0.0, n)
     steep = tl.where(bounded == x, -steep * ratio, 0.0)
     mark = tl.where(has_neg & low, 1, 0) + tl.where(has_pos & high, 2, 0)
+    mark += tl.where(has_neg & capped, 4, 0)
     tl.store(loss + at, -gain, mask=inside)
     tl.store(slope + at, tl.where(is_nan, x, steep), mask=inside)
     tl.store(log_ratio + at, bounded, mask=inside)
@@ -59,6 +61,7 @@ def surrogate(
     neg: Tensor,
     eps_low: Tensor,
     eps_high: Tensor,
+    ratio_cap: float,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `policy.surrogate`; float32."""
@@ -76,6 +79,7 @@ def surrogate(
             slope,
             log_ratio,
             flags,
+            ratio_cap,
             count,
             LOW_STEP=eps_low.ndim,
             HIGH_STEP=eps_high.ndim,

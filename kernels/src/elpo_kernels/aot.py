@@ -37,6 +37,7 @@ BY_NAME = {
     "stride": "i32",
     "out_stride": "i32",
     "count": "i32",
+    "ratio_cap": "fp32",
 }
 
 

@@ -6,6 +6,7 @@ a graph break, and so that autograd, autocast and checkpointing see a single ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from elpo_kernels._checks import (
     check_device,
     check_dtype,
     check_per_token,
+    check_ratio_cap,
     check_softcap,
     check_targets,
     entropy_coefficient,
@@ -92,6 +94,7 @@ def linear_policy_loss(
     advantages: Tensor | None = None,
     weights: Tensor | None = None,
     is_weight: Tensor | None = None,
+    ratio_cap: float = math.inf,
     entropy_coef: Number = 0.0,
     bias: Tensor | None = None,
     temperature: Number = 1.0,
@@ -111,6 +114,7 @@ def linear_policy_loss(
     `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio 1, plain
     policy gradient). Instead of the coefficient pair, `advantages` and optionally `weights` `[T]`
     may be given. `is_weight` `[T]` multiplies the coefficients (truncated importance sampling).
+    `ratio_cap` bounds the ratio of negative advantages from above (dual clip).
     `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients carry all
     weights: nothing is divided by a number of tokens.
 
@@ -153,7 +157,7 @@ def linear_policy_loss(
             True,
         )
         composed = policy_loss(
-            values, old_logprob, pos, neg, low, high,
+            values, old_logprob, pos, neg, low, high, ratio_cap=ratio_cap,
             entropy=spread, entropy_coef=entropy_weight, backend=backend,
         )  # fmt: skip
         return composed if return_entropy else composed._replace(entropy=None)
@@ -175,6 +179,7 @@ def linear_policy_loss(
         high,
         entropy_weight,
         main_grad,
+        check_ratio_cap(ratio_cap),
         *head.scalars,
         return_entropy,
         logprob_for_all,

@@ -6,6 +6,7 @@ be written over the logits, which saves a second `[T, V]` tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from elpo_kernels._checks import (
     bound,
     check_dtype,
     check_per_token,
+    check_ratio_cap,
     check_softcap,
     check_targets,
     entropy_coefficient,
@@ -299,6 +301,7 @@ def logits_policy_loss(
     advantages: Tensor | None = None,
     weights: Tensor | None = None,
     is_weight: Tensor | None = None,
+    ratio_cap: float = math.inf,
     entropy_coef: Number = 0.0,
     temperature: Number = 1.0,
     softcap: float | None = None,
@@ -337,6 +340,7 @@ def logits_policy_loss(
         neg.to(logprob.dtype),
         bound("eps_low", eps_low, logits),
         bound("eps_high", eps_high, logits),
+        check_ratio_cap(ratio_cap),
         scalars[-1],
     )
     if pull is not None:

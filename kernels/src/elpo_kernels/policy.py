@@ -7,8 +7,9 @@ bounds of its own,
 
 With c⁺ = Σ_i w_i max(A_i, 0) and c⁻ = Σ_i w_i min(A_i, 0) this is exactly the weighted sum of the
 clipped surrogates min(ρA_i, clip(ρ)A_i) of every trajectory i through the token, because the
-surrogate is positively homogeneous in the advantage. All normalisation lives in the weights w_i:
-nothing here divides by a number of tokens or sequences.
+surrogate is positively homogeneous in the advantage. A finite `ratio_cap` bounds ρ in the c⁻ part
+from above too (dual clip). All normalisation lives in the weights w_i: nothing here divides by a
+number of tokens or sequences.
 
 Invariants: a token with c⁺ = c⁻ = 0 is masked; whatever its log-probs hold (NaN, inf), it gives
 loss 0, gradient 0 and enters no statistic. The log-ratio is held at ±40, so that ρ stays finite.
@@ -16,13 +17,14 @@ loss 0, gradient 0 and enters no statistic. The log-ratio is held at ±40, so th
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from elpo_kernels._backend import resolve_backend
-from elpo_kernels._checks import Number, bound, check_per_token, check_signs
+from elpo_kernels._checks import Number, bound, check_per_token, check_ratio_cap, check_signs
 
 LOG_RATIO_LIMIT = 40.0
 
@@ -34,6 +36,7 @@ class PolicyStats(NamedTuple):
     tokens: Tensor  # number of unmasked tokens
     clipped_low: Tensor  # share whose c⁻ part has no gradient because ρ < 1 − ε_low
     clipped_high: Tensor  # share whose c⁺ part has no gradient because ρ > 1 + ε_high
+    capped: Tensor  # share whose c⁻ part has no gradient because ρ > ratio_cap
     approx_kl: Tensor  # ρ − 1 − log ρ, the non-negative "k3" estimate of KL(old ‖ new), nats
     ratio_mean: Tensor
     ratio_max: Tensor
@@ -80,36 +83,39 @@ def surrogate(
     neg: Tensor,
     eps_low: Tensor,
     eps_high: Tensor,
+    ratio_cap: float = math.inf,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high),
-    each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
+    """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high,
+    4 capped), each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
     if resolve_backend(backend, logprob.device, logprob.dtype) == "triton":
         # Imported here: whether kernels are compiled or interpreted is settled at import.
         from elpo_kernels import _triton_policy
 
         return _triton_policy.surrogate(
-            logprob, old_logprob, pos, neg, eps_low, eps_high, LOG_RATIO_LIMIT
+            logprob, old_logprob, pos, neg, eps_low, eps_high, ratio_cap, LOG_RATIO_LIMIT
         )
     live = (pos != 0) | (neg != 0)
     old = logprob if old_logprob is None else old_logprob
     log_ratio = torch.where(live, logprob - old, 0)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = bounded.exp()
-    high, low = ratio > 1 + eps_high, ratio < 1 - eps_low
+    high, low, capped = ratio > 1 + eps_high, ratio < 1 - eps_low, ratio > ratio_cap
     pos_ratio = torch.where(high, 1 + eps_high, ratio)
-    neg_ratio = torch.where(low, 1 - eps_low, ratio)
+    neg_ratio = torch.where(low, 1 - eps_low, ratio.clamp_max(ratio_cap))
     # A coefficient of 0 must not meet an infinite bound.
     loss = -(torch.where(pos == 0, 0, pos * pos_ratio) + torch.where(neg == 0, 0, neg * neg_ratio))
-    slope = torch.where(high, 0, pos) + torch.where(low, 0, neg)
+    slope = torch.where(high, 0, pos) + torch.where(low | capped, 0, neg)
     slope = torch.where(bounded == log_ratio, -slope * ratio, 0)
-    flags = ((neg != 0) & low).to(torch.int8) + 2 * ((pos != 0) & high).to(torch.int8)
+    has_neg = neg != 0
+    flags = (has_neg & low) + 2 * ((pos != 0) & high) + 4 * (has_neg & capped)
     # `bounded == log_ratio` is false for NaN: let a NaN of an unmasked token through.
-    return loss, torch.where(log_ratio.isnan(), log_ratio, slope), bounded, flags
+    slope = torch.where(log_ratio.isnan(), log_ratio, slope)
+    return loss, slope, bounded, flags.to(torch.int8)
 
 
 def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
-    """The fields of `PolicyStats` as one `[6]` tensor."""
+    """The fields of `PolicyStats` as one `[7]` tensor."""
     live = (pos != 0) | (neg != 0)
     count = live.sum()
     per_token = torch.where(live, 1 / count.clamp_min(1).to(log_ratio.dtype), 0)
@@ -119,7 +125,8 @@ def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Te
         [
             count.to(log_ratio.dtype),
             ((flags & 1) * per_token).sum(),
-            ((flags >> 1) * per_token).sum(),
+            ((flags >> 1 & 1) * per_token).sum(),
+            ((flags >> 2 & 1) * per_token).sum(),
             (torch.where(live, log_ratio.expm1() - log_ratio, 0) * per_token).sum(),
             (ratio * per_token).sum(),
             largest,
@@ -135,19 +142,20 @@ def policy_loss_op(
     neg: Tensor,
     eps_low: Tensor,
     eps_high: Tensor,
+    ratio_cap: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, its derivative `[T]` and the statistics `[6]`."""
+    """Summed loss, its derivative `[T]` and the statistics `[7]`."""
     check_signs(pos, neg)
     loss, slope, log_ratio, flags = surrogate(
-        logprob, old_logprob, pos, neg, eps_low, eps_high, backend
+        logprob, old_logprob, pos, neg, eps_low, eps_high, ratio_cap, backend
     )
     return loss.sum(), slope, statistics(log_ratio, flags, pos, neg)
 
 
 @policy_loss_op.register_fake
 def _(logprob: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return logprob.new_empty(()), torch.empty_like(logprob), logprob.new_empty(6)
+    return logprob.new_empty(()), torch.empty_like(logprob), logprob.new_empty(7)
 
 
 def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -155,7 +163,7 @@ def _save_slope(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _policy_loss_backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Any, ...]:
-    return ctx.saved_tensors[0] * grad_loss, *(None,) * 6
+    return ctx.saved_tensors[0] * grad_loss, *(None,) * 7
 
 
 policy_loss_op.register_autograd(_policy_loss_backward, setup_context=_save_slope)
@@ -172,6 +180,7 @@ def policy_loss(
     advantages: Tensor | None = None,
     weights: Tensor | None = None,
     is_weight: Tensor | None = None,
+    ratio_cap: float = math.inf,
     entropy: Tensor | None = None,
     entropy_coef: Number = 0.0,
     backend: str = "auto",
@@ -192,6 +201,7 @@ def policy_loss(
         neg.to(logprob.dtype),
         bound("eps_low", eps_low, logprob),
         bound("eps_high", eps_high, logprob),
+        check_ratio_cap(ratio_cap),
         backend,
     )
     if entropy is not None:

@@ -6,6 +6,8 @@ inputs it is what eager PyTorch makes of them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ def policy_loss(
     neg_coef: Tensor,
     eps_low: float | Tensor,
     eps_high: float | Tensor,
+    ratio_cap: float = math.inf,
 ) -> Tensor:
     """−Σ c⁺·min(ρ, clip ρ) + c⁻·max(ρ, clip ρ) over the tokens with a coefficient."""
     live = (pos_coef != 0) | (neg_coef != 0)
@@ -55,7 +58,8 @@ def policy_loss(
     clipped = torch.minimum(
         torch.maximum(ratio, 1 - _like(eps_low, ratio)), 1 + _like(eps_high, ratio)
     )
-    gain = pos_coef * torch.minimum(ratio, clipped) + neg_coef * torch.maximum(ratio, clipped)
+    upper = torch.maximum(ratio, clipped).clamp_max(ratio_cap)
+    gain = pos_coef * torch.minimum(ratio, clipped) + neg_coef * upper
     return -torch.where(live, gain, 0).sum()
 
 
