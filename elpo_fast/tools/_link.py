@@ -224,8 +224,10 @@ class Link:
                 process.wait()
                 errors.seek(0)
                 said = errors.read().decode(errors="replace").strip().splitlines()
-                reason = said[-1] if said else str(problem) or "it ended while starting"
-                raise RefusedError(reason) from None
+                # A child's reason comes before the server's complaint that it died of it.
+                causes = [line for line in said if line.startswith("cannot confine")]
+                last = (causes or said or [str(problem) or "it ended while starting"])[-1]
+                raise RefusedError(last) from None
             on_failure.pop_all()
         with self._sending:
             self._process, self._requests = process, ours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -245,7 +246,7 @@ def test_nothing_safe_refuses_to_run(monkeypatch) -> None:
 
 def test_failed_confinement_is_told() -> None:
     """A step of the confinement that fails inside the child reaches the user as the reason."""
-    sandbox = Sandbox(isolation="landlock", max_snapshots=1 << 70)
+    sandbox = Sandbox(isolation="landlock", memory_mb=1 << 70)
     with pytest.raises(RuntimeError, match="landlock: cannot confine a process: "):
         asyncio.run(sandbox.start())
 
@@ -287,6 +288,13 @@ def test_use_after_close_is_refused(make_box) -> None:
         box.run("1")
 
 
+def kill_all(pids: set[int]) -> None:
+    """Some end by themselves as soon as the first is killed."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("op", ["call", "function", "step"])
 def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op: str) -> None:
     before = descendants()
@@ -296,8 +304,7 @@ def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op
     async def main() -> None:
         async def kill() -> None:
             await asyncio.sleep(0.3)
-            for pid in descendants() - before:
-                os.kill(pid, signal.SIGKILL)
+            kill_all(descendants() - before)
 
         slow = "import time\ntime.sleep(1)\n'slept'"
         await sandbox.start()
@@ -325,8 +332,7 @@ def test_server_that_always_dies_gives_an_error_result(make_box, descendants) ->
         for _ in range(2):
             await box.sandbox.start()
             await asyncio.sleep(0.3)
-            for pid in descendants() - before:
-                os.kill(pid, signal.SIGKILL)
+            kill_all(descendants() - before)
             await asyncio.sleep(0.2)
         execution = await call
         assert "restarted" in execution.error and not execution.finished
