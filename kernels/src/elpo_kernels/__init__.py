@@ -2,9 +2,11 @@
 
 from elpo_kernels.linear import LoRA, linear_logprob, linear_policy_loss
 from elpo_kernels.logits import logits_policy_loss, logprob_from_logits
+from elpo_kernels.module import LinearPolicyLoss
 from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_loss
 
 __all__ = [
+    "LinearPolicyLoss",
     "LoRA",
     "PolicyLossOutput",
     "PolicyStats",
