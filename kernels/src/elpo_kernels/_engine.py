@@ -48,7 +48,7 @@ class Tiles(Protocol):
     rounds_logits: bool
     acc: torch.dtype
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor: ...
+    def product(self, a: Tensor, b: Tensor) -> Tensor: ...
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None: ...
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]: ...
     def powers(
@@ -80,8 +80,8 @@ class Wanted:
 
 
 class Gradients:
-    """Sums of the gradients; one `Tensor` of the accumulation dtype a vocabulary strip for each
-    weight, so that a narrower result can be made without a second full-size copy."""
+    """Sums of the gradients. A weight's is summed strip by strip in the accumulation dtype, written
+    to its result with the last rows, and freed: with all rows at once there is no sum to keep."""
 
     def __init__(
         self,
@@ -89,68 +89,80 @@ class Gradients:
         xs: tuple[Tensor, ...],
         wanted: Wanted,
         tiles: Tiles,
-        main_grad: Tensor | None,
+        like: Sequence[Tensor | None],
+        main_grad: Tensor | None = None,
     ) -> None:
-        self.head, self.inputs, self.tiles = head, xs, tiles
-        acc, device = tiles.acc, xs[0].device
+        """`like`: xs, weights and bias as the caller has them, for the dtypes of the results."""
+        self.head, self.inputs, self.tiles, self.main_grad = head, xs, tiles, main_grad
+        self.like = like
+        acc = tiles.acc
         self.xs = [
             torch.zeros_like(x, dtype=x.dtype if head.group is None else acc) if want else None
             for x, want in zip(xs, wanted.xs, strict=True)
         ]
-        self.in_place = main_grad is not None
-        self.weights: list[list[Tensor]] = []
-        for i, (weight, want) in enumerate(zip(head.weights, wanted.weights, strict=True)):
-            strips: list[Tensor] = []
-            if want and i == 0 and main_grad is not None:
-                strips = [main_grad[strip] for strip in head.strips()]
-            elif want:
-                width = weight.shape[1]
-                strips = [
-                    torch.zeros(s.stop - s.start, width, dtype=acc, device=device)
-                    for s in head.strips()
-                ]
-            self.weights.append(strips)
+        self.weights: list[Tensor | None] = []
+        self._sums: list[dict[int, Tensor]] = []
+        for i, want in enumerate(wanted.weights):
+            weight = like[len(xs) + i]
+            assert weight is not None
+            into = (
+                main_grad
+                if i == 0 and main_grad is not None
+                else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+            )
+            self.weights.append(into if want else None)
+            self._sums.append({})
         self.bias = None
         if wanted.bias:
-            self.bias = torch.zeros(head.vocabulary, dtype=acc, device=device)
+            self.bias = torch.zeros(head.vocabulary, dtype=acc, device=xs[0].device)
+        self.written = False
 
-    def add(self, index: Tensor, kept: Tensor, alpha: Tensor) -> None:
+    def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool) -> None:
         """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`."""
-        tiles = self.tiles
+        self.written |= last
         for i, x in enumerate(self.inputs):
             gradient = self.xs[i]
             if gradient is not None:
-                rows = tiles.matmul(kept, self.head.weights[i]).mul_(alpha[:, None])
-                gradient[index] = rows.to(gradient.dtype)
-            if self.weights[i]:
+                product = self.tiles.product(kept, self.head.weights[i])
+                gradient[index] = (product * alpha[:, None]).to(gradient.dtype)
+            if self.weights[i] is not None:
                 scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
-                for total, strip in zip(self.weights[i], self.head.strips(), strict=True):
-                    tiles.accumulate(total, kept[:, strip].t(), scaled)
+                for strip in self.head.strips():
+                    self.add_strip(i, strip, kept[:, strip], scaled, last)
         if self.bias is not None:
             for strip in self.head.strips():
                 self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
 
-    def finish(self, like: Sequence[Tensor | None]) -> list[Tensor]:
-        """Gradients of xs, weights and bias in the dtypes of `like`; empty where not wanted, or
-        where they went to the caller's own buffer."""
-        totals = [None if x is None else self.head.all_reduce(x) for x in self.xs]
-        made = [*totals, *(self._joined(i, like) for i in range(len(self.weights))), self.bias]
+    def add_strip(self, i: int, strip: slice, tile: Tensor, x: Tensor, last: bool) -> None:
+        """Take up tileᵀ · x for one strip of weight `i`; `last`: nothing more comes for it."""
+        result, sums, tiles = self.weights[i], self._sums[i], self.tiles
+        assert result is not None
+        if result is self.main_grad:
+            tiles.accumulate(result[strip], tile.t(), x)
+            return
+        total = sums.pop(strip.start, None)
+        if total is None:
+            total = tiles.product(tile.t(), x)
+        else:
+            tiles.accumulate(total, tile.t(), x)
+        if last:
+            result[strip] = total
+        else:
+            sums[strip.start] = total.to(tiles.acc)
+
+    def finish(self) -> list[Tensor]:
+        """Gradients of xs, weights and bias; empty where not wanted, or where they went to the
+        caller's own buffer."""
+        weights = [None if w is self.main_grad else w for w in self.weights]
+        if not self.written:  # no row had a gradient
+            weights = [None if w is None else w.zero_() for w in weights]
+        xs = [None if x is None else self.head.all_reduce(x) for x in self.xs]
         return [
             self.inputs[0].new_empty(0)
             if gradient is None or tensor is None
             else gradient.to(tensor.dtype)
-            for gradient, tensor in zip(made, like, strict=True)
+            for gradient, tensor in zip([*xs, *weights, self.bias], self.like, strict=True)
         ]
-
-    def _joined(self, i: int, like: Sequence[Tensor | None]) -> Tensor | None:
-        """The strips of a weight in one tensor, each freed as soon as it is copied."""
-        tensor, strips = like[len(self.inputs) + i], self.weights[i]
-        if tensor is None or not strips or (i == 0 and self.in_place):
-            return None
-        joined = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        for strip in self.head.strips():
-            joined[strip] = strips.pop(0)
-        return joined
 
 
 def forward(
@@ -200,13 +212,14 @@ def backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     index: Tensor,
-) -> Gradients:
+    like: Sequence[Tensor | None],
+) -> list[Tensor]:
     """Gradients of Σ grad_logprob · logprob + grad_entropy · entropy over the tokens `index`, whose
     logits are computed once more, strip by strip, so that nothing of size V·T or V·H is held
     beyond the results."""
-    gradients = Gradients(head, xs, wanted, tiles, None)
+    gradients = Gradients(head, xs, wanted, tiles, like)
     if not len(index):
-        return gradients
+        return gradients.finish()
     rows = gather_rows(head, xs, targets, index)
     logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
     rows = anchored(head, rows, logprob)
@@ -227,7 +240,7 @@ def backward(
     every = torch.arange(len(index), device=index.device)
     pieces = [(block, subset(rows, block)) for block in blocks(every, head.tiling.rows)]
     held = torch.empty(len(index) * head.tiling.strip, dtype=head.dtype, device=index.device)
-    for number, strip in enumerate(head.strips()):
+    for strip in head.strips():
         width = strip.stop - strip.start
         tile = held[: len(index) * width].view(len(index), width)
         for block, piece in pieces:
@@ -242,11 +255,12 @@ def backward(
         for i, x in enumerate(rows.xs):
             if (total := sums[i]) is not None:
                 tiles.accumulate(total, tile, head.weights[i][strip])
-            if gradients.weights[i]:
-                tiles.accumulate(gradients.weights[i][number], tile.t(), x)
+            if gradients.weights[i] is not None:
+                gradients.add_strip(i, strip, tile, x, last=True)
         if gradients.bias is not None:
             gradients.bias[strip] = tile.to(tiles.acc).sum(0)
     for total, target in zip(sums, gradients.xs, strict=True):
         if total is not None and target is not None:
             target[index] = total.to(target.dtype)
-    return gradients
+    gradients.written = True
+    return gradients.finish()

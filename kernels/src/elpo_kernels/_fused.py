@@ -8,6 +8,7 @@ their cost is proportional to the tokens that have a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,7 +70,7 @@ class Fused:
     logprob: Tensor  # [T]
     entropy: Tensor  # [T]
     stats: Tensor  # [7]
-    gradients: Gradients
+    gradients: list[Tensor]
 
 
 def fused(
@@ -81,11 +82,12 @@ def fused(
     policy: Policy,
     index: Tensor,
     want_entropy: bool,
+    like: Sequence[Tensor | None],
     main_grad: Tensor | None,
 ) -> Fused:
     """Loss, statistics and gradients over the tokens `index` (distinct, ascending)."""
     want_entropy = want_entropy or policy.entropy_coef is not None
-    gradients = Gradients(head, xs, wanted, tiles, main_grad)
+    gradients = Gradients(head, xs, wanted, tiles, like, main_grad)
     if wanted.any:
         logprob, entropy = _one_pass(
             head, xs, targets, tiles, policy, index, want_entropy, gradients
@@ -100,7 +102,7 @@ def fused(
     if policy.entropy_coef is not None:
         total = total - (policy.entropy_coef * entropy).sum()
     stats = statistics(log_ratio, flags, policy.pos, policy.neg)
-    return Fused(total, logprob, entropy, stats, gradients)
+    return Fused(total, logprob, entropy, stats, gradients.finish())
 
 
 def _one_pass(
@@ -120,17 +122,17 @@ def _one_pass(
     pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
     filled = 0
 
-    def flush() -> None:
+    def flush(last: bool) -> None:
         nonlocal filled
-        if filled:
+        if filled or last:
             where, factor = (torch.cat(parts) for parts in zip(*pending, strict=True))
-            gradients.add(where, kept[:filled], factor)
+            gradients.add(where, kept[:filled], factor, last)
         pending.clear()
         filled = 0
 
     for block in blocks(index, head.tiling.rows):
         if filled + len(block) > capacity:
-            flush()
+            flush(last=False)
         place = kept[filled : filled + len(block)]
         rows = anchored(head, gather_rows(head, xs, targets, block), policy.guess(block))
         rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)
@@ -161,7 +163,8 @@ def _one_pass(
                 place[: len(alive), strip] = place[alive, strip]
         pending.append((block[alive], factor[alive]))
         filled += len(alive)
-    flush()
+    if pending:
+        flush(last=True)
     return logprob, entropy
 
 

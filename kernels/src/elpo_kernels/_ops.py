@@ -147,7 +147,7 @@ def linear_logprob_backward_op(
     if grad_entropy is not None:
         live |= grad_entropy != 0
     index = (live & (targets != ignore_index)).nonzero()[:, 0]
-    gradients = backward(
+    return backward(
         head,
         cast,
         targets,
@@ -158,8 +158,8 @@ def linear_logprob_backward_op(
         grad_logprob,
         grad_entropy,
         index,
+        [*xs, *weights, bias],
     )
-    return gradients.finish([*xs, *weights, bias])
 
 
 @linear_logprob_backward_op.register_fake
@@ -252,9 +252,18 @@ def linear_policy_op(
         live |= policy.entropy_coef != 0
     index = (valid if all_tokens else live).nonzero()[:, 0]
     result = fused(
-        head, cast, targets, tiles, _wanted(needs, len(xs)), policy, index, want_entropy, main_grad
+        head,
+        cast,
+        targets,
+        tiles,
+        _wanted(needs, len(xs)),
+        policy,
+        index,
+        want_entropy,
+        [*xs, *weights, bias],
+        main_grad,
     )
-    gradients = _five(result.gradients.finish([*xs, *weights, bias]))
+    gradients = _five(result.gradients)
     return result.loss, result.logprob, result.entropy, result.stats, *gradients
 
 

@@ -31,9 +31,9 @@ class TorchTiles:
         self.rounds_logits = head.dtype != self.acc
         self._held: dict[torch.dtype, Tensor] = {}
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        """a·b in the accumulation dtype."""
-        return torch.mm(a, b).to(self.acc)
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a·b, perhaps rounded to the operands' dtype."""
+        return torch.mm(a, b)
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         """total += a·b, `total` in the accumulation dtype."""

@@ -37,7 +37,7 @@ class TritonTiles:
         interpreter alone, in float32."""
         return {} if operand.dtype == self.acc else {"out_dtype": self.acc}
 
-    def matmul(self, a: Tensor, b: Tensor) -> Tensor:
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, **self._out(a))
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
