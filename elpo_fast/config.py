@@ -147,12 +147,19 @@ class AlgoConfig(Section):
 
 
 class SftConfig(Section):
-    """Cold start from the task source's own solver; `steps: 0` skips it."""
+    """Cold start from the task source's own solver; `demonstrations: 0` skips it."""
 
-    steps: NonNegative = 0
+    demonstrations: NonNegative = 0
+    epochs: Positive = 1
     batch: Positive = 8
     lr: PositiveFloat = 1e-5
     warmup: NonNegative = 0
+    target_loss: NonNegativeFloat = 0.0  # stop early, to leave reinforcement learning room
+
+    @property
+    def steps(self) -> int:
+        """Updates at most; the last batch of an epoch may be smaller."""
+        return self.epochs * -(-self.demonstrations // self.batch)
 
 
 class TrainConfig(Section):

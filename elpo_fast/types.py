@@ -16,6 +16,10 @@ Message = Mapping[str, Any]
 """One chat message: `role` and `content`, for assistants optionally `tool_calls` (OpenAI form)."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; the message is one line that says why and what helps."""
+
+
 class End(StrEnum):
     """Why a trajectory ended; every trajectory has exactly one of these."""
 

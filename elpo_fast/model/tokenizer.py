@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 CHAT_MARKS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 TOOL_MARKS = (
+    "<code>",
+    "</code>",
     "<tool_call>",
     "</tool_call>",
     "<tool_response>",

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from elpo_fast.config import ConfigError
 from elpo_fast.types import MalformedCall, Message, ToolCall
 
 TOOL_TEMPLATE = (
@@ -59,7 +60,7 @@ class Chat:
     ) -> None:
         if call_format == "code" and len(tools) != 1:
             names = [tool["function"]["name"] for tool in tools]
-            raise ValueError(
+            raise ConfigError(
                 f"rollout.call_format code needs exactly one tool, got {names}; use hermes for more"
             )
         self.tokenizer = tokenizer
@@ -82,7 +83,7 @@ class Chat:
         special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         first = self.encode(after)[:1]
         if not len(first) or int(first[0]) not in special:
-            raise ValueError(
+            raise ConfigError(
                 "the chat template does not end an assistant message with a special token; "
                 "set a chat template that does, for example ChatML"
             )

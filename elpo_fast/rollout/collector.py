@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from elpo_fast.algo.planners import Planner, trajectory_of
-from elpo_fast.config import RolloutConfig
+from elpo_fast.config import ConfigError, RolloutConfig
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.tools.truncate import truncate
 from elpo_fast.tree.store import Tree
@@ -143,6 +143,18 @@ class Collector:
             running = [group.create_task(grow(task)) for task in tasks]
         return [done.result() for done in running]
 
+    async def demonstrations(self, tasks: Sequence[Task]) -> list[Tree | None]:
+        """`demonstrate` for many tasks at once, in their order."""
+        gate = asyncio.Semaphore(self.config.trees_in_flight)
+
+        async def one(task: Task) -> Tree | None:
+            async with gate:
+                return await self.demonstrate(task)
+
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(one(task)) for task in tasks]
+        return [done.result() for done in running]
+
     async def demonstrate(self, task: Task) -> Tree | None:
         """The source's demonstration as a one-branch tree, its tools really run; `None` without a
         solver. Raises `RuntimeError` where the demonstration does not earn a correct verdict."""
@@ -228,7 +240,7 @@ class _Growth:
         prompt = collector.chat.prompt(task.messages)
         limit = collector.config.max_tokens
         if len(prompt) >= limit:
-            raise ValueError(
+            raise ConfigError(
                 f"task {task.id}: its prompt has {len(prompt)} tokens, "
                 f"rollout.max_tokens={limit} leaves no room to answer; raise it"
             )

@@ -35,7 +35,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from elpo_fast.config import NonNegative, Positive
+from elpo_fast.config import ConfigError, NonNegative, Positive
 from elpo_fast.tasks.common import (
     RewardOptions,
     SplitFraction,
@@ -140,7 +140,7 @@ class Ledger:
             if is_held_out(content, self.options.held_out_fraction) is (split == "held-out"):
                 break
         else:
-            raise ValueError(
+            raise ConfigError(
                 f"found no {split} ledger task within task.options in {_ATTEMPTS} draws; allow "
                 "more kinds, fewer steps, a wider start or a larger max_value"
             )

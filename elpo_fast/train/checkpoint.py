@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elpo_fast.model.load import quiet
+from elpo_fast.types import RunError
 
 MANIFEST = "checkpoint.json"
 TRAINER = "trainer.pt"
@@ -37,7 +38,7 @@ _TRASH = ".deleting-"
 _PARTIAL = ".writing-"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint that cannot be read or written; the message is one line."""
 
 

@@ -34,7 +34,7 @@ from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.metrics import mean_stats, tree_metrics
 from elpo_fast.train.run import RunFolder
-from elpo_fast.train.sft import cold_start, sft_tasks
+from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
     NonFiniteError,
     PolicyOptimizer,
@@ -48,7 +48,7 @@ from elpo_fast.tree import io
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
 
-_COLLECT, _EVALUATE, _SHUFFLE = 1, 2, 3  # independent random streams of a run
+_COLLECT, _EVALUATE, _SHUFFLE, _SFT = 1, 2, 3, 4  # independent random streams of a run
 
 
 def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
@@ -128,7 +128,7 @@ class _Run:
             if self.config.sft.steps:
                 await self.evaluate("before SFT", 0)
                 await self.cold_start()
-            await self.evaluate("before RL", 0)
+            await self.evaluate("after SFT" if self.config.sft.steps else "before RL", 0)
         self.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
         start = 0
         if restored is None:
@@ -156,14 +156,19 @@ class _Run:
     async def cold_start(self) -> None:
         sft = self.config.sft
         self.policy.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
+        step = 0
         with self.display.phase("SFT", sft.steps) as phase:
 
-            def on_step(step: int, stats: StepStats) -> None:
-                self.folder.log("sft", step + 1, {"loss": stats.loss, "grad_norm": stats.grad_norm})
-                shown = (step + 1) % max(1, sft.steps // 5) == 0 or step + 1 == sft.steps
+            def on_step(stats: StepStats) -> None:
+                nonlocal step
+                step += 1
+                self.folder.log("sft", step, {"loss": stats.loss, "grad_norm": stats.grad_norm})
+                shown = step % max(1, sft.steps // 5) == 0 or step == sft.steps
                 phase.advance(f"loss {stats.loss:.3f}", report=shown)
 
-            await cold_start(self.config, self.collector, self.policy, on_step)
+            phase.detail(f"running the tools of {sft.demonstrations} demonstrations")
+            seed = self.stream(_SFT, 0)
+            await cold_start(self.config, self.collector, self.policy, on_step, seed=seed)
         await self.engine.weights_changed(self.engine.weight_version + 1)
 
     async def step(self, step: int, phase: Phase) -> dict[str, Any]:
@@ -267,7 +272,7 @@ class _Run:
 
     def first_task(self, step: int) -> int:
         """Index of a step's first training task: the cold start's come before all of them."""
-        return sft_tasks(self.config) + step * self.config.train.tasks_per_step
+        return self.config.sft.demonstrations + step * self.config.train.tasks_per_step
 
     def stream(self, kind: int, step: int) -> int:
         """Seed of an independent random stream for this purpose and step."""

@@ -1,12 +1,13 @@
 """Cold start: supervised fine-tuning on the task source's own demonstrations.
 
 A demonstration is a one-branch rollout tree whose tools really ran, so it goes through the same
-packed forward as reinforcement learning; its loss is the mean negative log-likelihood over the
+packed forward as reinforcement learning; the loss is the mean negative log-likelihood over the
 agent tokens of the batch.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -17,37 +18,48 @@ from elpo_fast.train.step import PolicyOptimizer, StepStats, micro_batches
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 
-
-def sft_tasks(config: Config) -> int:
-    """Training tasks used up by the cold start; reinforcement learning begins after them."""
-    return config.sft.steps * config.sft.batch
+WINDOW = 8  # updates over which the loss is averaged for `sft.target_loss`
 
 
 async def cold_start(
     config: Config,
     collector: Collector,
     optimizer: PolicyOptimizer,
-    on_step: Callable[[int, StepStats], None],
+    on_step: Callable[[StepStats], None],
+    *,
+    seed: int,
 ) -> None:
-    """Train for `config.sft.steps` steps of `config.sft.batch` demonstrations each."""
-    for step in range(config.sft.steps):
-        trees = []
-        for index in range(step * config.sft.batch, (step + 1) * config.sft.batch):
-            tree = await collector.demonstrate(collector.source.train(index))
-            if tree is None:
-                raise ConfigError(
-                    f"task source {collector.source.name} has no solver to demonstrate with; "
-                    "set sft.steps=0 or start from a model that knows the tool format"
-                )
-            trees.append(tree)
-        forest = Forest.from_trees(trees)
-        batches = micro_batches(
-            forest,
-            imitation(forest),
-            range(len(trees)),
-            budget_tokens=config.train.micro_batch_tokens,
+    """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.
+
+    Stops when the mean loss of the last `WINDOW` updates is at or below `sft.target_loss`. Raises `ConfigError` where the task source has no solver.
+    """
+    source, sft = collector.source, config.sft
+    demonstrated = await collector.demonstrations(
+        [source.train(index) for index in range(sft.demonstrations)]
+    )
+    trees = [tree for tree in demonstrated if tree is not None]
+    if len(trees) < len(demonstrated):
+        raise ConfigError(
+            f"task source {source.name} has no solver to demonstrate with; "
+            "set sft.demonstrations=0 and start from a model that knows the tool format"
         )
-        on_step(step, optimizer.nll_update(batches))
+    rng = np.random.default_rng(seed)
+    recent: deque[float] = deque(maxlen=WINDOW)
+    for _ in range(sft.epochs):
+        order = rng.permutation(len(trees))
+        for first in range(0, len(trees), sft.batch):
+            forest = Forest.from_trees([trees[i] for i in order[first : first + sft.batch]])
+            batches = micro_batches(
+                forest,
+                imitation(forest),
+                range(len(forest)),
+                budget_tokens=config.train.micro_batch_tokens,
+            )
+            stats = optimizer.nll_update(batches)
+            on_step(stats)
+            recent.append(stats.loss)
+            if len(recent) == WINDOW and sum(recent) / WINDOW <= sft.target_loss:
+                return
 
 
 def imitation(forest: Forest) -> Scored:

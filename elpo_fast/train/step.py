@@ -30,12 +30,13 @@ from transformers import PreTrainedModel
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.tree.pack import PackedBatch, Scored, pack
 from elpo_fast.tree.store import Forest
+from elpo_fast.types import RunError
 
 Schedule = Callable[[int], float]
 """Number of updates made so far -> factor on the learning rate."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """Loss or gradient is NaN or infinite; `trees` are the forest's trees that make it so."""
 
     def __init__(self, what: str, trees: Sequence[int]) -> None:

@@ -1,0 +1,224 @@
+"""The training loop end to end on a model so small that a step takes a second."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from elpo_fast.config import Config, ConfigError, parse_config
+from elpo_fast.train import loop
+from elpo_fast.train.checkpoint import latest
+from elpo_fast.train.step import NonFiniteError
+from elpo_fast.train.summary import read_metrics
+from elpo_fast.tree import io as tree_io
+from elpo_fast.tree.store import Forest
+
+
+def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
+    data: dict[str, Any] = {
+        "run": {"dir": str(folder), "threads": 1},
+        "model": {
+            "name": "scratch",
+            "dtype": "float32",
+            "scratch": {
+                "hidden_size": 32,
+                "layers": 1,
+                "heads": 2,
+                "kv_heads": 1,
+                "intermediate_size": 64,
+            },
+        },
+        "task": {"options": {"steps": 4, "level": 1}, "system": "Go."},
+        "tools": {"workers": 1},
+        "rollout": {"call_format": "code", "max_turn_tokens": 12, "max_tokens": 300},
+        "algo": {"n_total": 6},
+        "sft": {"demonstrations": 4, "batch": 2, "lr": 1e-3},
+        "train": {
+            "steps": 3,
+            "tasks_per_step": 2,
+            "updates_per_step": 2,
+            "lr": 1e-3,
+            "checkpoint_every": 1,
+        },
+        "eval": {"tasks": 2},
+    }
+    for name, values in sections.items():
+        data[name] = data.get(name, {}) | values
+    return parse_config(data)
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture
+def random_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An untrained model never succeeds; verdicts by the answer's length give it gradients."""
+
+    async def grade(self: Any, task: Any, messages: Any, end: Any) -> Any:
+        return self.options.verdict(len(messages[-1]["content"]) % 2 == 0, end.value)
+
+    monkeypatch.setattr("elpo_fast.tasks.ledger.Ledger.grade", grade)
+    monkeypatch.setattr("elpo_fast.train.loop.cold_start", _no_cold_start)
+
+
+async def _no_cold_start(*_: Any, **__: Any) -> None:
+    """Demonstrations would be judged wrong under random rewards."""
+
+
+def trees_of(run: Path) -> list[Forest]:
+    return [tree_io.load(path) for path in sorted((run / "trees").glob("*.npz"))]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = latest(run)
+    assert checkpoint is not None
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
+    console = quiet()
+    run = loop.train(make_config(tmp_path), console=console)
+    records = read_metrics(run)
+    assert [record["phase"] for record in records] == [
+        "eval", "sft", "sft", "eval", "rl", "rl", "rl", "eval",
+    ]  # fmt: skip
+    assert [r["name"] for r in records if r["phase"] == "eval"] == [
+        "before SFT",
+        "after SFT",
+        "after RL",
+    ]
+    for forest in trees_of(run):
+        assert np.diff(forest.leaf_start).tolist() == [6, 6]
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    checkpoint = latest(run)
+    assert checkpoint is not None and checkpoint.name.endswith("3")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert len(AutoTokenizer.from_pretrained(checkpoint)) == model.config.vocab_size
+    assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for said in (
+        "before SFT",
+        "after SFT",
+        "after RL",
+        "95 % interval",
+        "localized step",
+        str(run),
+    ):
+        assert said in shown
+
+
+@pytest.mark.parametrize(
+    "algo",
+    [{}, {"planner": "star", "advantage": "group"}, {"clip": {"scope": "tree", "eps_elc": 0.2}}],
+    ids=["ELPO", "GRPO", "ELPO, clip scope tree"],
+)
+def test_algorithms_are_a_matter_of_configuration(
+    algo: dict[str, Any], tmp_path: Path, random_rewards: None
+) -> None:
+    run = loop.train(
+        make_config(tmp_path, algo={"n_total": 6, **algo}, train={"steps": 2}), console=quiet()
+    )
+    steps = [record for record in read_metrics(run) if record["phase"] == "rl"]
+    assert [record["trajectories"] for record in steps] == [12, 12]
+    assert sum(record["updates"] for record in steps) > 0
+    for forest in trees_of(run):
+        assert set(np.unique(forest.weight_version)) <= {0, 1, 2, 3}
+        if algo.get("planner") == "star":
+            assert not len(forest.critical_node) and forest.depth.max() <= 5
+
+
+def test_resume_does_every_step_once(
+    tmp_path: Path, random_rewards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loop.train(make_config(tmp_path / "whole"), console=quiet())
+    config = make_config(tmp_path / "cut")
+
+    saved = tree_io.save
+
+    def crash(forest: Forest, path: Path) -> None:
+        saved(forest, path)
+        if path.name == "step_000002.npz":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tree_io, "save", crash)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, console=quiet())
+    run = loop.train(config, resume=True, console=quiet())
+    records, expected = read_metrics(run), read_metrics(whole)
+    assert [(r["phase"], r["step"]) for r in records] == [(r["phase"], r["step"]) for r in expected]
+    for ours, theirs in zip(trees_of(run), trees_of(whole), strict=True):
+        assert ours.task_ids == theirs.task_ids
+        assert np.array_equal(ours.weight_version, theirs.weight_version)
+    # The first step comes before the crash and is the same work.
+    assert np.array_equal(trees_of(run)[0].token_ids, trees_of(whole)[0].token_ids)
+
+
+def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, train={"updates_per_step": 1})
+    real = loop.score
+
+    def poisoned(forest: Forest, algo: Any) -> Any:
+        scored = real(forest, algo)
+        pos = scored.pos.copy()
+        pos[forest.node_start[1] :] = np.inf
+        return dataclasses.replace(scored, pos=pos)
+
+    monkeypatch.setattr(loop, "score", poisoned)
+    with pytest.raises(NonFiniteError) as caught:
+        loop.train(config, console=quiet())
+    (saved,) = config.run_dir.glob("nonfinite_*.npz")
+    forest = tree_io.load(saved)
+    assert caught.value.trees == (1,)
+    assert forest.task_ids[1] in str(caught.value) and forest.task_ids[0] not in str(caught.value)
+    before = weights(config.run_dir)
+    assert latest(config.run_dir).name.endswith("0")  # type: ignore[union-attr]
+    assert all(torch.isfinite(tensor).all() for tensor in before.values())
+
+
+def test_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.run_dir.mkdir(parents=True)
+    (config.run_dir / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="already exists; continue it with --resume"):
+        loop.train(config, console=quiet())
+
+
+def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
+    config = make_config(tmp_path, sft={"demonstrations": 0}, train={"steps": 0})
+    loop.train(config, console=quiet())
+    other = make_config(tmp_path, sft={"demonstrations": 0}, train={"steps": 0, "lr": 0.5})
+    with pytest.raises(ConfigError, match=r"train.lr was 0.001 and is now 0.5"):
+        loop.train(other, resume=True, console=quiet())
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        loop.train(make_config(tmp_path / "none"), resume=True, console=quiet())
+
+
+def test_source_without_solver_refuses_a_cold_start(tmp_path: Path) -> None:
+    gym = {"source": "reasoning_gym", "options": {"dataset": "chain_sum", "size": 50}}
+    config = make_config(tmp_path, task=gym | {"system": None})
+    with pytest.raises(ConfigError, match="no solver to demonstrate"):
+        loop.train(config, console=quiet())
+
+
+def test_metrics_are_plain_json_numbers(tmp_path: Path, random_rewards: None) -> None:
+    run = loop.train(make_config(tmp_path, train={"steps": 1}), console=quiet())
+    (record,) = [r for r in read_metrics(run) if r["phase"] == "rl"]
+    for name in ("success", "failures_localized", "sharing", "approx_kl", "clipped_low", "entropy"):
+        assert isinstance(record[name], float), name
+    text = (run / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert all(json.loads(line) for line in text.splitlines())
