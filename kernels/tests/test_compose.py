@@ -134,7 +134,7 @@ def test_autocast_keeps_a_float32_weight_gradient(monkeypatch: pytest.MonkeyPatc
     case = make_case(dtype=torch.bfloat16)
     exact, _, _ = true_policy(case)
     leaves = case.leaves(torch.float32)
-    cut = Tiling(rows=8, strip=100, kept=8)
+    cut = Tiling(rows=8, strip=100, kept=8, update=64)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
     with torch.autocast("cpu", torch.bfloat16):
         linear_policy_loss(*leaves.linear, *case.policy).loss.backward()

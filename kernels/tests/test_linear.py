@@ -243,7 +243,7 @@ def test_small_tiles_and_many_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Strips and blocks that divide nothing evenly; the result does not depend on the cut."""
     case = make_case(dtype=torch.float64)
     exact, loss, _ = true_policy(case)
-    cut = Tiling(rows=5, strip=19, kept=12)
+    cut = Tiling(rows=5, strip=19, kept=12, update=50)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
     leaves = case.leaves()
     out = linear_policy_loss(*leaves.linear, *case.policy)

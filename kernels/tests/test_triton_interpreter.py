@@ -42,7 +42,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from elpo_kernels import _triton_rows
 
     monkeypatch.setattr(_triton_rows, "BLOCK", 64)
-    monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: Tiling(rows=6, strip=96, kept=9)))
+    monkeypatch.setattr(
+        Tiling, "of", staticmethod(lambda *_: Tiling(rows=6, strip=96, kept=9, update=70))
+    )
 
 
 @interpreted

@@ -127,7 +127,7 @@ class Gradients:
                 gradient[index] = (product * alpha[:, None]).to(gradient.dtype)
             if self.weights[i] is not None:
                 scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
-                for strip in self.head.strips():
+                for strip in self.head.updates():
                     self.add_strip(i, strip, kept[:, strip], scaled, last)
         if self.bias is not None:
             for strip in self.head.strips():

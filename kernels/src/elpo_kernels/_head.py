@@ -24,22 +24,27 @@ MIB = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Tiling:
     """How the `[T, V]` matrix is cut. `rows * strip` is the tile of one matrix product, `kept`
-    the number of rows whose whole vocabulary is held between the forward and the backward."""
+    the number of rows whose whole vocabulary is held between the forward and the backward,
+    `update` the rows of the weight's gradient that are brought up to date at once."""
 
     rows: int
     strip: int
     kept: int
+    update: int
 
     @staticmethod
-    def of(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tiling:
-        """Measured: a CPU tile should stay in the last-level cache, and the kept rows within
-        160 MiB; a GPU wants products large enough to fill it, within 1 GiB."""
-        row_bytes = vocabulary * dtype.itemsize
+    def of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tiling:
+        """For a weight `[V, H]`. Measured: a CPU wants tiles in its last-level cache, updates in
+        its second-level cache and at most 192 MiB kept; a GPU wants products that fill it
+        and at most 1 GiB kept."""
+        vocabulary, width = shape
+        row_bytes = max(1, vocabulary * dtype.itemsize)
         if device.type == "cpu":
-            kept = min(1024, max(64, 160 * MIB // max(row_bytes, 1)))
-            return Tiling(rows=max(64, min(256, kept // 2)), strip=4096, kept=kept)
-        kept = min(8192, max(256, 1024 * MIB // max(row_bytes, 1) // 128 * 128))
-        return Tiling(rows=min(2048, kept), strip=4096, kept=kept)
+            kept = min(1024, max(64, 192 * MIB // row_bytes))
+            update = max(128, 400_000 // max(1, width) // 32 * 32)
+            return Tiling(rows=max(64, min(256, kept // 2)), strip=4096, kept=kept, update=update)
+        kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
+        return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +77,16 @@ class Head:
         return self.bias is None and not self.softcap and isinstance(self.inv_temperature, float)
 
     def strips(self) -> Iterator[slice]:
-        for start in range(0, self.vocabulary, self.tiling.strip):
-            yield slice(start, min(start + self.tiling.strip, self.vocabulary))
+        """The vocabulary in pieces of a tile's width."""
+        return self._cut(self.tiling.strip)
+
+    def updates(self) -> Iterator[slice]:
+        """The vocabulary in pieces of one update of the weight's gradient."""
+        return self._cut(self.tiling.update)
+
+    def _cut(self, size: int) -> Iterator[slice]:
+        for start in range(0, self.vocabulary, max(1, size)):
+            yield slice(start, min(start + size, self.vocabulary))
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Elementwise sum over the shards, in place."""

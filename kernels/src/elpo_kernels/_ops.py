@@ -46,7 +46,7 @@ def _head(
         inv_temperature=scale,
         first=first,
         group=_resolve_process_group(GroupName(group)) if group else None,
-        tiling=Tiling.of(len(weights[0]), dtype, weights[0].device),
+        tiling=Tiling.of((weights[0].shape[0], weights[0].shape[1]), dtype, weights[0].device),
     )
     return head, tuple(x.to(dtype) for x in xs)
 
