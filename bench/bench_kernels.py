@@ -5,8 +5,8 @@ process of its own, variants interleaved, correctness first:
 
     python -m bench.bench_kernels --rivals DIR --out results.json
 
-`DIR` holds `pip install --no-deps --target DIR liger-kernel==0.8.5 cut-cross-entropy==25.1.1`. Memory
-is the peak of a warm run beyond what was resident before it and beyond the gradients it leaves.
+`DIR` holds `pip install --no-deps --target DIR liger-kernel==0.8.5 cut-cross-entropy==25.1.1`.
+Memory is the peak of a warm run beyond what was resident before and the gradients it leaves.
 Cases: `dense`, `masked` (half of the tokens carry no weight), `clipped` (half of them have moved
 past their bound).
 """
@@ -71,18 +71,21 @@ class Problem:
         return [gradient for gradient in found if gradient is not None]
 
 
-def make_problem(tokens: int, width: int, vocabulary: int, dtype: str, case: str) -> Problem:
+def make_problem(
+    tokens: int, width: int, vocabulary: int, dtype: str, case: str, device: str = "cpu"
+) -> Problem:
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width).to(DTYPES[dtype])
-    weight = torch.empty(vocabulary, width, dtype=hidden.dtype)
-    for rows in weight.split(4096):
-        rows.copy_(torch.randn(len(rows), width) * (2 / width**0.5))
-    targets = torch.randint(vocabulary, (tokens,))
-    advantages = torch.tensor([1.0, -0.5] * (SEQUENCES // 2), dtype=torch.float32)
-    logprob = linear_logprob(hidden, weight, targets)
-    problem = Problem(hidden, weight, targets, logprob, advantages, torch.ones(tokens))
-    half = torch.arange(tokens) % 2 == 0
-    drift = 0.02 * torch.randn(tokens)
+    with torch.device(device):
+        hidden = torch.randn(tokens, width).to(DTYPES[dtype])
+        weight = torch.empty(vocabulary, width, dtype=hidden.dtype)
+        for rows in weight.split(4096):
+            rows.copy_(torch.randn(len(rows), width) * (2 / width**0.5))
+        targets = torch.randint(vocabulary, (tokens,))
+        advantages = torch.tensor([1.0, -0.5] * (SEQUENCES // 2))
+        logprob = linear_logprob(hidden, weight, targets)
+        problem = Problem(hidden, weight, targets, logprob, advantages, torch.ones(tokens))
+        half = torch.arange(tokens) % 2 == 0
+        drift = 0.02 * torch.randn(tokens)
     if case == "clipped":
         drift[half] -= problem.token_advantages[half].sign()
     if case == "masked":
@@ -157,7 +160,7 @@ def fused(p: Problem, **options: Any) -> Tensor:
 
 
 def fused_main_grad(p: Problem) -> Tensor:
-    p.main_grad = torch.zeros(p.weight.shape)
+    p.main_grad = torch.zeros_like(p.weight, dtype=torch.float32)
     return fused(p, main_grad=p.main_grad)
 
 
@@ -260,15 +263,14 @@ def table(results: list[dict[str, Any]]) -> None:
                     spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
                     cells.append(f"{medians[variant, case]:.2f} ({spread})")
                 else:
-                    cells.append("failed")
+                    cells.append("failed" if mine else "-")
             print(f"{variant:20}" + "".join(f"{c:>22}" for c in cells) + f"{extra:12.0f}")
         for case in CASES:
             others = [medians[v, case] for v in RIVALS if (v, case) in medians]
             if others and ("fused", case) in medians:
                 own, dense = medians["fused", case], medians.get(("fused", "dense"), float("nan"))
-                print(
-                    f"fused {case}: {own / min(others):.2f} x fastest other, {own / dense:.2f} x dense"
-                )
+                best, own_dense = own / min(others), own / dense
+                print(f"fused {case}: {best:.2f} x fastest other, {own_dense:.2f} x dense")
 
 
 def machine() -> dict[str, Any]:

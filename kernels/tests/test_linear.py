@@ -95,6 +95,30 @@ def test_policy_loss(dtype: torch.dtype, variant: str, entropy_coef: float) -> N
     check(list(zip(results, truths, strict=True)), eager, dtype)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocabulary", "dtype"),
+    [
+        (7, 577, 50257, torch.float32),
+        (3, 576, 151936, torch.bfloat16),
+        (5, 3584, 32003, torch.float32),
+        (1, 1, 1, torch.float32),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_odd_shapes(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
+    case = make_case(tokens, width, vocabulary, dtype)
+    exact, loss, logprob = true_policy(case)
+    leaves = case.leaves()
+    out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
+    out.loss.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
+    assert out.loss.item() == pytest.approx(loss.item(), rel=tolerance, abs=tolerance)
+    for found, true in zip(
+        [out.logprob, *leaves.gradients()], [logprob, *exact.gradients()], strict=True
+    ):
+        assert error(found, true) <= tolerance or true.norm() == 0 == found.norm()
+
+
 def test_statistics_count_unmasked_tokens_only() -> None:
     case = make_case(dtype=torch.float64, drift=0.6)
     stats = linear_policy_loss(*case.linear, *case.policy, ratio_cap=1.5).stats

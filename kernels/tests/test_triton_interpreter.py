@@ -67,10 +67,10 @@ def test_linear_logprob(variant: str) -> None:
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
 def test_linear_policy_loss(variant: str, entropy_coef: float) -> None:
     case = make_case(13, vocabulary=150, **VARIANTS[variant])
-    exact, loss, logprob = true_policy(case, entropy_coef)
+    exact, loss, logprob = true_policy(case, entropy_coef, 1.5)
     leaves = case.leaves()
     out = linear_policy_loss(
-        *leaves.linear, *case.policy, entropy_coef=entropy_coef, return_entropy=True,
+        *leaves.linear, *case.policy, entropy_coef=entropy_coef, return_entropy=True, ratio_cap=1.5,
         logprob_for_all=True, backend="triton", **leaves.options,
     )  # fmt: skip
     out.loss.backward()

@@ -67,7 +67,10 @@ def surrogate(
     """See `policy.surrogate`; float32."""
     loss, slope, log_ratio = (torch.empty_like(logprob) for _ in range(3))
     flags = torch.empty_like(logprob, dtype=torch.int8)
-    if count := len(logprob):
+    count = len(logprob)
+    if count == 0:
+        return loss, slope, log_ratio, flags
+    with torch.cuda.device_of(logprob):
         surrogate_kernel[(triton.cdiv(count, BLOCK),)](
             logprob,
             logprob if old_logprob is None else old_logprob.contiguous(),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -186,4 +187,5 @@ def with_entropy_kernel(  # type: ignore[no-untyped-def]
 def launch(kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
     """One program a row; nothing for no rows."""
     if rows:
-        kernel[(rows,)](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS)
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(rows,)](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS)

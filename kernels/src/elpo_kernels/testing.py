@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +33,18 @@ class Case:
     @property
     def linear(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.hidden, self.weight, self.targets
+
+    def to(self, device: str) -> Case:
+        """The same case on another device."""
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        moved["options"] = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in self.options.items()
+        }
+        return Case(**moved)
 
     def leaves(self, dtype: torch.dtype | None = None) -> Case:
         """Fresh leaves that require gradients, in `dtype`."""
@@ -102,11 +115,13 @@ def truth(case: Case) -> tuple[Tensor, Tensor]:
     return reference.linear_logprob(hidden, weight, case.targets, **case.options)
 
 
-def true_policy(case: Case, entropy_coef: float | Tensor = 0.0) -> tuple[Case, Tensor, Tensor]:
+def true_policy(
+    case: Case, entropy_coef: float | Tensor = 0.0, ratio_cap: float = math.inf
+) -> tuple[Case, Tensor, Tensor]:
     """Float64 leaves with gradients filled, the loss and the log-prob."""
     leaves = case.leaves(torch.float64)
     logprob, entropy = truth(leaves)
-    loss = reference.policy_loss(logprob, *case.policy)
+    loss = reference.policy_loss(logprob, *case.policy, ratio_cap)
     loss = loss - (entropy_coef * entropy).sum()
     loss.backward()
     return leaves, loss.detach(), logprob.detach()
