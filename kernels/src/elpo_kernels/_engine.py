@@ -27,11 +27,13 @@ from torch import Tensor
 
 from elpo_kernels._head import (
     LN2,
+    MIB,
     Head,
     Rows,
     anchored,
     blocks,
     column,
+    cut,
     gather_rows,
     subset,
 )
@@ -40,6 +42,9 @@ from elpo_kernels._head import (
 # that are rounded, to keep the large probabilities accurate; else, to stay within the exponents.
 ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
+
+# Of a weight's sum: large enough for the allocator to give each piece back to the system.
+PIECE_BYTES = 64 * MIB
 
 
 class Tiles(Protocol):
@@ -80,7 +85,7 @@ class Wanted:
 
 
 class Gradients:
-    """Sums of the gradients. A weight's is summed strip by strip in the accumulation dtype, written
+    """Sums of the gradients. A weight's is summed piece by piece in the accumulation dtype, written
     to its result with the last rows, and freed: with all rows at once there is no sum to keep."""
 
     def __init__(
@@ -127,28 +132,33 @@ class Gradients:
                 gradient[index] = (product * alpha[:, None]).to(gradient.dtype)
             if self.weights[i] is not None:
                 scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
-                for strip in self.head.updates():
-                    self.add_strip(i, strip, kept[:, strip], scaled, last)
+                self._add_weight(i, kept, scaled, last)
         if self.bias is not None:
             for strip in self.head.strips():
                 self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
 
-    def add_strip(self, i: int, strip: slice, tile: Tensor, x: Tensor, last: bool) -> None:
-        """Take up tileᵀ · x for one strip of weight `i`; `last`: nothing more comes for it."""
+    def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool) -> None:
         result, sums, tiles = self.weights[i], self._sums[i], self.tiles
         assert result is not None
         if result is self.main_grad:
-            tiles.accumulate(result[strip], tile.t(), x)
+            for rows in cut(0, len(result), self.head.tiling.update):
+                tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
-        total = sums.pop(strip.start, None)
-        if total is None:
-            total = tiles.product(tile.t(), x)
-        else:
-            tiles.accumulate(total, tile.t(), x)
-        if last:
-            result[strip] = total
-        else:
-            sums[strip.start] = total.to(tiles.acc)
+        for piece in cut(0, len(result), max(1, PIECE_BYTES // (4 * result.shape[1]))):
+            total = sums.pop(piece.start, None)
+            first = total is None
+            if total is None:
+                total = result[piece] if last else torch.empty_like(result[piece], dtype=tiles.acc)
+            for rows in cut(piece.start, piece.stop, self.head.tiling.update):
+                part = total[rows.start - piece.start : rows.stop - piece.start]
+                if first:
+                    part.copy_(tiles.product(kept[:, rows].t(), x))
+                else:
+                    tiles.accumulate(part, kept[:, rows].t(), x)
+                    if last:
+                        result[rows] = part
+            if not last:
+                sums[piece.start] = total
 
     def finish(self) -> list[Tensor]:
         """Gradients of xs, weights and bias; empty where not wanted, or where they went to the
@@ -255,8 +265,8 @@ def backward(
         for i, x in enumerate(rows.xs):
             if (total := sums[i]) is not None:
                 tiles.accumulate(total, tile, head.weights[i][strip])
-            if gradients.weights[i] is not None:
-                gradients.add_strip(i, strip, tile, x, last=True)
+            if (result := gradients.weights[i]) is not None:
+                result[strip] = tiles.product(tile.t(), x)
         if gradients.bias is not None:
             gradients.bias[strip] = tile.to(tiles.acc).sum(0)
     for total, target in zip(sums, gradients.xs, strict=True):

@@ -44,7 +44,7 @@ class Tiling:
             update = max(128, 400_000 // max(1, width) // 32 * 32)
             return Tiling(rows=max(64, min(256, kept // 2)), strip=4096, kept=kept, update=update)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
-        return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=vocabulary)
+        return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +78,7 @@ class Head:
 
     def strips(self) -> Iterator[slice]:
         """The vocabulary in pieces of a tile's width."""
-        return self._cut(self.tiling.strip)
-
-    def updates(self) -> Iterator[slice]:
-        """The vocabulary in pieces of one update of the weight's gradient."""
-        return self._cut(self.tiling.update)
-
-    def _cut(self, size: int) -> Iterator[slice]:
-        for start in range(0, self.vocabulary, max(1, size)):
-            yield slice(start, min(start + size, self.vocabulary))
+        return cut(0, self.vocabulary, self.tiling.strip)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Elementwise sum over the shards, in place."""
@@ -99,6 +91,12 @@ class Head:
         if self.group is not None:
             dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.group)
         return values
+
+
+def cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    """`start … stop` in slices of `size`."""
+    for low in range(start, stop, size):
+        yield slice(low, min(low + size, stop))
 
 
 def blocks(index: Tensor, rows: int) -> Sequence[Tensor]:
