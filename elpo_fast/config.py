@@ -206,6 +206,18 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        rollout = self.rollout
+        if self.train.old_logprob == "rollout" and (
+            rollout.top_p < 1 or rollout.top_k or rollout.min_p
+        ):
+            raise ValueError(
+                "top_p, top_k and min_p make rollout log-probs those of a cut distribution; "
+                "set train.old_logprob=recompute"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name

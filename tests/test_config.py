@@ -46,6 +46,7 @@ def test_defaults_are_the_papers() -> None:
         ({"model": {"scratch": {"heads": 5}}}, "multiple"),
         ({"train": {"updates_per_step": 9}}, "needs at least as many tasks"),
         ({"run": {"name": "../up"}}, "run.name"),
+        ({"rollout": {"top_p": 0.9}}, "train.old_logprob=recompute"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -27,7 +27,7 @@ from elpo_fast.rollout.decoder import Decoder, NodeBatch
 from elpo_fast.rollout.kv import ROOT, CacheFull, PrefixCache
 from elpo_fast.rollout.sampling import SamplingBatch, row_keys, sample, sample_fused, uniforms
 from elpo_fast.rollout.stopping import StopStrings
-from elpo_fast.types import Completion, EngineStats, Sampling
+from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 
 @dataclass(eq=False, slots=True)
@@ -212,7 +212,10 @@ class Batcher:
         run = sample_fused if logits.device.type == "cpu" else sample
         tokens, logprobs, entropies = run(logits, batch)
         if not np.isfinite(logprobs).all():
-            raise RuntimeError("the model's logits are not finite: its weights have diverged")
+            raise RunError(
+                "the model's logits are not finite: its weights have diverged; "
+                "go on from an earlier checkpoint with a lower learning rate"
+            )
         return tokens, logprobs, entropies
 
     def _append(

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
-from elpo_fast.train.metrics import mean_stats, tree_metrics
+from elpo_fast.train.metrics import Counts, mean_stats, tree_metrics
 from elpo_fast.train.run import RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
@@ -40,6 +41,7 @@ from elpo_fast.train.step import (
     PolicyOptimizer,
     StepStats,
     micro_batches,
+    recompute,
     warmup_constant,
     warmup_cosine,
 )
@@ -168,12 +170,20 @@ class _Run:
 
             phase.detail(f"running the tools of {sft.demonstrations} demonstrations")
             seed = self.stream(_SFT, 0)
-            await cold_start(self.config, self.collector, self.policy, on_step, seed=seed)
+            await cold_start(
+                self.config,
+                self.collector,
+                self.policy,
+                on_step,
+                guard=lambda forest: self.saving_offenders(forest, f"sft_{step + 1:06d}"),
+                seed=seed,
+            )
         await self.engine.weights_changed(self.engine.weight_version + 1)
 
     async def step(self, step: int, phase: Phase) -> dict[str, Any]:
         """One step: trees for `tasks_per_step` tasks, then `updates_per_step` updates on them."""
         config, began = self.config, time.perf_counter()
+        counter = Counts(self.engine, self.collector)
         first = self.first_task(step)
         tasks = [self.source.train(first + i) for i in range(config.train.tasks_per_step)]
         grown = 0
@@ -196,38 +206,50 @@ class _Run:
             io.save(forest, self.folder.tree_file(step + 1))
         useful = active(forest, scored) if config.train.skip_uniform else np.ones(len(trees), bool)
         order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(len(trees))
-        updates = []
-        for number, group in enumerate(np.array_split(order, config.train.updates_per_step)):
-            phase.detail(f"update {number + 1}/{config.train.updates_per_step}")
-            batches = micro_batches(
+        groups = [
+            micro_batches(
                 forest,
                 scored,
                 group[useful[group]],
                 budget_tokens=config.train.micro_batch_tokens,
                 scale=1 / len(group),
             )
-            if not batches:
-                continue
-            try:
-                updates.append(self.policy.update(batches))
-            except NonFiniteError as error:
-                path = self.folder.path / f"nonfinite_step_{step + 1:06d}.npz"
-                io.save(forest, path)
-                names = ", ".join(forest.task_ids[tree] for tree in error.trees)
-                raise NonFiniteError(
-                    f"step {step + 1}: {error}; tasks {names}; trees saved in {path}", error.trees
-                ) from None
+            for group in np.array_split(order, config.train.updates_per_step)
+        ]
+        mismatch: dict[str, float] = {}
+        if config.train.old_logprob == "recompute":
+            groups, mismatch = recompute(self.policy, groups)
+        updates = []
+        with self.saving_offenders(forest, f"rl_{step + 1:06d}"):
+            for number, batches in enumerate(groups):
+                phase.detail(f"update {number + 1}/{len(groups)}")
+                if batches:
+                    updates.append(self.policy.update(batches))
         await self.engine.weights_changed(self.engine.weight_version + 1)
         ended = time.perf_counter()
         return {
             **tree_metrics(forest),
             **mean_stats(updates),
+            **mismatch,
+            **counter.difference(),
             "skipped_trees": int((~useful).sum()),
             "seconds_collect": collected - began,
             "seconds_train": ended - collected,
             "generated_per_s": int(forest.agent.sum()) / (collected - began),
             "trained_tokens_per_s": sum(u.tokens for u in updates) / (ended - collected),
         }
+
+    @contextmanager
+    def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:
+        """Save the forest of an update that is not finite and say which tasks are to blame."""
+        try:
+            yield
+        except NonFiniteError as error:
+            path = self.folder.path / f"nonfinite_{name}.npz"
+            io.save(forest, path)
+            tasks = ", ".join(forest.task_ids[tree] for tree in error.trees)
+            error.args = (f"{error}. Tasks: {tasks}; all trees of the step: {path}",)
+            raise
 
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
@@ -284,5 +306,6 @@ def _figures(values: Mapping[str, Any]) -> str:
     return (
         f"success {values['success']:.0%}  localized {values['failures_localized']:.0%}  "
         f"kl {values.get('approx_kl', 0):.4f}  grad {values.get('grad_norm', 0):.2f}  "
-        f"{values['seconds_collect']:.1f}+{values['seconds_train']:.1f} s"
+        f"collect {values['seconds_collect']:.0f} s at {values['generated_per_s']:.0f} tok/s  "
+        f"train {values['seconds_train']:.0f} s at {values['trained_tokens_per_s']:.0f} tok/s"
     )

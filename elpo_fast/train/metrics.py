@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from elpo_fast.rollout.collector import Collector
 from elpo_fast.train.step import StepStats
 from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
+from elpo_fast.types import Engine
 
 
 def tree_metrics(forest: Forest) -> dict[str, Any]:
@@ -52,6 +54,31 @@ def failures_localized(forest: Forest) -> float:
     passes = ops.path_sum(forest.parent, marked)[forest.leaf_node] > 0
     failed = forest.correct[forest.leaf_node] == 0
     return float(passes[failed].mean()) if failed.any() else 0.0
+
+
+class Counts:
+    """What engine and tools did since creation: prompt tokens asked for, taken from the cache and
+    computed, tool and template tokens, calls, faults and seconds."""
+
+    def __init__(self, engine: Engine, collector: Collector) -> None:
+        self._engine, self._collector = engine, collector
+        self._before = self._now()
+
+    def difference(self) -> dict[str, float]:
+        now = self._now()
+        return {name: now[name] - before for name, before in self._before.items()}
+
+    def _now(self) -> dict[str, float]:
+        engine, tools = self._engine.stats(), self._collector.stats
+        return {
+            "prompt_tokens": engine.prompt_tokens,
+            "prompt_tokens_cached": engine.cached_tokens,
+            "prompt_tokens_computed": engine.computed_tokens,
+            "tool_tokens": tools.tool_tokens,
+            "tool_errors": tools.tool_errors,
+            "malformed_calls": tools.malformed_calls,
+            "tool_seconds": tools.tool_seconds,
+        }
 
 
 def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:

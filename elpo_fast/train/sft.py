@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -27,12 +28,14 @@ async def cold_start(
     optimizer: PolicyOptimizer,
     on_step: Callable[[StepStats], None],
     *,
+    guard: Callable[[Forest], AbstractContextManager[None]],
     seed: int,
 ) -> None:
     """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.
 
-    Stops when the mean loss of the last `WINDOW` updates is at or below `sft.target_loss`.
-    Raises `ConfigError` where the task source has no solver.
+    `guard` is entered around each update of a forest. Stops when the mean loss of the last `WINDOW`
+    updates is at or below `sft.target_loss`. Raises `ConfigError` where the task source has no
+    solver.
     """
     source, sft = collector.source, config.sft
     demonstrated = await collector.demonstrations(
@@ -56,7 +59,8 @@ async def cold_start(
                 range(len(forest)),
                 budget_tokens=config.train.micro_batch_tokens,
             )
-            stats = optimizer.nll_update(batches)
+            with guard(forest):
+                stats = optimizer.nll_update(batches)
             on_step(stats)
             recent.append(stats.loss)
             if len(recent) == WINDOW and sum(recent) / WINDOW <= sft.target_loss:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -277,6 +277,25 @@ class PolicyOptimizer:
                 if part and not (math.isfinite(part.loss) and math.isfinite(norm)):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
+
+
+def recompute(
+    policy: PolicyOptimizer, groups: Sequence[Sequence[PackedBatch]]
+) -> tuple[list[list[PackedBatch]], dict[str, float]]:
+    """The same batches with old log-probs by the trainer's own forward instead of the engine's,
+    and how far the two were apart on agent tokens (absolute difference, nats)."""
+    fresh = [
+        [replace(batch, old_logprob=policy.logprobs(batch)) for batch in group] for group in groups
+    ]
+    apart = [
+        np.abs(new.old_logprob - old.old_logprob)[old.agent == 1]
+        for ours, theirs in zip(fresh, groups, strict=True)
+        for new, old in zip(ours, theirs, strict=True)
+    ]
+    if not apart:
+        return fresh, {}
+    flat = np.concatenate(apart)
+    return fresh, {"mismatch_mean": float(flat.mean()), "mismatch_max": float(flat.max())}
 
 
 def micro_batches(

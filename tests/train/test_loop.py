@@ -138,6 +138,21 @@ def test_algorithms_are_a_matter_of_configuration(
             assert not len(forest.critical_node) and forest.depth.max() <= 5
 
 
+def test_eight_updates_a_step_against_recomputed_log_probs(
+    tmp_path: Path, random_rewards: None
+) -> None:
+    train = {"tasks_per_step": 8, "updates_per_step": 8, "old_logprob": "recompute", "steps": 1}
+    run = loop.train(make_config(tmp_path, train=train), console=quiet())
+    (record,) = [r for r in read_metrics(run) if r["phase"] == "rl"]
+    assert record["updates"] > 4
+    # The same weights in fp32 on both sides, and ratios that move as the updates go on.
+    assert 0 < record["mismatch_mean"] <= record["mismatch_max"] < 1e-4
+    assert record["approx_kl"] > 0 and record["ratio_max"] > 1.001
+    assert record["prompt_tokens"] == sum(
+        record[f"prompt_tokens_{how}"] for how in ("cached", "computed")
+    )
+
+
 def test_resume_does_every_step_once(
     tmp_path: Path, random_rewards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
