@@ -38,7 +38,7 @@ class RunFolder:
     @classmethod
     def create(cls, config: Config) -> RunFolder:
         path = config.run_dir
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and not _unused(path):
             raise ConfigError(
                 f"run folder {path} already exists; continue it with --resume, "
                 "or choose another run.name"
@@ -103,6 +103,16 @@ class RunFolder:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+def _unused(path: Path) -> bool:
+    """Whether there is nothing to lose: empty, or left by a run that failed before its first
+    record."""
+    files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
+    return all(
+        file == path / "config.yaml" or (file == path / "metrics.jsonl" and not file.stat().st_size)
+        for file in files
+    )
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

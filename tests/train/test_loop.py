@@ -212,6 +212,14 @@ def test_run_folder_is_never_overwritten(tmp_path: Path) -> None:
         loop.train(config, console=quiet())
 
 
+def test_run_that_failed_before_it_began_can_be_started_again(tmp_path: Path) -> None:
+    with pytest.raises(ExceptionGroup):
+        loop.train(make_config(tmp_path, rollout={"max_tokens": 3}), console=quiet())
+    config = make_config(tmp_path, sft={"demonstrations": 0}, train={"steps": 0})
+    assert config.run_dir.is_dir()
+    assert loop.train(config, console=quiet()) == config.run_dir
+
+
 def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
     config = make_config(tmp_path, sft={"demonstrations": 0}, train={"steps": 0})
     loop.train(config, console=quiet())
