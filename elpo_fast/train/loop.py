@@ -126,6 +126,11 @@ class _Run:
     async def learn(self, restored: TrainState | None) -> None:
         """Cold start, then reinforcement learning, with evaluation around both."""
         train = self.config.train
+        # Whatever was recorded after the checkpoint, or before any, is work that is done again.
+        self.folder.rewind(restored.extra["records"] if restored else 0)
+        if restored and restored.step >= train.steps:
+            print_summary(self.folder.path, self.display.console)
+            return
         if restored is None:
             if self.config.sft.steps:
                 await self.evaluate("before SFT", 0)
@@ -139,8 +144,8 @@ class _Run:
             start = restored.step
             self.policy.load_state_dict(restored.optimizer)
             await self.engine.weights_changed(restored.weight_version)
-            self.folder.rewind(restored.extra["records"])
-        with self.display.phase("ELPO", train.steps, start) as phase:
+        name = "ELPO" if self.config.algo.planner == "bel" else "RL"
+        with self.display.phase(name, train.steps, start) as phase:
             for step in range(start, train.steps):
                 values = await self.step(step, phase)
                 self.folder.log("rl", step + 1, values)

@@ -180,6 +180,24 @@ def test_resume_does_every_step_once(
     assert np.array_equal(trees_of(run)[0].token_ids, trees_of(whole)[0].token_ids)
 
 
+def test_resume_before_the_first_checkpoint_and_after_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(tmp_path, train={"steps": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "save", lambda self, step: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(config, console=quiet())
+    assert len(read_metrics(config.run_dir)) == 4  # two evaluations, two updates
+    run = loop.train(config, resume=True, console=quiet())
+    records = read_metrics(run)
+    assert [r["phase"] for r in records] == ["eval", "sft", "sft", "eval", "rl", "eval"]
+    console = quiet()
+    loop.train(config, resume=True, console=console)
+    assert read_metrics(run) == records
+    assert "after RL" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
