@@ -46,7 +46,7 @@ from elpo_fast.train.step import (
     warmup_constant,
     warmup_cosine,
 )
-from elpo_fast.train.summary import print_summary
+from elpo_fast.train.summary import DURING, print_summary
 from elpo_fast.tree import io
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
@@ -136,7 +136,9 @@ class _Run:
             if self.config.sft.steps:
                 await self.evaluate("before SFT", 0)
                 await self.cold_start()
-            await self.evaluate("after SFT" if self.config.sft.steps else "before RL", 0)
+            await self.evaluate(
+                "after SFT" if self.config.sft.steps else f"before {self.algorithm}", 0
+            )
         self.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
         _release_memory()
         start = 0
@@ -146,8 +148,7 @@ class _Run:
             start = restored.step
             self.policy.load_state_dict(restored.optimizer)
             await self.engine.weights_changed(restored.weight_version)
-        name = "ELPO" if self.config.algo.planner == "bel" else "RL"
-        with self.display.phase(name, train.steps, start) as phase:
+        with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
                 values = await self.step(step, phase)
                 _release_memory()
@@ -156,12 +157,16 @@ class _Run:
                 if step + 1 == train.steps:
                     break
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
-                    await self.evaluate("during RL", step + 1)
+                    await self.evaluate(DURING, step + 1)
                 if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
                     self.save(step + 1)
-        await self.evaluate("after RL", train.steps)
+        await self.evaluate(f"after {self.algorithm}", train.steps)
         self.save(train.steps)
         print_summary(self.folder.path, self.display.console)
+
+    @property
+    def algorithm(self) -> str:
+        return "ELPO" if self.config.algo.planner == "bel" else "RL"
 
     async def cold_start(self) -> None:
         sft = self.config.sft

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+DURING = "during training"  # evaluations that the table leaves out
+
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All records of a run, in order."""
@@ -24,7 +26,7 @@ def print_summary(run: Path, console: Console) -> None:
     for name in ("success", "95 % interval", "tasks", "samples a task"):
         table.add_column(name, justify="right")
     for record in records:
-        if record["phase"] == "eval" and record["name"] != "during RL":
+        if record["phase"] == "eval" and record["name"] != DURING:
             table.add_row(
                 record["name"],
                 f"{record['success']:.1%}",

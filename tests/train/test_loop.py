@@ -96,7 +96,7 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert [r["name"] for r in records if r["phase"] == "eval"] == [
         "before SFT",
         "after SFT",
-        "after RL",
+        "after ELPO",
     ]
     for forest in trees_of(run):
         assert np.diff(forest.leaf_start).tolist() == [6, 6]
@@ -110,7 +110,7 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     for said in (
         "before SFT",
         "after SFT",
-        "after RL",
+        "after ELPO",
         "95 % interval",
         "localized step",
         str(run),
@@ -195,7 +195,7 @@ def test_resume_before_the_first_checkpoint_and_after_the_last(
     console = quiet()
     loop.train(config, resume=True, console=console)
     assert read_metrics(run) == records
-    assert "after RL" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "after ELPO" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_were(
