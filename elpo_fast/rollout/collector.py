@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -39,6 +39,8 @@ from elpo_fast.types import (
     Verdict,
 )
 
+_Result = TypeVar("_Result")
+
 
 class Tools(Protocol):
     """What the collector needs of a toolbox; states are opaque and branchable."""
@@ -53,14 +55,11 @@ class CollectStats:
     """Counts over everything collected since creation; times in seconds, tokens in tokens."""
 
     trajectories: int = 0
-    turns: int = 0
     tool_calls: int = 0
     tool_errors: int = 0
     malformed_calls: int = 0
     tool_seconds: float = 0.0
-    generated_tokens: int = 0
     tool_tokens: int = 0  # responses and the template's glue
-    ends: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -121,7 +120,6 @@ class Collector:
         `seed` and the task's id decide all sampling seeds; `temperature` replaces the
         configuration's (for evaluation). `on_tree` is called as each tree completes.
         """
-        gate = asyncio.Semaphore(self.config.trees_in_flight)
         sampling = Sampling(
             max_tokens=self.config.max_turn_tokens,
             temperature=self.config.temperature if temperature is None else temperature,
@@ -133,23 +131,26 @@ class Collector:
         )
 
         async def grow(task: Task) -> Tree:
-            async with gate:
-                tree = await _Growth(self, task, sampling, seed).run(make_planner())
+            tree = await _Growth(self, task, sampling, seed).run(make_planner())
             if on_tree is not None:
                 on_tree(tree)
             return tree
 
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(grow(task)) for task in tasks]
-        return [done.result() for done in running]
+        return await self._for_each(tasks, grow)
 
     async def demonstrations(self, tasks: Sequence[Task]) -> list[Tree | None]:
         """`demonstrate` for many tasks at once, in their order."""
+        return await self._for_each(tasks, self.demonstrate)
+
+    async def _for_each(
+        self, tasks: Sequence[Task], work: Callable[[Task], Awaitable[_Result]]
+    ) -> list[_Result]:
+        """`work` on `trees_in_flight` tasks at a time; its results in the order of `tasks`."""
         gate = asyncio.Semaphore(self.config.trees_in_flight)
 
-        async def one(task: Task) -> Tree | None:
+        async def one(task: Task) -> _Result:
             async with gate:
-                return await self.demonstrate(task)
+                return await work(task)
 
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(one(task)) for task in tasks]
@@ -197,7 +198,6 @@ class Collector:
         call = None if completion.finish == "length" else self.chat.parse_call(text)
         messages: list[Message] = [{"role": "assistant", "content": text}]
         glue = np.zeros(0, np.int32)
-        self.stats.turns += 1
         if call is not None and not last:
             result = await self.tools.execute(state, call)
             state = result.state
@@ -214,7 +214,6 @@ class Collector:
             self.stats.malformed_calls += isinstance(call, MalformedCall)
             self.stats.tool_seconds += result.seconds
         zeros = np.zeros(len(glue), np.float32)
-        self.stats.generated_tokens += len(completion.token_ids)
         self.stats.tool_tokens += len(glue)
         return _Turn(
             token_ids=np.concatenate([completion.token_ids, glue]),
@@ -323,9 +322,7 @@ class _Growth:
             situation = self.situations[node].after(turn)
             node = _append(self.tree, node, turn)
             self.situations[node] = situation
-        stats = self.collector.stats
-        stats.trajectories += 1
-        stats.ends[end.value] = stats.ends.get(end.value, 0) + 1
+        self.collector.stats.trajectories += 1
         return self.tree.finish(
             node,
             reward=verdict.reward,
