@@ -51,7 +51,8 @@ def test_collect(benchmark: BenchmarkFixture, planner: str) -> None:
     seeds = iter(range(1_000_000))
 
     async def collect() -> Forest:
-        await engine.weights_changed(engine.weight_version + 1)  # an empty cache, as in training
+        # An empty cache, as in training.
+        await engine.update_weights(loaded.model.named_parameters(), engine.weight_version + 1)
         trees = await collector.collect(tasks, lambda: make_planner(config.algo), seed=next(seeds))
         return Forest.from_trees(trees)
 

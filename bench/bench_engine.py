@@ -82,7 +82,7 @@ class Clock:
 
 async def decode_fresh(engine: LocalEngine) -> Clock:
     """The whole batch, prompts included, with an empty cache."""
-    await engine.weights_changed(engine.weight_version + 1)
+    await engine.update_weights(exact_model().named_parameters(), engine.weight_version + 1)
     with Clock() as clock:
         await decode(engine)
     return clock

@@ -52,10 +52,9 @@ class LocalEngine:
     """`Engine` on a transformers model in this process; CPU or one GPU, fp32 or bfloat16.
 
     The engine copies the model's weights into its own layout and into `dtype` (default: the
-    model's). `update_weights` takes new ones by name; where trainer and engine share `model`,
-    `weights_changed` takes them from it. `cache_tokens` bounds the key/value store, `max_batch` the
-    rows decoded together, `prefill_chunk` the prompt tokens computed in one step. `tokenizer`
-    serves stop strings alone.
+    model's); `update_weights` takes new ones by name. `cache_tokens` bounds the key/value store,
+    `max_batch` the rows decoded together, `prefill_chunk` the prompt tokens computed in one step.
+    `tokenizer` serves stop strings alone.
     """
 
     def __init__(
@@ -77,7 +76,6 @@ class LocalEngine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.weight_version = 0
-        self._model = model
         self._shapes = {n: p.shape for n, p in model.named_parameters()}
         self._decoder = Decoder(model, cache_tokens, dtype or model.dtype)
         self._decoder.load(self._checked(model.named_parameters()))
@@ -123,10 +121,6 @@ class LocalEngine:
         future, settle = _future()
         self._submit(_Update(work, settle))
         await future
-
-    async def weights_changed(self, version: int) -> None:
-        """The model given to the constructor has new weights: take them from it."""
-        await self.update_weights(self._model.named_parameters(), version)
 
     def stats(self) -> EngineStats:
         """Token counts since the engine started; a prompt counts once its logits are there."""

@@ -29,7 +29,7 @@ from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.model.load import load_model
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.engines import make_engine
 from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
@@ -101,14 +101,7 @@ class _Run:
                 dtype=getattr(torch, config.model.dtype),
                 gradient_checkpointing=config.model.gradient_checkpointing,
             )
-            self.engine = LocalEngine(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                max_batch=config.rollout.max_batch,
-                cache_tokens=config.rollout.cache_tokens,
-                seed=config.run.seed,
-                dtype=getattr(torch, config.rollout.dtype or config.model.dtype),
-            )
+            self.engine = make_engine(config, self.loaded.model, self.loaded.tokenizer)
             self.collector = Collector(
                 self.engine,
                 toolbox,
@@ -147,7 +140,7 @@ class _Run:
         else:
             start = restored.step
             self.policy.load_state_dict(restored.optimizer)
-            await self.engine.weights_changed(restored.weight_version)
+            await self.push_weights(restored.weight_version)
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
                 values = await self.step(step, phase)
@@ -191,7 +184,7 @@ class _Run:
                 guard=lambda forest: self.saving_offenders(forest, f"sft_{step + 1:06d}"),
                 seed=seed,
             )
-        await self.engine.weights_changed(self.engine.weight_version + 1)
+        await self.push_weights(self.engine.weight_version + 1)
 
     async def step(self, step: int, phase: Phase) -> dict[str, Any]:
         """One step: trees for `tasks_per_step` tasks, then `updates_per_step` updates on them."""
@@ -238,7 +231,7 @@ class _Run:
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
                     updates.append(self.policy.update(batches))
-        await self.engine.weights_changed(self.engine.weight_version + 1)
+        await self.push_weights(self.engine.weight_version + 1)
         ended = time.perf_counter()
         return {
             **tree_metrics(forest),
@@ -251,6 +244,10 @@ class _Run:
             "generated_per_s": int(forest.agent.sum()) / (collected - began),
             "trained_tokens_per_s": sum(u.tokens for u in updates) / (ended - collected),
         }
+
+    async def push_weights(self, version: int) -> None:
+        """Give the engine the policy's present weights."""
+        await self.engine.update_weights(self.loaded.model.named_parameters(), version)
 
     @contextmanager
     def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:

@@ -220,7 +220,7 @@ def test_update_weights_changes_output_version_and_forgets_the_cache(
     check(new, prompt(30), after)
 
 
-def test_weights_changed_takes_them_from_the_shared_model(
+def test_the_engine_keeps_its_weights_when_the_shared_model_changes(
     prompt: Any, model: Any, use: Any, check: Any
 ) -> None:
     shared = type(model)(model.config).eval()
@@ -228,7 +228,7 @@ def test_weights_changed_takes_them_from_the_shared_model(
     async def work(engine: LocalEngine) -> Any:
         shared.load_state_dict(model.state_dict())
         (stale,) = await engine.generate(prompt(6), 1, Sampling(max_tokens=4, seed=0))
-        await engine.weights_changed(1)
+        await engine.update_weights(shared.named_parameters(), 1)
         (fresh,) = await engine.generate(prompt(6), 1, Sampling(max_tokens=4, seed=0))
         return stale, fresh
 
@@ -447,7 +447,7 @@ def test_closing_fails_what_runs_refuses_what_comes_and_ends_the_thread(
         with pytest.raises(RuntimeError, match="closed"):
             await engine.generate(prompt(10), 1, Sampling(max_tokens=1))
         with pytest.raises(RuntimeError, match="closed"):
-            await engine.weights_changed(1)
+            await engine.update_weights(model.named_parameters(), 1)
         await engine.close()
 
     asyncio.run(whole())

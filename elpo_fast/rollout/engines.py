@@ -1,0 +1,25 @@
+"""Which engine a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from elpo_fast.config import Config
+from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.types import Engine
+
+
+def make_engine(config: Config, model: PreTrainedModel, tokenizer: Any) -> Engine:
+    """The engine of `rollout.engine`, holding `model`'s present weights as version 0."""
+    rollout = config.rollout
+    return LocalEngine(
+        model,
+        tokenizer,
+        max_batch=rollout.max_batch,
+        cache_tokens=rollout.cache_tokens,
+        seed=config.run.seed,
+        dtype=getattr(torch, rollout.dtype or config.model.dtype),
+    )
