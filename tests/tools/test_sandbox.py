@@ -366,8 +366,11 @@ def test_workers_bound_what_runs_at_once(make_box) -> None:
 
 
 PARENT = """
-import asyncio, sys
+import asyncio, signal, sys
 from elpo_fast.tools.sandbox import Sandbox
+
+# Ignored in whatever a shell started in the background, and inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main():
     sandbox = Sandbox(isolation=sys.argv[1], timeout_s=60)
