@@ -1,13 +1,15 @@
-"""The caller's end of one fork server: starting it, talking to it, noticing its death.
+"""The caller's end of one fork server: starting it, talking to it, noticing its death or silence.
 
 One thread a server starts the process and reads its replies; requests may come from any thread and
 any event loop. The thread lives as long as the server, so that the kernel's "die with the parent"
-(which means the parent *thread*) holds, and the server ends with us even after SIGKILL.
+(which means the parent *thread*) holds, and the server ends with us even after SIGKILL. A server
+that owes a reply and gives no sign of life for `HANG_S` is killed, and then is one that died.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -18,17 +20,20 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from elpo_fast.tools._records import Options
 
 _BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split(':'); " + (
     "from elpo_fast.tools._server import main; main()"
 )
+START_S = 120  # until a server has imported its modules, on a machine with other things to do
+HANG_S = 10  # silent seconds; a working server says something every second
+
 _SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -108,6 +113,7 @@ class Link:
         self._sending, self._waiting = threading.Lock(), threading.Lock()
         self._pending: dict[int, Future[Reply]] = {}
         self._last_id = 0
+        self._silence = 0  # seconds
         self._closed = False
         self._requests: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -130,6 +136,12 @@ class Link:
                 if unanswered:  # else the thread has told it already
                     future.set_exception(ServerGoneError("the sandbox process ended"))
         return number, future
+
+    def cancel(self, number: int) -> None:
+        """The reply of request `number` is not awaited any more."""
+        with self._waiting:
+            self._pending.pop(number, None)
+        self.tell("cancel", id=number)
 
     def tell(self, op: str, **fields: Any) -> None:
         """Send a request that has no reply; nothing to tell a dead server."""
@@ -167,15 +179,16 @@ class Link:
             self.ready.set_exception(problem)
             return
         self.ready.set_result((isolation, tuple(reasons)))
+        assert self._process is not None
         with replies:
-            for reply in _read(replies):
+            for reply in _read(replies, self._on_silence):
+                self._silence = 0
                 with self._waiting:
                     future = self._pending.pop(reply.header["id"], None)
                 if future is not None and future.set_running_or_notify_cancel():
                     future.set_result(reply)
         self.alive = False
         self._hang_up()
-        assert self._process is not None
         self._process.wait()
         with self._waiting:
             pending, self._pending = self._pending, {}
@@ -183,7 +196,14 @@ class Link:
             if future.set_running_or_notify_cancel():
                 future.set_exception(ServerGoneError("the sandbox process ended"))
 
-    def _start(self, reasons: list[str]) -> tuple[IO[bytes], str]:
+    def _on_silence(self) -> None:
+        """Called in every silent second."""
+        self._silence = self._silence + 1 if self._pending else 0
+        if self._silence >= HANG_S:
+            assert self._process is not None
+            self._process.kill()
+
+    def _start(self, reasons: list[str]) -> tuple[socket.socket, str]:
         for isolation in self._launch.isolations:
             try:
                 return self._start_one(isolation), isolation
@@ -194,18 +214,19 @@ class Link:
             "bubblewrap, or set tools.isolation=none if everything the model may do is harmless"
         )
 
-    def _start_one(self, isolation: str) -> IO[bytes]:
+    def _start_one(self, isolation: str) -> socket.socket:
         command = self._command(isolation)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        read_end, write_end = os.pipe()
+        replies, write_end = socket.socketpair()
+        replies.settimeout(1.0)
         with contextlib.ExitStack() as on_failure, tempfile.TemporaryFile() as errors:
-            replies = on_failure.enter_context(open(read_end, "rb"))
+            on_failure.enter_context(replies)
             on_failure.enter_context(ours)
             try:
                 process = subprocess.Popen(
                     command,
                     stdin=theirs.fileno(),
-                    stdout=write_end,
+                    stdout=write_end.fileno(),
                     stderr=errors.fileno(),
                     env=_environment(),
                     cwd="/",
@@ -213,12 +234,20 @@ class Link:
                 )
             finally:
                 theirs.close()
-                os.close(write_end)
+                write_end.close()
             on_failure.callback(process.wait)
+            seconds = itertools.count(1)
+
+            def on_silence() -> None:
+                if next(seconds) >= START_S:
+                    process.kill()
+                    raise RefusedError(f"it did not start within {START_S} s")
+
             try:
-                next(_read(replies))  # ready
+                first = _read(replies, on_silence)
+                next(first)  # ready
                 if isolation != "none":
-                    _self_test(ours, replies)
+                    _self_test(ours, first)
             except (OSError, StopIteration, RefusedError) as problem:
                 ours.close()
                 process.wait()
@@ -278,10 +307,10 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _self_test(requests: socket.socket, replies: IO[bytes]) -> None:
+def _self_test(requests: socket.socket, replies: Iterator[Reply]) -> None:
     body = {"code": _SELF_TEST, "number": 1, "timeout_s": 10, "stdin": None}
     _post(requests, {"op": "call", "id": 0, "timeout_s": 10}, body)
-    reply = next(_read(replies))
+    reply = next(reply for reply in replies if reply.header["how"] != "beat")
     outcome = json.loads(reply.parts[2] or b"{}")
     if outcome.get("value") != "[]":
         found = outcome.get("value") or outcome.get("error") or f"it ended with {reply.header}"
@@ -303,15 +332,31 @@ def _post(requests: socket.socket, request: dict[str, Any], body: Any = None) ->
         os.close(fd)
 
 
-def _read(replies: IO[bytes]) -> Iterator[Reply]:
+def _read(replies: socket.socket, on_silence: Callable[[], None]) -> Iterator[Reply]:
     """Replies until the server closes its end; one that breaks off is dropped."""
-    while len(length := replies.read(4)) == 4:
+
+    def take(size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                piece = replies.recv(size - len(data))
+            except TimeoutError:
+                on_silence()
+                continue
+            except ConnectionError:
+                break
+            if not piece:
+                break
+            data += piece
+        return bytes(data)
+
+    while len(length := take(4)) == 4:
         (size,) = struct.unpack("!I", length)
-        text = replies.read(size)
+        text = take(size)
         if len(text) < size:
             return
         header = json.loads(text)
-        parts = tuple(replies.read(part) for part in header.pop("lengths"))
+        parts = tuple(map(take, header.pop("lengths")))
         yield Reply(header, parts)
 
 

@@ -18,8 +18,7 @@ class Options:
     workers: int  # calls and steps running at once
     memory_mb: int  # address space of a child beyond the server's own
     processes: int  # living snapshots of one session
-    preload: tuple[str, ...]  # imported where they exist
-    required: tuple[str, ...]  # imported; the server does not start without them
+    modules: tuple[str, ...]  # imported before the first fork
     readable: tuple[str, ...]  # what children may read
 
 

@@ -9,7 +9,8 @@ Requests (one packet of JSON each, with a body descriptor for `call` and `step`)
 fresh process that is forgotten; `open` starts a session and `step` goes from one of its snapshots
 to a new one; `drop` ends snapshots; `cancel` ends a request. Replies (stream): length and JSON
 header, then as many bytes of stdout, stderr and outcome as the header says. `how` it ended: done,
-timeout, flood, died (with `signal`), lost (the snapshot is gone; nothing was run).
+timeout, flood, died (with `signal`), lost (the snapshot is gone; nothing was run). While requests
+run there is a `beat` a second, so that a server that hangs is told from one that works.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from elpo_fast.tools._records import Capture, Child, Options, Run, Snapshot
 GRACE_S = 0.3  # from the child's own timer to the kill
 FLOOD_CAP = 16 << 20  # bytes after which a program is stopped
 SCAN_S = 1.0  # period of the search for stray processes of sessions
+BEAT_S = 1.0  # period of the sign of life while there is something to do
 
 
 class Server:
@@ -53,7 +55,7 @@ class Server:
         self._last_id = 0
         self._ended = False
         self._failures = 0  # spares that died unused, in a row
-        self._next_scan = 0.0
+        self._next_scan = self._next_beat = 0.0
         requests.setblocking(False)
         self._watch(requests.fileno(), self._on_request)
 
@@ -84,9 +86,13 @@ class Server:
             while self._queue and len(self._runs) < self._options.workers:
                 self._start(*self._queue.popleft())
             self._refill()
+            if self._runs and now >= self._next_beat:
+                self._reply({"id": 0, "how": "beat"})
+                self._next_beat = now + BEAT_S
 
     def _patience(self) -> float | None:
         times = [run.deadline for run in self._runs.values()]
+        times += [self._next_beat] if self._runs else []
         times += [self._next_scan] if self._snapshots else []
         return max(0.0, min(times) - time.monotonic()) if times else None
 
@@ -391,11 +397,8 @@ def main() -> None:
         _confine.drop_root(must_read=options.readable)
         _confine.die_with_parent(signal.SIGTERM)
         _confine.adopt_orphans()
-    for name in options.required:
+    for name in options.modules:
         importlib.import_module(name)
-    for name in options.preload:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # children do not touch, and so do not copy, what exists now
     Server(requests, replies, options).serve()

@@ -13,10 +13,16 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elpo_fast.tools.sandbox import Execution, Sandbox, Snapshot, SnapshotLostError
+from elpo_fast.tools.sandbox import (
+    Execution,
+    Sandbox,
+    Snapshot,
+    SnapshotLostError,
+    preloaded,
+)
 from elpo_fast.types import Task, ToolResult
 
 _SHOWN = "Returns what it prints and the value of the last expression, or (no output)."
@@ -59,12 +65,14 @@ class CodeInterpreter:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SessionState:
-    """After `code` was run on `parent`. The root ran the task's setup on a fresh interpreter."""
+    """After `code` was run on `parent`. The root ran the task's setup on a fresh interpreter, in
+    which `modules` had been imported."""
 
     parent: SessionState | None = field(repr=False)
     code: str
     number: int  # calls so far
     digest: str  # of what it showed
+    modules: tuple[str, ...] = ()  # of the root
 
 
 class _RestoreError(Exception):
@@ -87,7 +95,7 @@ class PythonSession:
 
     async def open(self, task: Task) -> SessionState:
         """`RuntimeError` naming the task if its setup fails."""
-        root = SessionState(None, task.setup, 0, "")
+        root = SessionState(None, task.setup, 0, "", preloaded(task.setup))
         if task.setup:
             try:
                 await self._snapshot(root)
@@ -97,14 +105,20 @@ class PythonSession:
 
     async def call(self, state: SessionState, arguments: Mapping[str, Any]) -> ToolResult:
         code = arguments["code"]
+        origin = state
+        if state.parent is None and len(modules := preloaded(code)) > len(state.modules):
+            origin = replace(state, modules=modules)  # a root of its own: forking beats importing
         try:
-            execution, snapshot = await self._step(state, code, state.number + 1)
+            execution, snapshot = await self._step(origin, code, state.number + 1)
         except _RestoreError as problem:
             text = f"the session could not be restored: {problem}"
             return ToolResult(text, state, error=True)
+        finally:
+            if origin is not state:
+                await self.release([origin])
         if snapshot is None:
             return _result(execution, state, _UNCHANGED)
-        new = SessionState(state, code, state.number + 1, _digest(execution))
+        new = SessionState(origin, code, state.number + 1, _digest(execution))
         self._keep(new, snapshot)
         return _result(execution, new)
 
@@ -136,7 +150,7 @@ class PythonSession:
             self._snapshots.move_to_end(state)
             return cached
         if state.parent is None:
-            snapshot = await self._root(state.code)
+            snapshot = await self._root(state)
         else:
             execution, rebuilt = await self._step(state.parent, state.code, state.number)
             if rebuilt is None:
@@ -147,12 +161,12 @@ class PythonSession:
             snapshot = rebuilt
         return self._keep(state, snapshot)
 
-    async def _root(self, setup: str) -> Snapshot:
-        fresh = await self._sandbox.open_session()
-        if not setup:
+    async def _root(self, state: SessionState) -> Snapshot:
+        fresh = await self._sandbox.open_session(state.modules)
+        if not state.code:
             return fresh
         try:
-            execution, snapshot = await self._sandbox.step(fresh, setup, 0)
+            execution, snapshot = await self._sandbox.step(fresh, state.code, 0)
         except SnapshotLostError as problem:
             raise _RestoreError(str(problem)) from None
         finally:

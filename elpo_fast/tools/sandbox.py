@@ -33,6 +33,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -47,6 +48,12 @@ _log = logging.getLogger(__name__)
 Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
 SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
 CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
+
+# What a server imports before its first fork. Every fork pays for all of it: scipy and networkx
+# take a third off the calls a second, and so are in servers of their own, for code that names them.
+_LIGHT = ("numpy.random", "elpo_fast.tools._warm")
+_HEAVY = (*_LIGHT, "networkx", "scipy.stats", "scipy.signal")  # these two import most of scipy
+_NAMES_HEAVY = re.compile(r"\b(scipy|networkx)\b")
 
 
 class SandboxError(RuntimeError):
@@ -116,8 +123,7 @@ _ACTIVE = {
 
 
 class Sandbox:
-    """See the module. `preload`: modules imported before the first fork where they are installed;
-    `paths`: further folders that are importable and readable inside."""
+    """See the module. `paths`: further folders that are importable and readable inside."""
 
     def __init__(
         self,
@@ -127,7 +133,6 @@ class Sandbox:
         timeout_s: float = 5.0,
         memory_mb: int = 512,
         max_snapshots: int = 256,
-        preload: Sequence[str] = ("numpy.random", "elpo_fast.tools._warm"),
         paths: Sequence[str] = (),
     ) -> None:
         python_path, readable = python_paths(paths)
@@ -135,8 +140,8 @@ class Sandbox:
         self._isolations: tuple[str, ...] = SAFE if isolation == "auto" else (isolation,)
         self._servers = -(-workers // CALLS_PER_SERVER)
         self._workers = -(-workers // self._servers)
-        self._preload, self._python_path, self._readable = tuple(preload), python_path, readable
-        self._links: dict[tuple[str, int], Link] = {}
+        self._python_path, self._readable = python_path, readable
+        self._links: dict[tuple[tuple[str, ...], int], Link] = {}  # by imported modules and number
         self._lock = threading.Lock()
         self._closed = False
         if isolation == "none":
@@ -151,7 +156,7 @@ class Sandbox:
 
     async def describe(self) -> Protection:
         """Which protection is active, and why not the better one."""
-        link = self._link("")
+        link = self._link(_LIGHT)
         isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
         return Protection(isolation, _ACTIVE[isolation], reasons)
 
@@ -161,7 +166,7 @@ class Sandbox:
         """Execute `code` in a fresh process that is forgotten afterwards."""
         timeout_s = timeout_s or self.timeout_s
         body = {"code": code, "number": 1, "timeout_s": timeout_s, "stdin": stdin}
-        reply, seconds = await self._call("", body, timeout_s)
+        reply, seconds = await self._call(preloaded(code), body, timeout_s)
         return _execution(reply, timeout_s, seconds)
 
     async def call_function(
@@ -172,15 +177,15 @@ class Sandbox:
         times out or dies; the message says which."""
         timeout_s = timeout_s or self.timeout_s
         body = {"target": function, "payload": payload, "timeout_s": timeout_s}
-        reply, seconds = await self._call(function.partition(":")[0], body, timeout_s)
+        reply, seconds = await self._call((function.partition(":")[0],), body, timeout_s)
         execution = _execution(reply, timeout_s, seconds)
         if execution.error is not None or execution.value is None:
             raise SandboxError(f"{function}: {execution.error}")
         return json.loads(execution.value)
 
-    async def open_session(self) -> Snapshot:
-        """A fresh interpreter, not yet having run anything."""
-        link = self._link("")
+    async def open_session(self, modules: tuple[str, ...] = _LIGHT) -> Snapshot:
+        """A fresh interpreter, not yet having run anything; `modules` as `preloaded` gives them."""
+        link = self._link(modules)
         reply = await self._ask(link, "open")
         return Snapshot(link, reply.header["snapshot"])
 
@@ -226,37 +231,38 @@ class Sandbox:
 
     # --- servers ---------------------------------------------------------------------------------
 
-    def _link(self, module: str) -> Link:
-        """The least loaded server of this kind, started if it is not there or has died."""
+    def _link(self, modules: tuple[str, ...]) -> Link:
+        """The least loaded server with these, started if it is not there or has died."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("this sandbox is closed; make a new one")
             for index in range(self._servers):
-                link = self._links.get((module, index))
+                link = self._links.get((modules, index))
                 if link is None or not link.alive:
-                    self._links[module, index] = self._launch(module)
-            mine = [self._links[module, index] for index in range(self._servers)]
+                    self._links[modules, index] = self._launch(modules)
+            mine = [self._links[modules, index] for index in range(self._servers)]
             return min(mine, key=lambda link: link.load)
 
-    def _launch(self, module: str) -> Link:
+    def _launch(self, modules: tuple[str, ...]) -> Link:
         options = Options(
             isolation="",
             workers=self._workers,
             memory_mb=self.memory_mb,
             processes=2 * self.max_snapshots,
-            preload=() if module else self._preload,
-            required=(module,) if module else (),
+            modules=modules,
             readable=self._readable,
         )
         return Link(Launch(options, self._isolations, self._python_path))
 
-    async def _call(self, module: str, body: Any, timeout_s: float) -> tuple[Reply, float]:
+    async def _call(
+        self, modules: tuple[str, ...], body: Any, timeout_s: float
+    ) -> tuple[Reply, float]:
         """Once more on a new server if the first one dies."""
         loop = asyncio.get_running_loop()
         for attempt in range(2):
             started = loop.time()
             try:
-                reply = await self._ask(self._link(module), "call", body, timeout_s=timeout_s)
+                reply = await self._ask(self._link(modules), "call", body, timeout_s=timeout_s)
                 return reply, loop.time() - started
             except ServerGoneError:
                 if attempt or self._closed:
@@ -271,10 +277,15 @@ class Sandbox:
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            link.tell("cancel", id=number)
+            link.cancel(number)
             raise
         finally:
             link.load -= 1
+
+
+def preloaded(code: str) -> tuple[str, ...]:
+    """What should have been imported before `code` runs."""
+    return _HEAVY if _NAMES_HEAVY.search(code) else _LIGHT
 
 
 def _execution(reply: Reply, timeout_s: float, seconds: float) -> Execution:

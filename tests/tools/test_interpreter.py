@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession, SessionState
+from elpo_fast.tools.sandbox import _LIGHT
 from elpo_fast.types import Task
 
 
@@ -63,6 +64,24 @@ def test_a_hundred_sessions_at_once(any_box) -> None:
         answers = await asyncio.gather(*(call(session, root, "x + 1") for root in roots))
         assert [text for text, _ in answers] == [str(number + 1) for number in range(100)]
         await session.close()
+
+    asyncio.run(main())
+
+
+def test_session_that_uses_scipy_finds_it_loaded_and_stays_a_session(make_box) -> None:
+    async def main() -> None:
+        session = PythonSession(make_box().sandbox)
+        root = await session.open(task("import sys\nx = 1"))
+        text, one = await call(session, root, "x += 1\nx")
+        assert text == "2"
+        text, two = await call(
+            session, root, "import scipy\nx += 2\n'scipy.stats' in sys.modules, x"
+        )
+        assert text == "(True, 3)"
+        await session.release([two])  # to be rebuilt
+        assert (await call(session, two, "x, scipy.stats.norm.cdf(0)"))[0] == "(3, np.float64(0.5))"
+        assert (await call(session, one, "x"))[0] == "2"
+        assert (await call(session, root, "x"))[0] == "1"
 
     asyncio.run(main())
 
@@ -189,7 +208,7 @@ def test_trees_with_a_server_killed_in_between(make_box) -> None:
         root = await session.open(task("x = 1"))
         _, one = await call(session, root, "x += 1\nx")
         _, two = await call(session, one, "import random\nx += 1\nrandom.random()")
-        box.sandbox._link("")._process.kill()
+        box.sandbox._link(_LIGHT)._process.kill()
         assert (await call(session, two, "x"))[0] == "3"
         assert (await call(session, one, "x"))[0] == "2"
 

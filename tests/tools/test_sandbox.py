@@ -15,7 +15,8 @@ import time
 import psutil
 import pytest
 
-from elpo_fast.tools.sandbox import Sandbox, SandboxError, SnapshotLostError
+from elpo_fast.tools import _link
+from elpo_fast.tools.sandbox import _LIGHT, Sandbox, SandboxError, SnapshotLostError
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,22 @@ def test_threads_work_within_a_call(any_box) -> None:
     assert any_box.run(code + "    r = list(pool.map(abs, [-1, 2]))\nr").value == "[1, 2]"
 
 
+SCIENCE = {
+    "scipy": "import scipy\nround(scipy.optimize.brentq(lambda x: x * x - 2, 0, 2), 6)",
+    "scipy.integrate": "from scipy.integrate import quad\nround(quad(abs, -1, 1)[0], 6)",
+    "networkx": "import networkx as nx\nnx.shortest_path_length(nx.path_graph(5), 0, 4)",
+}
+
+
+@pytest.mark.parametrize("name", SCIENCE)
+def test_libraries_are_there_before_the_code(any_box, name: str) -> None:
+    assert any_box.run(SCIENCE[name]).value in ("1.414214", "1.0", "4")
+    loaded = any_box.run(f"import sys  # {name}\n{name!r} in sys.modules")
+    assert loaded.value == "True"
+    other = any_box.run("import sys\n[m in sys.modules for m in ('sympy', 'numpy', 'net' 'workx')]")
+    assert other.value == "[True, True, False]"
+
+
 def test_many_concurrent_calls_each_get_their_own_answer(any_box) -> None:
     async def all_of_them() -> list[str | None]:
         calls = (any_box.sandbox.run(f"{number} * 2") for number in range(100))
@@ -323,6 +340,72 @@ def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("op", ["call", "function", "step"])
+def test_hanging_server_is_replaced_and_nothing_is_lost(
+    make_box, descendants, monkeypatch, op: str
+) -> None:
+    monkeypatch.setattr(_link, "HANG_S", 2)
+    before = descendants()
+    sandbox = make_box().sandbox
+
+    async def main() -> None:
+        await sandbox.start()
+        if op == "function":
+            await sandbox.call_function("time:sleep", 0)
+        snapshot = await sandbox.open_session()
+        hanging = descendants() - before
+        for pid in hanging:
+            os.kill(pid, signal.SIGSTOP)
+        if op == "call":
+            calls = [sandbox.run(f"{number}") for number in range(20)]
+            values = [execution.value for execution in await asyncio.gather(*calls)]
+            assert values == [str(number) for number in range(20)]
+        elif op == "function":
+            assert await sandbox.call_function("math:factorial", 5) == 120
+            assert await sandbox.call_function("time:sleep", 0) is None
+        else:
+            with pytest.raises(SnapshotLostError):
+                await sandbox.step(snapshot, "1", 1)
+            assert (await sandbox.run("1 + 1")).value == "2"
+
+    asyncio.run(main())
+
+
+def test_silence_while_a_call_works_is_no_hang(make_box, monkeypatch) -> None:
+    """Beats tell a long call from a hanging server; an idle server owes nothing."""
+    monkeypatch.setattr(_link, "HANG_S", 2)
+    box = make_box(timeout_s=20.0)
+    link = box.sandbox._link(_LIGHT)
+    assert box.run("import time\ntime.sleep(4)\n'slept'").value == "'slept'"
+    time.sleep(3)
+    assert box.run("1").value == "1" and box.sandbox._link(_LIGHT) is link
+
+
+def test_cancelled_calls_are_not_awaited_for_ever(make_box, monkeypatch) -> None:
+    monkeypatch.setattr(_link, "HANG_S", 2)
+    box = make_box(timeout_s=20.0)
+    link = box.sandbox._link(_LIGHT)
+
+    async def main() -> None:
+        calls = [asyncio.create_task(box.sandbox.run("while True: pass")) for _ in range(3)]
+        await asyncio.sleep(0.5)
+        for call in calls:
+            call.cancel()
+
+    asyncio.run(main())
+    time.sleep(3)
+    assert not link._pending and link.alive
+
+
+def test_server_that_hangs_while_it_starts_is_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(_link, "START_S", 1)
+    monkeypatch.setattr(_link, "_BOOT", "import time; time.sleep(600)")
+    sandbox = Sandbox(isolation="landlock")
+    with pytest.raises(RuntimeError, match="landlock: it did not start within 1 s"):
+        asyncio.run(sandbox.start())
+    asyncio.run(sandbox.close())
+
+
 def test_server_that_always_dies_gives_an_error_result(make_box, descendants) -> None:
     before = descendants()
     box = make_box()
@@ -425,5 +508,5 @@ def test_server_outlives_the_thread_that_started_it(make_box) -> None:
     thread.start()
     thread.join()
     time.sleep(0.2)
-    link = boxes[0].sandbox._link("")
-    assert boxes[0].run("1").value == "1" and boxes[0].sandbox._link("") is link
+    link = boxes[0].sandbox._link(_LIGHT)
+    assert boxes[0].run("1").value == "1" and boxes[0].sandbox._link(_LIGHT) is link
