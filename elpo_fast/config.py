@@ -81,6 +81,11 @@ class TaskConfig(Section):
 
 class ToolConfig(Section):
     names: list[Literal["code_interpreter", "python_session"]] = ["python_session"]
+    # "module:function" of your own: its OpenAI function schema, or the path of a JSON file with it;
+    # called in this process, not in the sandbox
+    functions: dict[str, dict[str, Any] | str] = {}
+    # code_interpreter on a service with SandboxFusion's API, e.g. http://host:8080; None: here
+    remote_url: str | None = Field(default=None, pattern=r"^https?://")
     timeout_s: PositiveFloat = 5.0  # wall clock of one call
     memory_mb: Positive = 512
     output_tokens: Positive = 256  # longer results keep head and tail, the cut marked

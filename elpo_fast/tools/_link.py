@@ -152,7 +152,7 @@ class Link:
         """End the server and wait until it, and all it started, are gone."""
         self._closed = True
         self._hang_up()
-        self._thread.join(10)
+        self._thread.join(HANG_S)
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
         self._thread.join()

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import (
     Execution,
     Sandbox,
@@ -46,7 +47,7 @@ class CodeInterpreter:
     name = "code_interpreter"
     schema: Mapping[str, Any] = _schema(name, f"Run Python code from scratch. {_SHOWN}")
 
-    def __init__(self, sandbox: Sandbox) -> None:
+    def __init__(self, sandbox: Sandbox | RemoteSandbox) -> None:
         self._sandbox = sandbox
 
     async def open(self, task: Task) -> None:

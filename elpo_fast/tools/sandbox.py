@@ -291,28 +291,17 @@ def preloaded(code: str) -> tuple[str, ...]:
 def _execution(reply: Reply, timeout_s: float, seconds: float) -> Execution:
     """The reply in words. The outcome was written by a process that ran unknown code."""
     out, err, payload = (*reply.parts, b"", b"", b"")[:3]
-    how = reply.header["how"]
     value = error = None
     finished = False
-    if how == "done":
-        try:
-            outcome = json.loads(payload)
-            value, error = outcome["value"], outcome["error"]
-            if not all(part is None or isinstance(part, str) for part in (value, error)):
-                raise TypeError
-            finished = not outcome["timeout"]
-            if outcome["timeout"]:
-                how = "timeout"
-        except (ValueError, TypeError, KeyError):
-            value, error = None, "the result could not be read: the program broke its interpreter"
-    match how:
+    match reply.header["how"]:
+        case "done":
+            value, error, finished = read_outcome(payload, timeout_s)
         case "timeout":
-            sentence = f"timed out after {timeout_s:g} s"
-            error = f"{error}\n{sentence}" if error else sentence
+            error = f"timed out after {timeout_s:g} s"
         case "flood":
             error = "stopped: too much output"
         case "died":
-            error = _death(reply.header["signal"])
+            error = death_in_words(reply.header["signal"])
         case "gone":
             error = "the sandbox was restarted and this call could not be run; try again"
     return Execution(
@@ -325,6 +314,20 @@ def _execution(reply: Reply, timeout_s: float, seconds: float) -> Execution:
     )
 
 
+def read_outcome(payload: bytes | str, timeout_s: float) -> tuple[str | None, str | None, bool]:
+    """Value, error and whether it finished, as `_cell.run_code` says, if it was let to."""
+    try:
+        outcome = json.loads(payload)
+        value, error, timeout = outcome["value"], outcome["error"], bool(outcome["timeout"])
+        if not all(part is None or isinstance(part, str) for part in (value, error)):
+            raise TypeError
+    except (ValueError, TypeError, KeyError):
+        return None, "the result could not be read: the program broke its interpreter", False
+    if timeout:
+        error = f"{error}\ntimed out after {timeout_s:g} s"
+    return value, error, not timeout
+
+
 def _grown_mb(reply: Reply) -> float:
     try:
         return max(0.0, float(json.loads(reply.parts[2])["grown_kb"]) / 1024)
@@ -332,7 +335,8 @@ def _grown_mb(reply: Reply) -> float:
         return 0.0
 
 
-def _death(number: int) -> str:
+def death_in_words(number: int) -> str:
+    """Why a process that was ended by this signal (0: by itself) gave no outcome."""
     match signal_name(number):
         case "SIGSEGV" | "SIGBUS" | "SIGILL" | "SIGFPE" | "SIGABRT" as name:
             return f"the interpreter crashed ({name})"

@@ -1,32 +1,29 @@
 """The tools of one run: what the model may call, and every way in which it can call them wrongly.
 
-Nothing the model writes raises here. An unknown tool, a missing, unknown or wrongly typed argument
-and an unreadable call come back as a result that says what was expected, and leave the state alone.
+Nothing the model writes raises here. An unknown tool, arguments that its schema refuses and an
+unreadable call come back as a result that says what was expected, and leave the state alone.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from elpo_fast.config import ToolConfig
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from elpo_fast.config import ConfigError, ToolConfig
+from elpo_fast.tools._cell import shorten
+from elpo_fast.tools.functions import FunctionTool
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
+from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import Execution, Protection, Sandbox
 from elpo_fast.types import MalformedCall, Task, Tool, ToolCall, ToolResult
 
 ToolboxState = tuple[Any, ...]
 """One state for every tool, in the order of `Toolbox.names`."""
-
-_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
 
 
 class Toolbox:
@@ -41,8 +38,25 @@ class Toolbox:
             timeout_s=config.timeout_s,
             memory_mb=config.memory_mb,
         )
-        kinds = {kind.name: kind for kind in (CodeInterpreter, PythonSession)}
-        self._tools: dict[str, Tool] = {name: kinds[name](self.sandbox) for name in config.names}
+        self._remote = config.remote_url and RemoteSandbox(
+            config.remote_url, timeout_s=config.timeout_s, workers=config.workers
+        )
+        tools: list[Tool] = []
+        for name in config.names:
+            match name:
+                case "code_interpreter":
+                    tools.append(CodeInterpreter(self._remote or self.sandbox))
+                case "python_session":
+                    tools.append(PythonSession(self.sandbox))
+        for target, schema in config.functions.items():
+            tools.append(FunctionTool(target, schema, timeout_s=config.timeout_s))
+        self._tools = {tool.name: tool for tool in tools}
+        if len(self._tools) < len(tools):
+            names = ", ".join(tool.name for tool in tools)
+            raise ConfigError(f"tools: every tool needs a name of its own, not {names}")
+        self._validators = {
+            tool.name: Draft202012Validator(tool.schema["function"]["parameters"]) for tool in tools
+        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -83,6 +97,8 @@ class Toolbox:
     async def close(self) -> None:
         for tool in self._tools.values():
             await tool.close()
+        if self._remote:
+            await self._remote.close()
         if self._owned:
             await self.sandbox.close()
 
@@ -99,34 +115,18 @@ class Toolbox:
         return await self.sandbox.call_function(function, payload, timeout_s)
 
     def _problem(self, call: ToolCall) -> str | None:
-        """What is wrong with a call, in one sentence for the model."""
+        """What is wrong with a call, and what was expected, for the model."""
         tool = self._tools.get(call.name)
         if tool is None:
-            known = ", ".join(_signature(tool.schema) for tool in self._tools.values())
-            return f"unknown tool {call.name!r}; known tools: {known}"
-        parameters = tool.schema["function"]["parameters"]
-        properties: Mapping[str, Any] = parameters["properties"]
-        expected = f"expected {_signature(tool.schema)}"
-        for name in parameters.get("required", ()):
-            if name not in call.arguments:
-                return f"missing argument {name!r}; {expected}"
-        for name, value in call.arguments.items():
-            if name not in properties:
-                return f"unknown argument {name!r}; {expected}"
-            kind = properties[name].get("type")
-            is_bool = isinstance(value, bool) and kind in ("integer", "number")
-            if kind in _TYPES and (is_bool or not isinstance(value, _TYPES[kind])):
-                return f"argument {name!r} is a {type(value).__name__}; {expected}"
-        return None
+            schemas = "\n".join(_shown(tool.schema) for tool in self._tools.values())
+            return f"unknown tool {shorten(call.name, 100)!r}; known tools:\n{schemas}"
+        fault = best_match(self._validators[call.name].iter_errors(call.arguments))
+        if fault is None:
+            return None
+        place = "".join(f"[{key!r}]" for key in fault.absolute_path)
+        problem = f"arguments{place}: {shorten(fault.message, 200)}"
+        return f"{problem}; expected:\n{_shown(tool.schema)}"
 
 
-def _signature(schema: Mapping[str, Any]) -> str:
-    """`python_session(code: string)`; optional parameters carry a question mark."""
-    function = schema["function"]
-    parameters = function["parameters"]
-    required = parameters.get("required", ())
-    shown = (
-        f"{name}{'' if name in required else '?'}: {what.get('type', 'any')}"
-        for name, what in parameters["properties"].items()
-    )
-    return f"{function['name']}({', '.join(shown)})"
+def _shown(schema: Mapping[str, Any]) -> str:
+    return json.dumps(schema["function"], ensure_ascii=False)

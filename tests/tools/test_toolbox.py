@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -10,8 +11,6 @@ import pytest
 from elpo_fast.config import ToolConfig
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import MalformedCall, Task, Tool, ToolCall, ToolResult
-
-SIGNATURE = "python_session(code: string)"
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +65,33 @@ def test_each_tool_keeps_its_own_state(toolbox) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "content"),
+    ("call", "problem", "expected"),
     [
+        (python("1", "pyhton"), "unknown tool 'pyhton'; known tools:", [0, 1]),
         (
-            python("1", "pyhton"),
-            f"unknown tool 'pyhton'; known tools: {SIGNATURE}, code_interpreter(code: string)",
+            ToolCall("python_session", {}),
+            "arguments: 'code' is a required property; expected:",
+            [0],
         ),
-        (ToolCall("python_session", {}), f"missing argument 'code'; expected {SIGNATURE}"),
         (
             ToolCall("python_session", {"code": "1", "timeout": 3}),
-            f"unknown argument 'timeout'; expected {SIGNATURE}",
+            "arguments: Additional properties are not allowed ('timeout' was unexpected); "
+            "expected:",
+            [0],
         ),
-        (python(3), f"argument 'code' is a int; expected {SIGNATURE}"),
-        (python(None), f"argument 'code' is a NoneType; expected {SIGNATURE}"),
-        (python(["x"]), f"argument 'code' is a list; expected {SIGNATURE}"),
-        (MalformedCall("the call is not valid JSON"), "the call is not valid JSON"),
+        (python(3), "arguments['code']: 3 is not of type 'string'; expected:", [0]),
+        (python(None), "arguments['code']: None is not of type 'string'; expected:", [0]),
+        (python(["x"]), "arguments['code']: ['x'] is not of type 'string'; expected:", [0]),
+        (MalformedCall("the call is not valid JSON"), "the call is not valid JSON", []),
     ],
 )
-def test_wrong_calls_are_explained_and_change_nothing(toolbox, call, content: str) -> None:
+def test_wrong_calls_are_answered_with_the_schema_and_change_nothing(
+    toolbox, call, problem: str, expected: list[int]
+) -> None:
     first, wrong, after = execute(toolbox, python("x += 1; x"), call, python("x"))
-    assert (wrong.content, wrong.error) == (content, True)
+    said, *shown = wrong.content.split("\n")
+    assert (said, wrong.error) == (problem, True)
+    assert list(map(json.loads, shown)) == [toolbox.schemas[i]["function"] for i in expected]
     assert wrong.state is first.state
     assert after.content == "2"
 
