@@ -93,8 +93,24 @@ class ToolConfig(Section):
     isolation: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
 
 
+class SGLangConfig(Section):
+    """`rollout.engine: sglang`: a server that we start, or servers that are already running."""
+
+    urls: list[str] = []  # of running servers, each addressed itself; empty: start one
+    python: str | None = None  # interpreter with SGLang; None: .venv-sglang beside ours, or ours
+    args: dict[str, Any] = {}  # further arguments of our server, e.g. {tp_size: 2}
+    # "auto": "tensor" for a server of our own on a GPU, else "disk"
+    weight_sync: Literal["auto", "tensor", "distributed", "disk"] = "auto"
+    folder: str | None = None  # for weights on "disk", readable by the servers; None: in memory
+    top_logprobs: NonNegative = 16  # the entropy's estimate; 0: from the sampled token alone
+    start_timeout_s: PositiveFloat = 600.0
+    request_timeout_s: PositiveFloat = 1800.0
+    health_timeout_s: PositiveFloat = 30.0  # a server silent for so long counts as dead
+
+
 class RolloutConfig(Section):
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = "local"
+    sglang: SGLangConfig = SGLangConfig()
     dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
     call_format: Literal["hermes", "code"] = "hermes"
     temperature: PositiveFloat = 1.0
@@ -105,8 +121,9 @@ class RolloutConfig(Section):
     max_turn_tokens: Positive = 1024
     max_tokens: Positive = 20480  # whole trajectory, prompt included
     trees_in_flight: Positive = 16
-    max_batch: Positive = 64  # rows decoded together by the local engine
-    cache_tokens: Positive = 65536  # keys and values the local engine may keep
+    # On a GPU, SGLang decides about these two itself.
+    max_batch: Positive = 64  # rows decoded together
+    cache_tokens: Positive = 65536  # keys and values kept
 
 
 class BelConfig(Section):
@@ -178,6 +195,10 @@ class TrainConfig(Section):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     grad_clip: PositiveFloat = 1.0
     old_logprob: Literal["rollout", "recompute"] = "rollout"
+    # truncated importance sampling of recomputed against the engine's log-probs
+    importance_sampling: Literal["none", "token", "sequence"] = "none"
+    importance_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    overlap: Literal[0, 1] = 0  # 1: collect the next step's trees while training on this one's
     skip_uniform: bool = True  # do not compute trees whose advantages are all zero
     checkpoint_every: NonNegative = 10  # 0: only at the end
     keep_checkpoints: Positive = 2
@@ -189,6 +210,17 @@ class TrainConfig(Section):
             raise ValueError(
                 f"updates_per_step={self.updates_per_step} needs at least as many tasks, "
                 f"tasks_per_step={self.tasks_per_step}"
+            )
+        corrected = self.importance_sampling != "none"
+        if corrected and self.old_logprob == "rollout":
+            raise ValueError(
+                f"importance_sampling={self.importance_sampling} corrects recomputed log-probs; "
+                "set old_logprob=recompute"
+            )
+        if self.overlap and not corrected:
+            raise ValueError(
+                "overlap=1 trains on rollouts of older weights; set old_logprob=recompute and "
+                "importance_sampling=token (or sequence)"
             )
         return self
 

@@ -47,6 +47,8 @@ def test_defaults_are_the_papers() -> None:
         ({"train": {"updates_per_step": 9}}, "needs at least as many tasks"),
         ({"run": {"name": "../up"}}, "run.name"),
         ({"rollout": {"top_p": 0.9}}, "train.old_logprob=recompute"),
+        ({"train": {"importance_sampling": "token"}}, "set old_logprob=recompute"),
+        ({"train": {"overlap": 1}}, "importance_sampling=token"),
     ],
     ids=lambda value: str(value)[:40],
 )

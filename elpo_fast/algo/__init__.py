@@ -5,6 +5,9 @@ No input or output and no torch here; `score` turns collected trees into what th
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from elpo_fast.algo.advantages import group, hierarchical
 from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.clipping import lower_bounds
@@ -26,9 +29,16 @@ def make_planner(config: AlgoConfig) -> Planner:
     return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
 
 
-def score(forest: Forest, config: AlgoConfig) -> Scored:
-    """Advantage, loss coefficients and clip bounds of every node of a forest."""
+def score(
+    forest: Forest, config: AlgoConfig, importance: NDArray[np.float64] | None = None
+) -> Scored:
+    """Advantage, loss coefficients and clip bounds of every node of a forest.
+
+    `importance [L]` multiplies the weight of each trajectory.
+    """
     weight = sequence_mean(forest)
+    if importance is not None:
+        weight = weight * importance
     if config.advantage == "group":
         values = group(forest, weight, eps=config.advantage_eps)
     else:

@@ -3,6 +3,7 @@
     run/checkpoints/step-00000010/
         config.json model.safetensors ...   Hugging Face layout: `from_pretrained` loads the folder
         trainer.pt        optimizer moments, states of Python's, NumPy's and torch's generators
+        collected.npz     trees of the next step, where they were collected during this one
         checkpoint.json   step, weight version, data position, size and SHA-256 of every other file
 
 Everything is written into a hidden folder, forced to disk, and then renamed, so that a killed run
@@ -29,10 +30,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from elpo_fast.model.load import quiet
+from elpo_fast.tree import io
+from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
 
 MANIFEST = "checkpoint.json"
 TRAINER = "trainer.pt"
+COLLECTED = "collected.npz"
 _NAME = re.compile(r"step-(\d+)")
 _TRASH = ".deleting-"
 _PARTIAL = ".writing-"
@@ -51,6 +55,7 @@ class TrainState:
     data_position: int  # index of the next training task
     optimizer: dict[str, Any]  # `PolicyOptimizer.state_dict()`
     extra: dict[str, Any] = field(default_factory=dict)  # anything else that JSON can hold
+    collected: Forest | None = None  # trees of the next step, if they are there already
 
 
 def save_checkpoint(
@@ -77,6 +82,8 @@ def save_checkpoint(
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         torch.save({"optimizer": state.optimizer, "rng": _generator_states()}, partial / TRAINER)
+        if state.collected is not None:
+            io.save(state.collected, partial / COLLECTED)
         manifest = {
             "step": state.step,
             "weight_version": state.weight_version,
@@ -129,6 +136,7 @@ def load_checkpoint(path: Path) -> TrainState:
             data_position=manifest["data_position"],
             optimizer=trainer["optimizer"],
             extra=manifest["extra"],
+            collected=io.load(path / COLLECTED) if COLLECTED in manifest["files"] else None,
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(

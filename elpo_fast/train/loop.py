@@ -6,6 +6,9 @@ Invariants
 - A step either updates the policy with finite gradients or stops with its trees saved and the
   parameters untouched.
 - The run folder is written in step order: trees, metrics, checkpoint.
+- With `train.overlap`, the trees of step `s + 1` are collected while step `s` trains, all of them
+  by the weights before step `s`: the engine gets new ones when both are done. A checkpoint holds
+  the trees that wait for their step.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from elpo_fast.algo import make_planner, score
@@ -34,7 +38,8 @@ from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
-from elpo_fast.train.metrics import Counts, mean_stats, tree_metrics
+from elpo_fast.train.metrics import Counts, mean_stats, staleness, tree_metrics
+from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.run import RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
@@ -42,7 +47,6 @@ from elpo_fast.train.step import (
     PolicyOptimizer,
     StepStats,
     micro_batches,
-    recompute,
     warmup_constant,
     warmup_cosine,
 )
@@ -68,6 +72,15 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     finally:
         folder.close()
     return folder.path
+
+
+@dataclass(frozen=True)
+class _Collected:
+    """The trees of one step and what it took to collect them."""
+
+    forest: Forest
+    counts: dict[str, float]
+    seconds: float
 
 
 @dataclass
@@ -134,17 +147,20 @@ class _Run:
             )
         self.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
         _release_memory()
-        start = 0
+        start, ready = 0, None
         if restored is None:
             self.save(0)
         else:
             start = restored.step
             self.policy.load_state_dict(restored.optimizer)
             await self.push_weights(restored.weight_version)
+            if restored.collected is not None:
+                ready = _Collected(restored.collected, **restored.extra["collected"])
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
-                values = await self.step(step, phase)
-                _release_memory()
+                collected = ready or await self.collect(step, phase)
+                values, ready = await self.train(step, collected, phase)
+                await self.push_weights(self.engine.weight_version + 1)
                 self.folder.log("rl", step + 1, values)
                 phase.advance(_figures(values))
                 if step + 1 == train.steps:
@@ -152,7 +168,7 @@ class _Run:
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
                     await self.evaluate(DURING, step + 1)
                 if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
-                    self.save(step + 1)
+                    self.save(step + 1, ready)
         await self.evaluate(f"after {self.algorithm}", train.steps)
         self.save(train.steps)
         print_summary(self.folder.path, self.display.console)
@@ -186,8 +202,8 @@ class _Run:
             )
         await self.push_weights(self.engine.weight_version + 1)
 
-    async def step(self, step: int, phase: Phase) -> dict[str, Any]:
-        """One step: trees for `tasks_per_step` tasks, then `updates_per_step` updates on them."""
+    async def collect(self, step: int, phase: Phase) -> _Collected:
+        """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
         config, began = self.config, time.perf_counter()
         counter = Counts(self.engine, self.collector)
         first = self.first_task(step)
@@ -205,49 +221,75 @@ class _Run:
             seed=self.stream(_COLLECT, step),
             on_tree=on_tree,
         )
-        collected = time.perf_counter()
         forest = Forest.from_trees(trees)
-        scored = score(forest, config.algo)
         if config.train.save_trees:
             io.save(forest, self.folder.tree_file(step + 1))
-        useful = active(forest, scored) if config.train.skip_uniform else np.ones(len(trees), bool)
-        order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(len(trees))
-        groups = [
-            micro_batches(
-                forest,
-                scored,
-                group[useful[group]],
-                budget_tokens=config.train.micro_batch_tokens,
-                scale=1 / len(group),
-            )
-            for group in np.array_split(order, config.train.updates_per_step)
-        ]
-        mismatch: dict[str, float] = {}
-        if config.train.old_logprob == "recompute":
-            groups, mismatch = recompute(self.policy, groups)
-        updates = []
+        return _Collected(forest, counter.difference(), time.perf_counter() - began)
+
+    async def train(
+        self, step: int, collected: _Collected, phase: Phase
+    ) -> tuple[dict[str, Any], _Collected | None]:
+        """Update the policy on a step's trees; its metrics and, with overlap, the next trees."""
+        if not self.config.train.overlap or step + 1 == self.config.train.steps:
+            return self.update(step, collected, phase), None
+        following = asyncio.create_task(self.collect(step + 1, phase))
+        try:
+            values = await asyncio.to_thread(self.update, step, collected, phase)
+            return values, await following
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+
+    def update(self, step: int, collected: _Collected, phase: Phase) -> dict[str, Any]:
+        """`updates_per_step` updates of the policy on one step's trees; the step's metrics."""
+        train, forest, began = self.config.train, collected.forest, time.perf_counter()
+        scored = score(forest, self.config.algo)
+        trees = len(forest)
+        useful = active(forest, scored) if train.skip_uniform else np.ones(trees, bool)
+        order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(trees)
+        shares = np.array_split(order, train.updates_per_step)
+
+        def groups_of(importance: NDArray[np.float64] | None) -> Groups:
+            weighted = scored
+            if importance is not None:
+                weighted = score(forest, self.config.algo, importance)
+            return [
+                micro_batches(
+                    forest,
+                    weighted,
+                    share[useful[share]],
+                    budget_tokens=train.micro_batch_tokens,
+                    scale=1 / len(share),
+                )
+                for share in shares
+            ]
+
         with self.saving_offenders(forest, f"rl_{step + 1:06d}"):
+            groups = groups_of(None)
+            apart: dict[str, float] = {}
+            if train.old_logprob == "recompute":
+                groups, apart = recompute(self.policy, forest, groups_of, train)
+            updates = []
             for number, batches in enumerate(groups):
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
                     updates.append(self.policy.update(batches))
-        await self.push_weights(self.engine.weight_version + 1)
-        ended = time.perf_counter()
+                    _release_memory()
+        if train.old_logprob == "rollout" and updates:
+            apart = mismatch(updates[0].gap)
+        seconds = time.perf_counter() - began
         return {
             **tree_metrics(forest),
             **mean_stats(updates),
-            **mismatch,
-            **counter.difference(),
+            **apart,
+            **staleness(forest, self.engine.weight_version),
+            **collected.counts,
             "skipped_trees": int((~useful).sum()),
-            "seconds_collect": collected - began,
-            "seconds_train": ended - collected,
-            "generated_per_s": int(forest.agent.sum()) / (collected - began),
-            "trained_tokens_per_s": sum(u.tokens for u in updates) / (ended - collected),
+            "seconds_collect": collected.seconds,
+            "seconds_train": seconds,
+            "generated_per_s": int(forest.agent.sum()) / collected.seconds,
+            "trained_tokens_per_s": sum(u.tokens for u in updates) / seconds,
         }
-
-    async def push_weights(self, version: int) -> None:
-        """Give the engine the policy's present weights."""
-        await self.engine.update_weights(self.loaded.model.named_parameters(), version)
 
     @contextmanager
     def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:
@@ -260,6 +302,10 @@ class _Run:
             tasks = ", ".join(forest.task_ids[tree] for tree in error.trees)
             error.args = (f"{error}. Tasks: {tasks}; all trees of the step: {path}",)
             raise
+
+    async def push_weights(self, version: int) -> None:
+        """Give the engine the policy's present weights as `version`."""
+        await self.engine.update_weights(self.loaded.model.named_parameters(), version)
 
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
@@ -286,13 +332,18 @@ class _Run:
         self.folder.log("eval", step, values)
         return result
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, ready: _Collected | None = None) -> None:
+        """Write a checkpoint; `ready`: the next step's trees, where they are there already."""
+        extra: dict[str, Any] = {"records": self.folder.records}
+        if ready is not None:
+            extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
         state = TrainState(
             step=step,
             weight_version=self.engine.weight_version,
             data_position=self.first_task(step),
             optimizer=self.policy.state_dict(),
-            extra={"records": self.folder.records},
+            extra=extra,
+            collected=ready.forest if ready else None,
         )
         save_checkpoint(
             self.folder.path,

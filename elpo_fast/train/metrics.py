@@ -74,6 +74,7 @@ class Counts:
             "prompt_tokens": engine.prompt_tokens,
             "prompt_tokens_cached": engine.cached_tokens,
             "prompt_tokens_computed": engine.computed_tokens,
+            "generated_tokens": engine.generated_tokens,
             "tool_tokens": tools.tool_tokens,
             "tool_errors": tools.tool_errors,
             "malformed_calls": tools.malformed_calls,
@@ -84,7 +85,17 @@ class Counts:
 def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:
     """Mean of every figure over a step's updates (`ratio_max`: the maximum); empty for none."""
     values: dict[str, float] = {"updates": len(updates)}
-    for figure in fields(StepStats) if updates else ():
-        column = [getattr(update, figure.name) for update in updates]
-        values[figure.name] = float(max(column) if figure.name == "ratio_max" else np.mean(column))
+    for name in (field.name for field in fields(StepStats) if field.name != "gap"):
+        column = [getattr(update, name) for update in updates]
+        if column:
+            values[name] = float(max(column) if name == "ratio_max" else np.mean(column))
     return values
+
+
+def staleness(forest: Forest, weight_version: int) -> dict[str, float]:
+    """By how many weight pushes the trajectories' oldest steps lag behind `weight_version`."""
+    # Versions only grow along a path, so the first step after the prompt is the oldest.
+    first = (forest.parent >= 0) & (forest.parent[forest.parent] < 0)
+    oldest = ops.path_sum(forest.parent, np.where(first, forest.weight_version, 0))
+    lag = weight_version - oldest[forest.leaf_node]
+    return {"staleness_mean": float(lag.mean()), "staleness_max": int(lag.max())}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,10 @@ from elpo_fast.types import RunError
 
 Schedule = Callable[[int], float]
 """Number of updates made so far -> factor on the learning rate."""
+
+
+def _no_gap() -> NDArray[np.float32]:
+    return np.zeros(0, np.float32)
 
 
 class NonFiniteError(RunError):
@@ -62,6 +66,9 @@ class StepStats:
     clipped_low: float = 0.0  # share of tokens held by the lower bound
     clipped_high: float = 0.0
     approx_kl: float = 0.0  # mean of r - 1 - log r
+    gap: NDArray[np.float32] = field(  # [trained_tokens] log r, in nats
+        default_factory=_no_gap, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,7 @@ class Part:
     tokens: int
     trained_tokens: int
     stats: dict[str, float]
+    gap: NDArray[np.float32] = field(default_factory=_no_gap)  # log r of the trained tokens
 
 
 def warmup_constant(warmup: int) -> Schedule:
@@ -156,20 +164,23 @@ class PolicyOptimizer:
         if not len(chosen):
             return None
         hidden, head, targets = self._predictors(batch, chosen)
+        old = batch.old_logprob[chosen]
         out = linear_policy_loss(
             hidden,
             head.weight,
             targets,
+            self._tensor(old),
             *(
                 self._tensor(getattr(batch, name)[chosen])
-                for name in ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
+                for name in ("pos_coef", "neg_coef", "eps_low", "eps_high")
             ),
             bias=head.bias,
             temperature=self.temperature,
         )
         out.loss.backward()
-        loss, *stats = torch.stack([out.loss.detach(), *out.stats]).tolist()
-        return Part(loss, len(batch), len(chosen), dict(zip(out.stats._fields, stats, strict=True)))
+        loss, *figures = torch.stack([out.loss.detach(), *out.stats]).tolist()
+        stats = dict(zip(out.stats._fields, figures, strict=True))
+        return Part(loss, len(batch), len(chosen), stats, out.logprob.cpu().numpy() - old)
 
     def nll_backward(self, batch: PackedBatch) -> Part | None:
         """As `policy_backward`, for `nll_update`."""
@@ -279,25 +290,6 @@ class PolicyOptimizer:
         return found or [int(tree) for batch in batches for tree in batch.trees]
 
 
-def recompute(
-    policy: PolicyOptimizer, groups: Sequence[Sequence[PackedBatch]]
-) -> tuple[list[list[PackedBatch]], dict[str, float]]:
-    """The same batches with old log-probs by the trainer's own forward instead of the engine's,
-    and how far the two were apart on agent tokens (absolute difference, nats)."""
-    fresh = [
-        [replace(batch, old_logprob=policy.logprobs(batch)) for batch in group] for group in groups
-    ]
-    apart = [
-        np.abs(new.old_logprob - old.old_logprob)[old.agent == 1]
-        for ours, theirs in zip(fresh, groups, strict=True)
-        for new, old in zip(ours, theirs, strict=True)
-    ]
-    if not apart:
-        return fresh, {}
-    flat = np.concatenate(apart)
-    return fresh, {"mismatch_mean": float(flat.mean()), "mismatch_max": float(flat.max())}
-
-
 def micro_batches(
     forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
 ) -> list[PackedBatch]:
@@ -332,6 +324,7 @@ def _stats(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
         lr=lr,
         tokens=sum(part.tokens for part in parts),
         trained_tokens=trained,
+        gap=np.concatenate([part.gap for part in parts]),
         **(
             {
                 "ratio_mean": mean("ratio_mean"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +181,78 @@ def test_resume_does_every_step_once(
     assert np.array_equal(trees_of(run)[0].token_ids, trees_of(whole)[0].token_ids)
 
 
+OVERLAP = {"overlap": 1, "old_logprob": "recompute", "importance_sampling": "token"}
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_overlap_collects_the_next_trees_while_training(
+    level: str, tmp_path: Path, random_rewards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, overlapped = loop._Run.update, []
+
+    def waiting(self: Any, step: int, *rest: Any) -> dict[str, Any]:
+        following = self.folder.tree_file(step + 2)
+        until = time.monotonic() + 20
+        while step + 1 < self.config.train.steps and not following.is_file():
+            assert time.monotonic() < until, "nothing was collected during the update"
+            time.sleep(0.01)
+        overlapped.append(step)
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(loop._Run, "update", waiting)
+    train = {**OVERLAP, "importance_sampling": level}
+    run = loop.train(make_config(tmp_path, train=train), console=quiet())
+    assert overlapped == [0, 1, 2]
+    steps = [record for record in read_metrics(run) if record["phase"] == "rl"]
+    assert [r["staleness_max"] for r in steps] == [0, 1, 1]
+    assert [r["staleness_mean"] for r in steps] == [0, 1, 1]
+    # Version 1 are the weights after the cold start; a push between them would be seen here.
+    assert [np.unique(f.weight_version[1:]).tolist()[-1] for f in trees_of(run)] == [1, 1, 2]
+    assert steps[0]["mismatch_max"] < 1e-4 < steps[1]["mismatch_max"]
+    assert all(0 < r["mismatch_ess"] <= 1 for r in steps)
+
+
+def test_overlap_resumes_with_the_trees_that_were_waiting(
+    tmp_path: Path, random_rewards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = loop.train(make_config(tmp_path / "whole", train=OVERLAP), console=quiet())
+    config = make_config(tmp_path / "cut", train=OVERLAP)
+    real = loop._Run.update
+
+    def crash(self: Any, step: int, *rest: Any) -> dict[str, Any]:
+        if step == 2:
+            raise KeyboardInterrupt
+        return real(self, step, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "update", crash)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, console=quiet())
+    (config.run_dir / "trees" / "step_000003.npz").unlink()  # the checkpoint has its own
+    run = loop.train(config, resume=True, console=quiet())
+    ours, theirs = read_metrics(run), read_metrics(whole)
+    assert [(r["phase"], r["step"]) for r in ours] == [(r["phase"], r["step"]) for r in theirs]
+    assert [r["staleness_max"] for r in ours if r["phase"] == "rl"] == [0, 1, 1]
+    assert ours[-2]["trajectories"] == theirs[-2]["trajectories"]
+
+
+def test_overlap_that_fails_stops_both_halves(
+    tmp_path: Path, random_rewards: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> dict[str, Any]:
+        raise NonFiniteError("the loss", [0])
+
+    monkeypatch.setattr(loop._Run, "update", broken)
+    with pytest.raises(NonFiniteError):
+        loop.train(make_config(tmp_path, train=OVERLAP), console=quiet())
+
+
 def test_resume_before_the_first_checkpoint_and_after_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, train={"steps": 1})
     with monkeypatch.context() as patched:
-        patched.setattr(loop._Run, "save", lambda self, step: 1 / 0)
+        patched.setattr(loop._Run, "save", lambda self, *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             loop.train(config, console=quiet())
     assert len(read_metrics(config.run_dir)) == 4  # two evaluations, two updates
@@ -204,8 +271,8 @@ def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_we
     config = make_config(tmp_path, train={"updates_per_step": 1})
     real = loop.score
 
-    def poisoned(forest: Forest, algo: Any) -> Any:
-        scored = real(forest, algo)
+    def poisoned(forest: Forest, *rest: Any) -> Any:
+        scored = real(forest, *rest)
         pos = scored.pos.copy()
         pos[forest.node_start[1] :] = np.inf
         return dataclasses.replace(scored, pos=pos)
