@@ -1,4 +1,5 @@
-"""Reasoning-gym's verifiers, called in the sandbox: several evaluate the answer as Python.
+"""Reasoning-gym's verifiers, called in the sandbox: several evaluate the answer as Python, here
+only where it is a calculation (see `calculation`).
 
 The sandbox imports this module once, the library with it. Payloads and results are JSON.
 """
@@ -12,6 +13,8 @@ from typing import Any
 
 import reasoning_gym
 from reasoning_gym.composite import DatasetSpec
+
+from elpo_fast.tasks.calculation import only_calculate
 
 NONSENSE = "§"
 """No verifier should give this full marks; some do."""
@@ -43,6 +46,7 @@ def score(payload: Mapping[str, Any]) -> dict[str, Any]:
     """
     entry = pickle.loads(base64.b64decode(payload["entry"]))
     dataset = make_dataset(payload["dataset"], payload["config"], seed=0, size=1)
+    only_calculate()
     answer = payload["answer"]
 
     def marks(text: str) -> tuple[float, str]:

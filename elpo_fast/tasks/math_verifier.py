@@ -9,6 +9,8 @@ from typing import Any
 
 import math_verify
 
+from elpo_fast.tasks.calculation import only_calculate
+
 # It warns at every call that its own time limits are off: they need signals in the main thread,
 # and the sandbox has a limit of its own.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -16,6 +18,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 def equal(payload: Mapping[str, Any]) -> dict[str, Any]:
     r"""Whether `answer` equals one of `truths`, all LaTeX without `\boxed`."""
+    only_calculate()
     answer = _parse(payload["answer"])
     correct = any(
         math_verify.verify(_parse(truth), answer, timeout_seconds=None)

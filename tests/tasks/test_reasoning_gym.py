@@ -102,10 +102,13 @@ def test_no_answer_needs_no_verifier(text, end, reason):
     ("answer", "reason"),
     [
         ("9**9**9", "the verifier failed on this answer: timed out after 4 s"),
-        ("__import__('os')._exit(3)", "the verifier failed on this answer: exit 3"),
+        (
+            "__import__('os')._exit(3)",
+            "the verifier refuses __import__('os')._exit(3): it scores 0.01, not 1",
+        ),
         ("1+", "the verifier refuses 1+: it scores 0.01, not 1"),
     ],
-    ids=["hang", "kill", "syntax"],
+    ids=["hang", "code", "syntax"],
 )
 def test_hostile_answers_lose_and_nothing_else_happens(run_function, answer, reason):
     source = gym(run_function, dataset="countdown", timeout_s=4.0)
