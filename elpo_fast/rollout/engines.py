@@ -15,11 +15,17 @@ from elpo_fast.types import Engine
 def make_engine(config: Config, model: PreTrainedModel, tokenizer: Any) -> Engine:
     """The engine of `rollout.engine`, holding `model`'s present weights as version 0."""
     rollout = config.rollout
+    dtype = getattr(torch, rollout.dtype or config.model.dtype)
+    if rollout.engine == "sglang":
+        from elpo_fast.rollout.sglang.engine import SGLangEngine
+
+        log = config.run_dir / "sglang.log"
+        return SGLangEngine(rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed)
     return LocalEngine(
         model,
         tokenizer,
         max_batch=rollout.max_batch,
         cache_tokens=rollout.cache_tokens,
         seed=config.run.seed,
-        dtype=getattr(torch, rollout.dtype or config.model.dtype),
+        dtype=dtype,
     )

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from elpo_fast.rollout.batching import Batcher, Request
 from elpo_fast.rollout.decoder import Decoder
+from elpo_fast.rollout.request import check_request, check_tokens
 from elpo_fast.rollout.stopping import StopStrings, TokenTexts
 from elpo_fast.types import Completion, EngineStats, Sampling
 
@@ -33,19 +34,18 @@ _NUMBA_THREADS = numba.get_num_threads()  # before anyone lowers it: the most th
 
 
 @dataclass(frozen=True, slots=True)
-class _Update:
-    """Work that needs the weights for itself: done when no row runs."""
+class _Exclusive:
+    """Work that needs the decoder for itself: done when no row runs."""
 
-    work: Callable[[], None]
-    settle: Callable[[Exception | None], None]
+    work: Callable[[], Any]
+    settle: Callable[[Any], None]
 
     def run(self) -> None:
         try:
-            self.work()
+            result = self.work()
         except Exception as error:
-            self.settle(error)
-        else:
-            self.settle(None)
+            result = error
+        self.settle(result)
 
 
 class LocalEngine:
@@ -85,7 +85,7 @@ class LocalEngine:
         self._stop_strings: dict[tuple[str, ...], StopStrings] = {}
         self._seeds = np.random.default_rng(seed)
         self._lock = threading.Lock()  # guards the three below
-        self._queue: deque[Request | _Update] = deque()
+        self._queue: deque[Request | _Exclusive] = deque()
         self._running = False
         self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-engine")
@@ -95,7 +95,14 @@ class LocalEngine:
     ) -> list[Completion]:
         """`n` completions of `prefix_ids` `int [N]`; see `types.Engine`. Raises `ValueError` for
         input the engine cannot serve. Cancelling the task frees its rows."""
-        prefix = self._check(prefix_ids, n, sampling)
+        prefix = check_request(
+            prefix_ids,
+            n,
+            sampling,
+            vocab_size=self._decoder.vocab_size,
+            room=self._decoder.context,
+            because=f"the model's context and cache_tokens={self._decoder.slots}",
+        )
         seed = sampling.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -118,9 +125,15 @@ class LocalEngine:
             self._decoder.load(tensors)
             self.weight_version = self._batcher.weight_version = version
 
-        future, settle = _future()
-        self._submit(_Update(work, settle))
-        await future
+        await self._alone(work)
+
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        """See `types.Engine`; waits for running requests."""
+        tokens = check_tokens(token_ids, self._decoder.vocab_size)
+        return (await self._alone(lambda: self._batcher.score(tokens)))[None]
+
+    async def release(self) -> None:
+        """See `types.Engine`: this engine keeps its memory."""
 
     def stats(self) -> EngineStats:
         """Token counts since the engine started; a prompt counts once its logits are there."""
@@ -132,41 +145,7 @@ class LocalEngine:
             self._closed = True
         await asyncio.to_thread(self._executor.shutdown)
 
-    def _check(self, prefix_ids: np.ndarray, n: int, sampling: Sampling) -> np.ndarray:
-        prefix = np.asarray(prefix_ids)
-        if prefix.ndim != 1 or len(prefix) == 0:
-            raise ValueError(
-                f"a prefix needs at least one token in one dimension, got shape {prefix.shape}"
-            )
-        if not np.issubdtype(prefix.dtype, np.integer):
-            raise ValueError(f"a prefix is made of token ids, got an array of {prefix.dtype}")
-        vocab_size = self._decoder.vocab_size
-        outside = prefix[(prefix < 0) | (prefix >= vocab_size)]
-        if len(outside):
-            raise ValueError(f"token id {outside[0]} is outside the vocabulary of {vocab_size}")
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
-        s = sampling
-        for right, name, value, wanted in (
-            (s.max_tokens >= 1, "max_tokens", s.max_tokens, "at least 1"),
-            (0 <= s.temperature < np.inf, "temperature", s.temperature, "finite and at least 0"),
-            (0 < s.top_p <= 1, "top_p", s.top_p, "in (0, 1]"),
-            (s.top_k >= 0, "top_k", s.top_k, "at least 0 (0: off)"),
-            (0 <= s.min_p <= 1, "min_p", s.min_p, "in [0, 1]"),
-        ):
-            if not right:
-                raise ValueError(f"sampling.{name} must be {wanted}, got {value}")
-        total, limit = len(prefix) + s.max_tokens, self._decoder.context
-        if total > limit:
-            raise ValueError(
-                f"{len(prefix)} prefix tokens and {s.max_tokens} new ones exceed the {limit} that "
-                f"the model's context and cache_tokens={self._decoder.slots} allow"
-            )
-        return prefix
-
     def _stops(self, strings: tuple[str, ...]) -> StopStrings:
-        if not all(strings):
-            raise ValueError("a stop string must not be empty")
         if self._tokenizer is None:
             raise ValueError(f"stop strings {strings} need a tokenizer; the engine was given none")
         if strings not in self._stop_strings:
@@ -198,7 +177,12 @@ class LocalEngine:
                 raise ValueError(f"{name} is tied to the embedding but the update differs from it")
         return tensors
 
-    def _submit(self, item: Request | _Update) -> None:
+    async def _alone(self, work: Callable[[], Any]) -> Any:
+        future, settle = _future()
+        self._submit(_Exclusive(work, settle))
+        return await future
+
+    def _submit(self, item: Request | _Exclusive) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed")
@@ -217,30 +201,30 @@ class LocalEngine:
                 self._batcher.fail(error)
 
     def _take(self) -> bool:
-        """Hand requests to the batcher up to the next update, which waits for it to be idle.
+        """Hand requests to the batcher up to the next exclusive work, which waits till it is idle.
         False, and the worker counts as stopped, when nothing is left."""
         while True:
-            update = None
+            alone = None
             with self._lock:
                 if self._closed:
                     error = RuntimeError("the engine was closed")
                     self._batcher.fail(error)
                     while self._queue:
                         self._queue.popleft().settle(error)
-                while self._queue and update is None:
+                while self._queue and alone is None:
                     item = self._queue[0]
-                    if isinstance(item, _Update):
+                    if isinstance(item, _Exclusive):
                         if not self._batcher.idle:
                             return True
-                        update = item
+                        alone = item
                     else:
                         for row in item.rows():
                             self._batcher.add(row)
                     self._queue.popleft()
-                if update is None:
+                if alone is None:
                     self._running = not self._batcher.idle
                     return self._running
-            update.run()
+            alone.run()
 
 
 def _future() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

@@ -237,6 +237,22 @@ def test_the_engine_keeps_its_weights_when_the_shared_model_changes(
     assert np.abs(stale.logprobs - fresh.logprobs).max() > 0.01
 
 
+@pytest.mark.parametrize("warm", [False, True], ids=["empty cache", "warm cache"])
+def test_score_equals_a_plain_forward(any_model: Any, prompt: Any, use: Any, warm: bool) -> None:
+    async def work(engine: LocalEngine) -> Any:
+        if warm:
+            await engine.generate(prompt(30), 1, Sampling(max_tokens=4))
+        return await engine.score(prompt(40)), engine.stats()
+
+    ids = torch.tensor(prompt(40))
+    with torch.no_grad():
+        logprobs = any_model(ids[None]).logits[0, :-1].log_softmax(-1)
+    scored, stats = use(any_model, work)
+    expected = logprobs.gather(-1, ids[1:, None])[:, 0]
+    np.testing.assert_allclose(scored, expected[None], rtol=0, atol=1e-4)
+    assert stats.computed_tokens == (30 if warm else 0)
+
+
 def test_update_waits_for_running_requests_and_later_ones_wait_for_it(
     model: Any, prompt: Any, use: Any
 ) -> None:

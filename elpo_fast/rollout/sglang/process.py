@@ -1,0 +1,131 @@
+"""An SGLang server process of our own: its command line, its log, and its certain end.
+
+SGLang kills the process that started it when it fails and all children of that process when it
+shuts down, so it runs under `watch.py`, in a session of its own: what happens there stays there,
+and ends when we do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from elpo_fast.config import ConfigError
+
+_HERE = Path(__file__).parent
+_CPU_ARGS = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "grammar_backend": "none",
+    "sleep_on_idle": True,  # else a core is busy waiting
+}
+_TAIL_LINES = 12
+_STOP_TIMEOUT_S = 20.0
+
+
+class ServerProcess:
+    """One server process after another on the same model folder; at most one at a time."""
+
+    def __init__(
+        self, python: str, model: Path, log: Path, args: Mapping[str, Any], *, on_cpu: bool
+    ) -> None:
+        self.model, self.log = model, log
+        self._python = python
+        self._args = {
+            "model_path": str(model),
+            "host": "127.0.0.1",
+            "log_level_http": "warning",
+            **(_CPU_ARGS if on_cpu else {}),
+            **args,
+        }
+        # Sockets and other leavings go where our own files go, and are removed with them.
+        self._environment: dict[str, str] = {**os.environ, "TMPDIR": str(model)}
+        if on_cpu:
+            self._environment["SGLANG_USE_CPU_ENGINE"] = "1"
+            self._environment["PYTHONPATH"] = str(_HERE / "cpu")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, version: int) -> str:
+        """Start on a free port, its weights (those in the folder) named `version`; the URL."""
+        assert not self.alive
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-I", "-S", str(_HERE / "watch.py"), str(os.getpid())),
+                    *(self._python, "-m", "sglang.launch_server"),
+                    *_flags(self._args | {"port": port, "weight_version": version}),
+                ],
+                cwd=self.model,  # the server puts its working directory on sys.path
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return f"http://127.0.0.1:{port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        """End all of it and wait until it is gone; without a server, nothing happens."""
+        if self._process is None:
+            return
+        watch, self._process = self._process, None
+        watch.terminate()
+        try:
+            watch.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(watch.pid, signal.SIGKILL)
+            watch.wait()
+
+    def tail(self) -> str:
+        """The log's last lines."""
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(lines[-_TAIL_LINES:])
+
+
+def find_python(configured: str | None) -> str:
+    """The interpreter that has SGLang: the configured one, that of `.venv-sglang` beside our own
+    environment, or our own. Raises `ConfigError` where it has none."""
+    beside = Path(sys.prefix).parent / ".venv-sglang" / "bin" / "python"
+    python = configured or (str(beside) if beside.exists() else sys.executable)
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    try:
+        found = subprocess.run([python, "-I", "-c", code], timeout=60).returncode == 0
+    except OSError as error:
+        raise ConfigError(
+            f"rollout.sglang.python: {python} cannot be run ({error.strerror})"
+        ) from None
+    if not found:
+        raise ConfigError(
+            f"rollout.engine sglang: {python} has no package sglang; run `make sglang-cpu` on a "
+            "machine without a GPU, else install sglang and set rollout.sglang.python"
+        )
+    return python
+
+
+def _flags(args: Mapping[str, Any]) -> list[str]:
+    """`{"tp_size": 2, "enable_x": True, "y": None}` as `--tp-size 2 --enable-x`."""
+    flags = []
+    for name, value in args.items():
+        if value is None or value is False:
+            continue
+        flags.append("--" + name.replace("_", "-"))
+        if value is not True:
+            flags += [str(item) for item in (value if isinstance(value, list) else [value])]
+    return flags

@@ -1,0 +1,69 @@
+"""Run a server for as long as both it and the process that wants it live.
+
+    python watch.py PARENT_PID COMMAND ...
+
+Started as the leader of a session of its own, in the server's folder. When the server has ended,
+the parent is gone (however it ended) or SIGTERM asks for it, every process of the session is
+killed, and so are the files in shared memory that they had open and could not remove; without a
+parent also the folder. The standard library alone; a signal on the parent's death, which Linux
+offers, would come when the starting *thread* ends.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_LEFT_BEHIND = re.compile(r"/dev/shm/sglang\S+$", re.MULTILINE)
+_TRACKER_S = 2.0
+
+
+def main() -> None:
+    parent = int(sys.argv[1])
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    server = subprocess.Popen(sys.argv[2:])
+    while server.poll() is None and os.getppid() == parent and not asked:
+        time.sleep(0.1)
+    files: set[str] = set()
+    patience = time.monotonic() + _TRACKER_S
+    while members := list(_session()):
+        for pid in members:
+            process = Path(f"/proc/{pid}")
+            try:
+                command = (process / "cmdline").read_bytes()
+                if b".resource_tracker" in command and time.monotonic() < patience:
+                    continue  # it removes semaphores and ends when nobody needs it any more
+                files |= set(_LEFT_BEHIND.findall((process / "maps").read_text()))
+                os.kill(pid, signal.SIGKILL)
+            except OSError:  # it has just ended
+                continue
+        server.poll()  # else it stays, as a zombie
+        time.sleep(0.01)
+    for file in files:
+        Path(file).unlink(missing_ok=True)
+    if os.getppid() != parent:
+        shutil.rmtree(Path.cwd(), ignore_errors=True)
+
+
+def _session() -> Iterator[int]:
+    """The session's other processes; those that only wait to be reaped do not count."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(session) == os.getpid() and state != "Z":
+                yield int(entry.name)
+
+
+if __name__ == "__main__":
+    main()
