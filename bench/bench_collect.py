@@ -12,19 +12,13 @@ import asyncio
 from pathlib import Path
 
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from elpo_fast.algo import make_planner
 from elpo_fast.config import load_config
-from elpo_fast.model.load import load_model
-from elpo_fast.rollout.chat import Chat
-from elpo_fast.rollout.collector import Collector
-from elpo_fast.rollout.local import LocalEngine
-from elpo_fast.tasks import make_source
-from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.train.parts import assembled
 from elpo_fast.train.sft import cold_start
-from elpo_fast.train.step import PolicyOptimizer, warmup_cosine
+from elpo_fast.train.step import warmup_cosine
 from elpo_fast.tree.store import Forest
 
 TASKS = 16
@@ -34,30 +28,24 @@ TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 @pytest.mark.parametrize("planner", ["bel", "star"])
 def test_collect(benchmark: BenchmarkFixture, planner: str) -> None:
     config = load_config(TINY, [f"algo.planner={planner}", "sft.demonstrations=512"])
-    toolbox = Toolbox(config.tools)
-    source = make_source(config.task, 0, toolbox.run_function)
-    loaded = load_model(config.model, seed=0, tokenizer_texts=source.vocabulary_texts())
-    chat = Chat(loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
-    engine = LocalEngine(loaded.model, loaded.tokenizer, max_batch=128, dtype=torch.bfloat16)
-    tokens = config.tools.output_tokens
-    collector = Collector(engine, toolbox, chat, source, config.rollout, output_tokens=tokens)
-    policy = PolicyOptimizer(
-        loaded.model,
-        lr=config.sft.lr,
-        dtype=torch.bfloat16,
-        schedule=warmup_cosine(10, config.sft.steps),
-    )
-    tasks = [source.train(1000 + index) for index in range(TASKS)]
     seeds = iter(range(1_000_000))
-
-    async def collect() -> Forest:
-        # An empty cache, as in training.
-        await engine.update_weights(loaded.model.named_parameters(), engine.weight_version + 1)
-        trees = await collector.collect(tasks, lambda: make_planner(config.algo), seed=next(seeds))
-        return Forest.from_trees(trees)
-
     with asyncio.Runner() as runner:
-        runner.run(cold_start(config, collector, policy, lambda _: None, seed=0))
+        context = assembled(config)
+        parts = runner.run(context.__aenter__())
+        engine = parts.engine
+        parts.policy.restart(lr=config.sft.lr, schedule=warmup_cosine(10, config.sft.steps))
+        runner.run(cold_start(config, parts.collector, parts.policy, seed=0))
+        tasks = [parts.source.train(1000 + index) for index in range(TASKS)]
+
+        async def collect() -> Forest:
+            # An empty cache, as in training.
+            weights = parts.loaded.model.named_parameters()
+            await engine.update_weights(weights, engine.weight_version + 1)
+            trees = await parts.collector.collect(
+                tasks, lambda: make_planner(config.algo), seed=next(seeds)
+            )
+            return Forest.from_trees(trees)
+
         before = engine.stats()
         forest = benchmark.pedantic(
             lambda: runner.run(collect()), rounds=5, warmup_rounds=1, iterations=1
@@ -71,5 +59,4 @@ def test_collect(benchmark: BenchmarkFixture, planner: str) -> None:
                 (after.cached_tokens - before.cached_tokens) / asked, 3
             ),
         }
-        runner.run(engine.close())
-        runner.run(toolbox.close())
+        runner.run(context.__aexit__(None, None, None))

@@ -30,21 +30,15 @@ from rich.console import Console
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config
 from elpo_fast.eval.run import EvalResult, evaluate
-from elpo_fast.model.load import load_model
-from elpo_fast.rollout.chat import Chat
-from elpo_fast.rollout.collector import Collector
-from elpo_fast.rollout.engines import make_engine
-from elpo_fast.tasks import make_source
-from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.metrics import Counts, mean_stats, staleness, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
+from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.run import RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
     NonFiniteError,
-    PolicyOptimizer,
     StepStats,
     micro_batches,
     warmup_constant,
@@ -68,7 +62,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         torch.set_num_threads(config.run.threads)
     folder = RunFolder.resume(config) if resume else RunFolder.create(config)
     try:
-        asyncio.run(_Run(config, folder, Display(console or Console())).main(resume))
+        asyncio.run(_main(config, folder, Display(console or Console()), resume))
     finally:
         folder.close()
     return folder.path
@@ -83,6 +77,13 @@ class _Collected:
     seconds: float
 
 
+async def _main(config: Config, folder: RunFolder, display: Display, resume: bool) -> None:
+    found = latest(folder.path) if resume else None
+    async with assembled(config, found) as parts:
+        restored = load_checkpoint(found) if found else None
+        await _Run(config, folder, display, parts).learn(restored)
+
+
 @dataclass
 class _Run:
     """One run and its parts."""
@@ -90,45 +91,7 @@ class _Run:
     config: Config
     folder: RunFolder
     display: Display
-
-    async def main(self, resume: bool) -> None:
-        """Build the parts, learn, and take everything down again."""
-        config = self.config
-        found = latest(self.folder.path) if resume else None
-        toolbox = Toolbox(config.tools)
-        try:
-            self.source = make_source(config.task, config.run.seed, toolbox.run_function)
-            self.loaded = load_model(
-                config.model.model_copy(update={"name": str(found)}) if found else config.model,
-                seed=config.run.seed,
-                tokenizer_texts=self.source.vocabulary_texts(),
-            )
-            chat = Chat(self.loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
-            self.policy = PolicyOptimizer(
-                self.loaded.model,
-                lr=config.train.lr,
-                betas=config.train.betas,
-                weight_decay=config.train.weight_decay,
-                grad_clip=config.train.grad_clip,
-                temperature=config.rollout.temperature,
-                dtype=getattr(torch, config.model.dtype),
-                gradient_checkpointing=config.model.gradient_checkpointing,
-            )
-            self.engine = make_engine(config, self.loaded.model, self.loaded.tokenizer)
-            self.collector = Collector(
-                self.engine,
-                toolbox,
-                chat,
-                self.source,
-                config.rollout,
-                output_tokens=config.tools.output_tokens,
-            )
-            try:
-                await self.learn(load_checkpoint(found) if found else None)
-            finally:
-                await self.engine.close()
-        finally:
-            await toolbox.close()
+    parts: Parts
 
     async def learn(self, restored: TrainState | None) -> None:
         """Cold start, then reinforcement learning, with evaluation around both."""
@@ -145,14 +108,14 @@ class _Run:
             await self.evaluate(
                 "after SFT" if self.config.sft.steps else f"before {self.algorithm}", 0
             )
-        self.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
+        self.parts.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
         _release_memory()
         start, ready = 0, None
         if restored is None:
             self.save(0)
         else:
             start = restored.step
-            self.policy.load_state_dict(restored.optimizer)
+            self.parts.policy.load_state_dict(restored.optimizer)
             await self.push_weights(restored.weight_version)
             if restored.collected is not None:
                 ready = _Collected(restored.collected, **restored.extra["collected"])
@@ -160,7 +123,7 @@ class _Run:
             for step in range(start, train.steps):
                 collected = ready or await self.collect(step, phase)
                 values, ready = await self.train(step, collected, phase)
-                await self.push_weights(self.engine.weight_version + 1)
+                await self.push_weights(self.parts.engine.weight_version + 1)
                 self.folder.log("rl", step + 1, values)
                 phase.advance(_figures(values))
                 if step + 1 == train.steps:
@@ -179,7 +142,7 @@ class _Run:
 
     async def cold_start(self) -> None:
         sft = self.config.sft
-        self.policy.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
+        self.parts.policy.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
         step = 0
         with self.display.phase("SFT", sft.steps) as phase:
 
@@ -194,20 +157,20 @@ class _Run:
             seed = self.stream(_SFT, 0)
             await cold_start(
                 self.config,
-                self.collector,
-                self.policy,
+                self.parts.collector,
+                self.parts.policy,
                 on_step,
                 guard=lambda forest: self.saving_offenders(forest, f"sft_{step + 1:06d}"),
                 seed=seed,
             )
-        await self.push_weights(self.engine.weight_version + 1)
+        await self.push_weights(self.parts.engine.weight_version + 1)
 
     async def collect(self, step: int, phase: Phase) -> _Collected:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
         config, began = self.config, time.perf_counter()
-        counter = Counts(self.engine, self.collector)
+        counter = Counts(self.parts.engine, self.parts.collector)
         first = self.first_task(step)
-        tasks = [self.source.train(first + i) for i in range(config.train.tasks_per_step)]
+        tasks = [self.parts.source.train(first + i) for i in range(config.train.tasks_per_step)]
         grown = 0
 
         def on_tree(tree: Tree) -> None:
@@ -215,7 +178,7 @@ class _Run:
             grown += 1
             phase.detail(f"collecting {grown}/{len(tasks)} trees")
 
-        trees = await self.collector.collect(
+        trees = await self.parts.collector.collect(
             tasks,
             lambda: make_planner(config.algo),
             seed=self.stream(_COLLECT, step),
@@ -268,12 +231,12 @@ class _Run:
             groups = groups_of(None)
             apart: dict[str, float] = {}
             if train.old_logprob == "recompute":
-                groups, apart = recompute(self.policy, forest, groups_of, train)
+                groups, apart = recompute(self.parts.policy, forest, groups_of, train)
             updates = []
             for number, batches in enumerate(groups):
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
-                    updates.append(self.policy.update(batches))
+                    updates.append(self.parts.policy.update(batches))
                     _release_memory()
         if train.old_logprob == "rollout" and updates:
             apart = mismatch(updates[0].gap)
@@ -282,7 +245,7 @@ class _Run:
             **tree_metrics(forest),
             **mean_stats(updates),
             **apart,
-            **staleness(forest, self.engine.weight_version),
+            **staleness(forest, self.parts.engine.weight_version),
             **collected.counts,
             "skipped_trees": int((~useful).sum()),
             "seconds_collect": collected.seconds,
@@ -305,14 +268,14 @@ class _Run:
 
     async def push_weights(self, version: int) -> None:
         """Give the engine the policy's present weights as `version`."""
-        await self.engine.update_weights(self.loaded.model.named_parameters(), version)
+        await self.parts.engine.update_weights(self.parts.loaded.model.named_parameters(), version)
 
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
         began = time.perf_counter()
         with self.display.phase(f"eval {name}", self.config.eval.tasks) as phase:
             result = await evaluate(
-                self.collector,
+                self.parts.collector,
                 self.config.eval,
                 seed=self.stream(_EVALUATE, 0),
                 on_tree=lambda _: phase.advance(report=False),
@@ -339,17 +302,17 @@ class _Run:
             extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
         state = TrainState(
             step=step,
-            weight_version=self.engine.weight_version,
+            weight_version=self.parts.engine.weight_version,
             data_position=self.first_task(step),
-            optimizer=self.policy.state_dict(),
+            optimizer=self.parts.policy.state_dict(),
             extra=extra,
             collected=ready.forest if ready else None,
         )
         save_checkpoint(
             self.folder.path,
             state,
-            self.loaded.model,
-            self.loaded.tokenizer,
+            self.parts.loaded.model,
+            self.parts.loaded.tokenizer,
             keep=self.config.train.keep_checkpoints,
         )
 

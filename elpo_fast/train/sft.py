@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
@@ -26,9 +26,9 @@ async def cold_start(
     config: Config,
     collector: Collector,
     optimizer: PolicyOptimizer,
-    on_step: Callable[[StepStats], None],
+    on_step: Callable[[StepStats], None] = lambda _: None,
     *,
-    guard: Callable[[Forest], AbstractContextManager[None]],
+    guard: Callable[[Forest], AbstractContextManager[None]] = lambda _: nullcontext(),
     seed: int,
 ) -> None:
     """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.

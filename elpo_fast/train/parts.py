@@ -1,0 +1,72 @@
+"""The parts of a run, built from its configuration: what samples, what judges, what learns.
+
+The loop trains with them; benchmarks and people who write a loop of their own do too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elpo_fast.config import Config
+from elpo_fast.model.load import LoadedModel, load_model
+from elpo_fast.rollout.chat import Chat
+from elpo_fast.rollout.collector import Collector
+from elpo_fast.rollout.engines import make_engine
+from elpo_fast.tasks import make_source
+from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.train.step import PolicyOptimizer
+from elpo_fast.types import Engine, TaskSource
+
+
+@dataclass(frozen=True)
+class Parts:
+    """`engine` samples with the weights it was last given, `policy` owns the present ones."""
+
+    toolbox: Toolbox
+    source: TaskSource
+    loaded: LoadedModel
+    policy: PolicyOptimizer
+    engine: Engine
+    collector: Collector
+
+
+@asynccontextmanager
+async def assembled(config: Config, checkpoint: Path | None = None) -> AsyncIterator[Parts]:
+    """Everything a run needs, closed at the end; model and tokenizer of `checkpoint`, if given.
+
+    Raises `ConfigError` for a task source, model or tool that cannot be had.
+    """
+    toolbox = Toolbox(config.tools)
+    try:
+        source = make_source(config.task, config.run.seed, toolbox.run_function)
+        model = config.model
+        if checkpoint is not None:
+            model = model.model_copy(update={"name": str(checkpoint)})
+        loaded = load_model(model, seed=config.run.seed, tokenizer_texts=source.vocabulary_texts())
+        policy = PolicyOptimizer(
+            loaded.model,
+            lr=config.train.lr,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            grad_clip=config.train.grad_clip,
+            temperature=config.rollout.temperature,
+            dtype=getattr(torch, config.model.dtype),
+            gradient_checkpointing=config.model.gradient_checkpointing,
+        )
+        engine = make_engine(config, loaded.model, loaded.tokenizer)
+        try:
+            chat = Chat(loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
+            tokens = config.tools.output_tokens
+            collector = Collector(
+                engine, toolbox, chat, source, config.rollout, output_tokens=tokens
+            )
+            yield Parts(toolbox, source, loaded, policy, engine, collector)
+        finally:
+            await engine.close()
+    finally:
+        await toolbox.close()
