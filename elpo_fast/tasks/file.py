@@ -1,4 +1,4 @@
-r"""`file`: mathematics tasks from JSONL or Parquet in the Open-AgentRL (verl) schema.
+r"""`file`: mathematics and code tasks from JSONL or Parquet in the Open-AgentRL (verl) schema.
 
     data_source   text                        prompt        [{"role": ..., "content": ...}, ...]
     ability       text (optional)             reward_model  {"ground_truth": text or number, ...}
@@ -11,7 +11,8 @@ Invariants
 - A prompt is either trained on or held out. By default its hash decides; with a held-out file, a
   prompt in both files is refused.
 - The verdict compares the last `\boxed{...}` with the ground truth by math-verify, in the sandbox.
-  Tasks judged by running tests are refused, not misjudged; `data_sources` picks the rows to use.
+  Where the ground truth is test cases (see `unit_tests`), the last fenced block of Python must pass
+  them all. Other forms are refused, not misjudged; `data_sources` picks the rows to use.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from elpo_fast.tasks.common import (
     unfinished,
     with_system,
 )
+from elpo_fast.tasks.unit_tests import UnitTest, judge, read_program, read_tests
 from elpo_fast.types import End, Message, Task, Verdict
 
 
@@ -48,7 +50,7 @@ class FileOptions(RewardOptions):
     held_out_path: str | None = None  # a second file, all of it held out
     held_out_fraction: SplitFraction | None = None  # of `path`, by content; default 0.05
     data_sources: tuple[str, ...] | None = None  # rows of these data_source only; None: all
-    timeout_s: PositiveFloat = 10.0  # of the verifier
+    timeout_s: PositiveFloat = 10.0  # of the verifier, or of one test
 
     @model_validator(mode="after")
     def _check(self) -> FileOptions:
@@ -62,7 +64,7 @@ class _Row:
     place: str  # "FILE line N" or "FILE row N", for messages
     number: int
     prompt: tuple[Message, ...]
-    truths: tuple[str, ...]
+    truth: tuple[str, ...] | tuple[UnitTest, ...]
     info: Mapping[str, Any]
 
     @property
@@ -133,7 +135,7 @@ class FileSource:
             id=f"file-{split}-{row.number}-{row.content[:8]}",
             messages=with_system(row.prompt, self.system),
             source=self.name,
-            truth=row.truths,
+            truth=row.truth,
             info=row.info,
         )
 
@@ -145,9 +147,16 @@ class FileSource:
         return prompt_texts(self)
 
     async def grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
-        r"""Correct if the last `\boxed{...}` of the final message equals the ground truth."""
+        r"""Correct if the last `\boxed{...}` of the final message equals the ground truth, or its
+        program passes the tests."""
         if reason := unfinished(end):
             return self.options.verdict(False, reason)
+        if isinstance(task.truth[0], UnitTest):
+            code = read_program(final_text(messages))
+            if code is None:
+                return self.options.verdict(False, "no block of Python in the final message")
+            passed = await judge(self._run_function, task.truth, code, self.options.timeout_s)
+            return self.options.verdict(*passed)
         answer = last_boxed(final_text(messages))
         if not answer:
             return self.options.verdict(False, r"no \boxed{...} answer in the final message")
@@ -244,20 +253,26 @@ def _row(record: Mapping[str, Any], source: str, place: str, number: int) -> _Ro
         place=place,
         number=number,
         prompt=tuple({k: v for k, v in m.items() if v is not None} for m in prompt),
-        truths=_truths(reward_model, source, str(record.get("ability") or ""), place),
+        truth=_truth(reward_model, source, str(record.get("ability") or ""), place),
         info=info,
     )
 
 
-def _truths(
+def _truth(
     reward_model: Mapping[str, Any], source: str, ability: str, place: str
-) -> tuple[str, ...]:
-    """The ground truth's accepted forms, as LaTeX without `\\boxed`."""
+) -> tuple[str, ...] | tuple[UnitTest, ...]:
+    """The ground truth's accepted forms, as LaTeX without `\\boxed`, or the tests of a program."""
     truth = reward_model.get("ground_truth")
-    if "code" in ability.lower() or _holds_tests(truth):
+    try:
+        tests = read_tests(truth)
+    except ValueError as error:
+        raise ConfigError(f"{place}, column reward_model: {error}") from None
+    if tests is not None:
+        return tests
+    if "code" in ability.lower():
         raise ConfigError(
-            f"{place}: data_source {source!r} is judged by running tests, which is not supported; "
-            "name the mathematics sources to use in task.options.data_sources"
+            f"{place}: data_source {source!r} is judged by running tests, and this ground_truth "
+            "has none; name the sources to use in task.options.data_sources"
         )
     forms = truth if isinstance(truth, list) else [truth]
     if any(isinstance(form, bool) or not isinstance(form, (str, int, float)) for form in forms):
@@ -269,18 +284,6 @@ def _truths(
     if not texts or not all(texts) or "nan" in texts:
         raise ConfigError(f"{place}, column reward_model: ground_truth is empty")
     return tuple(last_boxed(text) or text.strip("$") for text in texts)
-
-
-def _holds_tests(truth: Any) -> bool:
-    """Whether a ground truth is a set of test cases: an object, or JSON text of one or of many."""
-    if isinstance(truth, str) and truth.lstrip()[:1] in ("{", "["):
-        try:
-            truth = json.loads(truth)
-        except ValueError:
-            return False
-    if isinstance(truth, list) and truth:
-        truth = truth[0]
-    return isinstance(truth, dict)
 
 
 def _column(record: Mapping[str, Any], name: str, kind: type, place: str) -> Any:

@@ -23,6 +23,7 @@ import os
 import resource
 import selectors
 import signal
+import site
 import socket
 import struct
 import sys
@@ -397,6 +398,7 @@ def main() -> None:
         _confine.drop_root(must_read=options.readable)
         _confine.die_with_parent(signal.SIGTERM)
         _confine.adopt_orphans()
+    site.setquit()  # `exit` and `quit`, which programs use; we run without the rest of `site`
     for name in options.modules:
         importlib.import_module(name)
     gc.collect()

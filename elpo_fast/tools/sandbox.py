@@ -181,7 +181,10 @@ class Sandbox:
         execution = _execution(reply, timeout_s, seconds)
         if execution.error is not None or execution.value is None:
             raise SandboxError(f"{function}: {execution.error}")
-        return json.loads(execution.value)
+        try:
+            return json.loads(execution.value)
+        except ValueError:
+            raise SandboxError(f"{function}: its result could not be read") from None
 
     async def open_session(self, modules: tuple[str, ...] = _LIGHT) -> Snapshot:
         """A fresh interpreter, not yet having run anything; `modules` as `preloaded` gives them."""
@@ -321,7 +324,7 @@ def read_outcome(payload: bytes | str, timeout_s: float) -> tuple[str | None, st
         value, error, timeout = outcome["value"], outcome["error"], bool(outcome["timeout"])
         if not all(part is None or isinstance(part, str) for part in (value, error)):
             raise TypeError
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None, "the result could not be read: the program broke its interpreter", False
     if timeout:
         error = f"{error}\ntimed out after {timeout_s:g} s"
@@ -331,7 +334,7 @@ def read_outcome(payload: bytes | str, timeout_s: float) -> tuple[str | None, st
 def _grown_mb(reply: Reply) -> float:
     try:
         return max(0.0, float(json.loads(reply.parts[2])["grown_kb"]) / 1024)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return 0.0
 
 

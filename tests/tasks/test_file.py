@@ -126,7 +126,7 @@ def test_epochs_repeat_and_the_seed_shuffles(tmp_path):
 
 
 def test_data_sources_select_rows(tmp_path):
-    code = row(reward_model={"ground_truth": '{"inputs": ["1"], "outputs": ["2"]}'})
+    code = row(ability="code")
     path = write(tmp_path, [{**code, "data_source": "code"}, *[row(n) for n in range(9)]])
     with pytest.raises(ConfigError, match="line 1: data_source 'code' is judged by running tests"):
         file(path)
@@ -220,7 +220,22 @@ def test_answer_that_hangs_the_verifier_is_wrong(tmp_path, run_function):
             row(truth=True),
             "line 2, column reward_model: ground_truth must be text or a number, not b",
         ),
-        (row(truth=[{"input": "1"}]), "line 2: data_source 'math_dapo' is judged by running tests"),
+        (
+            row(truth=[{"input": "1"}]),
+            "line 2, column reward_model: test cases need inputs and outputs",
+        ),
+        (
+            row(truth='[{"input": "1"}, {"input": "2"}]'),
+            "line 2, column reward_model: test cases need inputs and outputs",
+        ),
+        (
+            row(truth={"inputs": ["1", "2"], "outputs": ["1"]}),
+            "line 2, column reward_model: there are 2 inputs for 1 outputs",
+        ),
+        (
+            row(truth={"assert_case": ["assert f(1) > 2"]}),
+            "line 2, column reward_model: assert f(1) > 2 is not of the form",
+        ),
         (row(ability="code"), "line 2: data_source 'math_dapo' is judged by running tests"),
         ([1], "line 2 must be an object, not list"),
     ],

@@ -212,7 +212,8 @@ def test_breaking_its_own_interpreter_gets_an_answer_and_harms_nobody(safe_box, 
 def test_a_forged_result_is_data_not_trust(safe_box) -> None:
     """It can lie about its own result; what it sends is checked for its form."""
     frame = "b'X' + len(p).to_bytes(4, 'big') + p"
-    for payload in (b"[]", b'{"value": 1, "error": null, "timeout": false}', b"\xff", b"{"):
+    deep = b"[" * 10**5
+    for payload in (b"[]", b'{"value": 1, "error": null, "timeout": false}', b"\xff", b"{", deep):
         code = f"import os\np = {payload!r}\nfor fd in range(3, 64):\n"
         code += f"    try: os.write(fd, {frame})\n    except OSError: pass"
         execution = safe_box.run(code)
