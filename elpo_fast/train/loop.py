@@ -35,6 +35,7 @@ from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.metrics import Counts, mean_stats, staleness, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parts import Parts, assembled
+from elpo_fast.train.probe import check_engine
 from elpo_fast.train.run import RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
@@ -194,6 +195,7 @@ class _Run:
     ) -> tuple[dict[str, Any], _Collected | None]:
         """Update the policy on a step's trees; its metrics and, with overlap, the next trees."""
         if not self.config.train.overlap or step + 1 == self.config.train.steps:
+            await self.parts.engine.release()
             return self.update(step, collected, phase), None
         following = asyncio.create_task(self.collect(step + 1, phase))
         try:
@@ -267,8 +269,11 @@ class _Run:
             raise
 
     async def push_weights(self, version: int) -> None:
-        """Give the engine the policy's present weights as `version`."""
-        await self.parts.engine.update_weights(self.parts.loaded.model.named_parameters(), version)
+        """Give the engine the policy's present weights as `version`, and see that it has them."""
+        parts, config = self.parts, self.config
+        await parts.engine.update_weights(parts.loaded.model.named_parameters(), version)
+        dtype = getattr(torch, config.rollout.dtype or config.model.dtype)
+        await check_engine(parts.engine, parts.policy.compute, dtype)
 
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
