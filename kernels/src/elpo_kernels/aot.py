@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from elpo_kernels import _triton_policy, _triton_rows
+from elpo_kernels import _triton_attention, _triton_policy, _triton_rows
 
 KIB = 1024
 TARGETS = {
@@ -39,6 +39,15 @@ BY_NAME = {
     "count": "i32",
     "ratio_cap": "fp32",
 }
+ATTENTION = {
+    "scale": "fp32",
+    **dict.fromkeys(("end", "position", "index", "counts", "order"), "*i32"),
+    **dict.fromkeys(("lse", "delta", "key_sums", "value_sums"), "*fp32"),
+    **dict.fromkeys(("size", "blocks", "window", "sums_stride", "out_stride"), "i32"),
+    **dict.fromkeys(("query_stride", "key_stride", "value_stride"), "i32"),
+    **dict.fromkeys(("query_head", "key_head", "value_head"), "i32"),
+}
+"""Arguments of the attention kernels that are no operands or results of products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +58,14 @@ class Shipped:
     types: dict[str, str]  # of the arguments that are not float32 pointers
     constants: dict[str, Any]
     warps: int
+    stages: int = 3
+    aligned: tuple[str, ...] = ()  # arguments that are multiples of 16, as the launcher finds them
+    label: str = ""
 
     @property
     def name(self) -> str:
+        if self.label:
+            return self.label
         given = [f"{k}={v.removeprefix('*')}" for k, v in self.types.items()]
         on = [k.lower() for k, v in self.constants.items() if v and k not in ("BLOCK", "LIMIT")]
         return " ".join([self.kernel.fn.__name__.removesuffix("_kernel"), *given, *on])
@@ -64,7 +78,7 @@ class Usage:
     target: str
     name: str
     registers: int
-    spilled: int  # bytes on NVIDIA, registers on AMD
+    spilled: int  # bytes of local memory
     shared: int  # bytes
 
     @property
@@ -72,8 +86,44 @@ class Usage:
         return self.spilled == 0 and self.shared <= TARGETS[self.target][1]
 
 
-def shipped() -> Iterator[Shipped]:
-    """Every configuration that the package launches."""
+def shipped(target: str) -> Iterator[Shipped]:
+    """Every configuration that the package launches on `target`."""
+    yield from _shipped_rows()
+    yield from _shipped_attention(target)
+
+
+def _shipped_attention(target: str) -> Iterator[Shipped]:
+    """Tree attention. Windows are for the head sizes of models that have them; float16 takes what
+    bfloat16 takes."""
+    attention = _triton_attention
+    problems = [("bf16", dim, False) for dim in (64, 96, 128, 256)]
+    problems += [
+        ("bf16", 128, True),
+        ("bf16", 256, True),
+        ("fp32", 64, False),
+        ("fp32", 128, False),
+    ]
+    for element, dim, windowed in problems:
+        padded = triton.next_power_of_2(dim)
+        tiles = attention.TILES[target][2 if element == "bf16" else 4, padded]
+        constants = {"GROUP": 4, "D": dim, "DIM": padded, "WINDOWED": windowed}
+        constants["PRECISION"] = attention.precision(target)
+        for kernel, tile, more in (
+            (attention.forward_kernel, tiles.forward, {}),
+            (attention.query_gradient_kernel, tiles.query, {}),
+            (attention.key_gradient_kernel, tiles.key, {"SPLITS": 2}),
+        ):
+            given = {**constants, "ROWS": tile.rows, "COLUMNS": tile.columns, **more}
+            arguments = [name for name in kernel.arg_names if name not in given]
+            types = {name: ATTENTION.get(name, f"*{element}") for name in arguments}
+            aligned = tuple(name for name in arguments if name not in ("blocks", "window", "scale"))
+            label = f"attention {kernel.fn.__name__.removesuffix('_kernel')} {element} d={dim}"
+            label += " windowed" * windowed
+            yield Shipped(kernel, types, given, tile.warps, tile.stages, aligned, label)
+
+
+def _shipped_rows() -> Iterator[Shipped]:
+    """Kernels over rows of logits and over tokens."""
     rows, block = _triton_rows, {"BLOCK": _triton_rows.BLOCK}
     flags = [
         dict(zip(("HAS_BIAS", "SOFTCAP", "ENTROPY"), values, strict=True))
@@ -106,8 +156,10 @@ def measure(configuration: Shipped, target: str) -> Usage:
         else configuration.types.get(name, BY_NAME.get(name, "*fp32"))
         for name in configuration.kernel.arg_names
     }
-    source = ASTSource(configuration.kernel, signature, configuration.constants)
-    options = {"num_warps": configuration.warps}
+    names = configuration.kernel.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in configuration.aligned}
+    source = ASTSource(configuration.kernel, signature, configuration.constants, aligned)
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
     compiled = triton.compile(source, target=TARGETS[target][0], options=options)
     usage = _amd_usage(compiled) if "amdgcn" in compiled.asm else _nvidia_usage(compiled)
     return Usage(target, configuration.name, *usage, compiled.metadata.shared)
@@ -126,9 +178,10 @@ def _nvidia_usage(compiled: Any) -> tuple[int, int]:
 
 
 def _amd_usage(compiled: Any) -> tuple[int, int]:
-    pattern = r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)"
+    # Scalar registers spill into lanes of vector registers; what costs is scratch memory.
+    pattern = r"\.(vgpr_count|private_segment_fixed_size):\s+(\d+)"
     found = {key: int(value) for key, value in re.findall(pattern, compiled.asm["amdgcn"])}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    return found["vgpr_count"], found["private_segment_fixed_size"]
 
 
 def main() -> int:
@@ -136,7 +189,7 @@ def main() -> int:
     print(f"{'chip':8} {'registers':>9} {'spilled':>8} {'shared':>7}  kernel")
     failed = 0
     for target in TARGETS:
-        for configuration in shipped():
+        for configuration in shipped(target):
             usage = measure(configuration, target)
             failed += not usage.fits
             mark = "" if usage.fits else "  DOES NOT FIT"

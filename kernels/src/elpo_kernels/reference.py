@@ -65,3 +65,18 @@ def policy_loss(
 
 def _like(value: float | Tensor, other: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=other.dtype, device=other.device)
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    scale: float,
+) -> Tensor:
+    """Softmax over the `allowed [T, T]` keys; `[T, Hq, D]`, 0 where there is none."""
+    groups = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, keys) * scale
+    weights = scores.masked_fill(~allowed, -math.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("hqk,khd->qhd", weights, values)

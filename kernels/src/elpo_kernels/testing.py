@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from elpo_kernels import reference
+from elpo_kernels._tree_blocks import TreePlan
 
 
 @dataclass(frozen=True)
@@ -133,3 +134,40 @@ def error(value: Tensor, true: Tensor) -> float:
     if not value.isfinite().all():
         return float("inf")
     return float((value.double() - true.double()).norm() / true.double().norm().clamp_min(1e-300))
+
+
+def make_forest(trees: int, tokens: int, *, branching: float, seed: int = 0) -> TreePlan:
+    """Random packed trees of `tokens` tokens each, branching anywhere on the current path.
+
+    Made from predecessors alone: `end` is where the last descendant of a token ends.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = trees * tokens
+    end, position = torch.arange(1, size + 1), torch.zeros(size, dtype=torch.int64)
+    jumps, depths = torch.rand(2, size, generator=generator)
+    path: list[int] = []
+    for token in range(size):
+        if token % tokens == 0:
+            path = []
+        elif jumps[token] < branching:
+            del path[1 + int(depths[token] * (len(path) - 1)) :]
+        position[token] = len(path)
+        path.append(token)
+        end[path] = token + 1
+    return TreePlan(end, position)
+
+
+def true_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    above: Tensor,
+    plan: TreePlan,
+    *,
+    window: int | None,
+    scale: float,
+) -> list[Tensor]:
+    """Float64 output and gradients of query, key and value for the output's gradient `above`."""
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    out = reference.tree_attention(*leaves, plan.allowed(window or 0), scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, above.double())]

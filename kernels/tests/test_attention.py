@@ -1,0 +1,173 @@
+"""Tree attention: block lists, the Triton kernels in the interpreter, the dense backend.
+
+Whether a kernel is compiled or interpreted is settled when Triton is imported, so the tests of
+kernels run in a process of their own, which the last test starts, and in float32 only.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from elpo_kernels import TreePlan, tree_attention
+from elpo_kernels._tree_blocks import DEAD, FULL
+from elpo_kernels.testing import error, make_forest, true_attention
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs under test_in_the_interpreter")
+
+FORESTS = {
+    "one-token": (1, 1),
+    "chain": (1, 40),
+    "many-trees": (13, 3),
+    "trees": (3, 23),
+    "aligned": (2, 32),
+}
+
+
+def forest(name: str) -> TreePlan:
+    trees, tokens = FORESTS[name]
+    return make_forest(trees, tokens, branching=0.0 if name == "chain" else 0.1)
+
+
+def operands(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """Query, key, value and the gradient of the output; values exact in `dtype`."""
+    generator = torch.Generator().manual_seed(tokens)
+    return [
+        torch.randn(tokens, count, dim, generator=generator, dtype=torch.float64).to(dtype)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
+
+
+def compare(plan: TreePlan, inputs: list[Tensor], backend: str, window: int | None) -> list[float]:
+    """Errors of output and gradients against float64."""
+    *leaves, above = inputs
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = tree_attention(*leaves, plan, window=window, scale=0.3, backend=backend)
+    found = [out.detach(), *torch.autograd.grad(out, leaves, above)]
+    true = true_attention(*inputs, plan, window=window, scale=0.3)
+    return [
+        error(f, t) if t.norm() > 1e-9 else float(f.abs().max())  # one key: slopes are 0
+        for f, t in zip(found, true, strict=True)
+    ]
+
+
+@interpreted
+@pytest.mark.parametrize("window", [None, 9], ids=["whole-path", "window"])
+@pytest.mark.parametrize("name", FORESTS)
+def test_kernels(name: str, window: int | None) -> None:
+    plan = forest(name)
+    for heads, kv_heads, dim in ((1, 1, 16), (6, 2, 24)):
+        inputs = operands(len(plan.end), heads, kv_heads, dim, torch.float32)
+        assert max(compare(plan, inputs, "triton", window)) <= 2e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_shipped_head_sizes(dim: int) -> None:
+    plan = make_forest(2, 18, branching=0.1)
+    assert max(compare(plan, operands(36, 3, 1, dim, torch.float32), "triton", None)) <= 2e-6
+
+
+@interpreted
+def test_tokens_that_nobody_sees() -> None:
+    """A token whose `end` does not exceed it sees nothing of itself: 0 where there is no other."""
+    plan = TreePlan(torch.tensor([4, 1, 3, 4, 0, 6, 9]))
+    assert max(compare(plan, operands(7, 2, 1, 16, torch.float32), "triton", None)) <= 2e-6
+    out = tree_attention(*operands(7, 2, 1, 16, torch.float32)[:3], plan, backend="triton")
+    assert not out[4].any()
+
+
+@interpreted
+def test_operands_need_not_be_contiguous() -> None:
+    plan = forest("trees")
+    inputs = operands(len(plan.end), 4, 2, 16, torch.float32)
+    other = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    other[1] = other[1].transpose(1, 2).contiguous().transpose(1, 2)
+    assert max(compare(plan, other, "triton", None)) <= 2e-6
+
+
+@interpreted
+def test_no_tokens() -> None:
+    leaves = [leaf.requires_grad_() for leaf in operands(0, 2, 1, 16, torch.float32)[:3]]
+    out = tree_attention(*leaves, torch.zeros(0, dtype=torch.int32), backend="triton")
+    out.sum().backward()
+    assert out.shape == (0, 2, 16) and leaves[1].grad.shape == (0, 1, 16)
+
+
+@pytest.mark.parametrize("window", [None, 9], ids=["whole-path", "window"])
+@pytest.mark.parametrize("name", FORESTS)
+def test_dense(name: str, window: int | None) -> None:
+    plan = forest(name)
+    inputs = operands(len(plan.end), 6, 2, 16, torch.float64)
+    assert max(compare(plan, inputs, "torch", window)) <= 1e-12
+
+
+@pytest.mark.parametrize("rows, columns", [(16, 16), (32, 16), (16, 48)])
+@pytest.mark.parametrize("window", [0, 9])
+@pytest.mark.parametrize("name", FORESTS)
+def test_block_lists_follow_from_the_mask(name: str, window: int, rows: int, columns: int) -> None:
+    plan = forest(name)
+    allowed = plan.allowed(window)
+    classes = plan.classes(rows, columns, window)
+    for i, row in enumerate(classes.tolist()):
+        for j, found in enumerate(row):
+            block = allowed[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+            if found == DEAD:
+                assert not block.any()
+            elif found == FULL:
+                assert block.all() and block.shape[1] == columns
+            elif not window:  # a window's bounds are those of whole blocks
+                assert block.any()
+    for by_column in (False, True):
+        lists = plan.lists(rows, columns, window, by_column=by_column)
+        expected = classes.t() if by_column else classes
+        for i, (partial, full) in enumerate(lists.counts.tolist()):
+            index = lists.blocks[i].tolist()
+            assert index[:partial] == (expected[i] == 0).nonzero()[:, 0].tolist()
+            assert index[partial : partial + full] == (expected[i] == 1).nonzero()[:, 0].tolist()
+        visits = lists.counts.sum(1)[lists.order.long()].tolist()
+        assert visits == sorted(visits, reverse=True)
+        assert sorted(lists.order.tolist()) == list(range(len(expected)))
+
+
+def test_lists_are_made_once() -> None:
+    plan = forest("trees")
+    first = plan.lists(16, 16, 0, by_column=False)
+    assert plan.lists(16, 16, 0, by_column=False) is first
+
+
+def test_misuse_is_refused() -> None:
+    query, key, value, _ = operands(8, 4, 2, 16, torch.float32)
+    end = torch.full((8,), 8)
+    with pytest.raises(ValueError, match="end must be int32 or int64"):
+        tree_attention(query, key, value, end.float())
+    with pytest.raises(ValueError, match="end has 7 tokens and query 8"):
+        tree_attention(query, key, value, end[:7])
+    with pytest.raises(ValueError, match=r"key must be \[8, heads, 16\]"):
+        tree_attention(query, key[:, :, :8], value, end)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 key"):
+        tree_attention(query[:, :3], key, value, end)
+    with pytest.raises(ValueError, match="give equal dtypes"):
+        tree_attention(query, key.double(), value, end)
+    with pytest.raises(ValueError, match="scale must be > 0"):
+        tree_attention(query, key, value, end, scale=0.0)
+    with pytest.raises(ValueError, match="a window needs positions"):
+        tree_attention(query, key, value, end, window=3)
+    with pytest.raises(ValueError, match="window must be >= 1"):
+        tree_attention(query, key, value, end, window=0)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
+def test_in_the_interpreter() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib",
+         "-W", "ignore::RuntimeWarning", "-k", "not lists and not dense", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
+    assert "17 passed" in run.stdout, run.stdout[-1000:]
