@@ -76,7 +76,8 @@ async def judge(
     for number, test in enumerate(tests, start=1):
         payload = {"code": code, "stdin": test.stdin, "expression": test.expression}
         result, problem = await run_verifier(run, _RUN, payload, _HARMLESS, timeout_s)
-        passed, given = False, None
+        passed = False
+        given: Any = None
         match result:  # made by a process in which unknown code ran
             case {"error": "", "value": given} if test.expression:
                 passed = _same(given, test.expected)

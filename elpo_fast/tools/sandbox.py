@@ -24,8 +24,10 @@ seccomp refuses. `none` has the limits, the clock and the caps alone and must be
 must fail to read, connect, fork, execute and write before the server is used.
 
 Two limits to know. Steps of a session can fork (that is how it branches), at most a fixed number of
-times; strays are found and the whole session ended. A grader that evaluates an answer shares its
-process with it: isolation keeps the answer from everything else, not from forging that one verdict.
+times; strays are found and the whole session ended. A function that executes what it judges shares
+its process with it: isolation keeps that from everything else, not from forging the result. So the
+graders here execute nothing but calculations (`tasks.calculation`), or report data that is judged
+outside (`tasks.unit_tests`); a grader of your own should do one or the other.
 """
 
 from __future__ import annotations

@@ -1,0 +1,254 @@
+"""Attacks on the pool itself and on the next call. As in `test_attacks.py`, each is first shown to
+work where nothing stops it: as a plain subprocess, or in an interpreter that is used twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from elpo_fast.tools.sandbox import _LIGHT
+
+
+def plain(code: str, **options: object) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, timeout=60, **options)  # type: ignore[call-overload]
+
+
+# --- ends that are told in words -----------------------------------------------------------------
+
+
+def test_endless_loop_would_never_end(safe_box) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", "while True: pass"], timeout=1)
+    execution = safe_box.run("while True: pass", timeout_s=0.3)
+    assert execution.error == "line 1: while True: pass\ntimed out after 0.3 s"
+
+
+def test_100_mb_of_output_would_arrive(safe_box) -> None:
+    code = "for _ in range(100): print('x' * 10**6)"
+    assert len(plain(code).stdout) > 10**8
+    execution = safe_box.run(code, timeout_s=20.0)
+    assert execution.error == "stopped: too much output" and len(execution.stdout) < 70_000
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ctypes\nctypes.string_at(0)",
+        "import sys\nsys.setrecursionlimit(10**9)\nf = lambda *_: sorted([1], key=f)\nf()",
+    ],
+    ids=["segfault through ctypes", "recursion in C"],
+)
+def test_crash_would_take_the_process_along(safe_box, code: str) -> None:
+    assert plain(code).returncode == -signal.SIGSEGV
+    execution = safe_box.run(code, timeout_s=20.0)
+    assert not execution.finished or "RecursionError" in execution.error
+    assert safe_box.run("1 + 1").value == "2"
+
+
+@pytest.mark.parametrize(
+    ("code", "ending"),
+    [
+        ("1/0", "ZeroDivisionError: division by zero"),
+        ("import time\ntime.sleep(9)", "timed out after 0.3 s"),
+        ("import ctypes\nctypes.string_at(0)", "the interpreter crashed (SIGSEGV)"),
+        ("import os\nos._exit(0)", "the process ended before the code was finished"),
+        ("x = bytearray(1 << 40)", "MemoryError: memory limit reached"),
+        ("while True: print('x' * 10**6)", "stopped: too much output"),
+        ("open('/usr/x', 'w')", None),
+        ("import socket\nsocket.socket()", "PermissionError: [Errno 1] Operation not permitted"),
+        ("exit()", "SystemExit: None"),
+    ],
+)
+def test_every_end_is_a_sentence(safe_box, code: str, ending: str | None) -> None:
+    error = safe_box.run(code, timeout_s=0.3).error
+    assert error.endswith(ending or "/usr/x'") and len(error) < 300
+
+
+# --- the processes around ------------------------------------------------------------------------
+
+PARENT = """
+import subprocess, sys, time
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+print("alive")
+"""
+KILL = {
+    "the parent": "import os\nos.kill(os.getppid(), 9)",
+    "the group": "import os\nos.killpg(0, 9)",
+    "by a system call": "import ctypes, os\nctypes.CDLL(None).syscall(62, os.getppid(), 9)",
+}
+
+
+@pytest.mark.parametrize("name", KILL)
+def test_killing_the_server_would_work(make_box, safe_box, name: str) -> None:
+    """The parent of a confined process is the server: it must live, and lose nothing."""
+    killed = subprocess.run(
+        [sys.executable, "-c", PARENT, KILL[name]], capture_output=True, start_new_session=True
+    )
+    assert b"alive" not in killed.stdout and killed.returncode == -signal.SIGKILL
+
+    async def main() -> list[str | None]:
+        calls = [safe_box.sandbox.run(KILL[name] if i % 2 else f"{i}") for i in range(10)]
+        return [execution.value for execution in await asyncio.gather(*calls)]
+
+    link = safe_box.sandbox._link(_LIGHT)
+    assert asyncio.run(main())[::2] == ["0", "2", "4", "6", "8"]
+    assert safe_box.sandbox._link(_LIGHT) is link, "the server was replaced"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGALRM])
+def test_signals_to_all_reach_nobody(safe_box, number: int) -> None:
+    victim = "import os, signal, time\nos.kill(os.getpid(), {n})\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", victim.format(n=int(number))]) as process:
+        status = os.waitpid(process.pid, os.WUNTRACED)[1]
+        assert os.WIFSTOPPED(status) or os.WIFSIGNALED(status) or os.WEXITSTATUS(status)
+        process.kill()
+    code = (
+        "import os\nsent = []\nfor pid in (-1, 0, os.getpid(), *range(1, 50)):\n"
+        f"    try: os.kill(pid, {int(number)}); sent.append(pid)\n    except OSError: pass\nsent"
+    )
+    assert safe_box.run(code).value == "[]"
+
+
+def test_inherited_descriptors_would_be_written_to(make_box) -> None:
+    read_end, write_end = os.pipe()
+    os.set_inheritable(write_end, True)
+    os.set_blocking(read_end, False)
+    code = (
+        "import os\nfor fd in range(3, 128):\n    try: os.write(fd, b'leak')\n"
+        "    except OSError: pass"
+    )
+    plain(code, close_fds=False)
+    assert os.read(read_end, 100) == b"leak"
+    for isolation in ("bubblewrap", "landlock"):
+        make_box(isolation).run(code)
+        with pytest.raises(BlockingIOError):
+            os.read(read_end, 100)
+    os.close(read_end)
+    os.close(write_end)
+
+
+# --- the next call -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+def test_leftovers_would_be_found(safe_box, folder: str) -> None:
+    name = f"{folder}/elpo-left-{os.getpid()}"
+    write, read = f"open({name!r}, 'w').write('x')", f"print(open({name!r}).read())"
+    plain(write)
+    try:
+        assert plain(read).stdout == b"x\n", "the attack is not one"
+        assert safe_box.run(read).stdout == ""
+    finally:
+        Path(name).unlink()
+    safe_box.run(write)
+    assert safe_box.run(read).stdout == "" and not Path(name).exists()
+
+
+POISON = """
+import os, sys
+for folder in [os.getcwd(), *sys.path, '/tmp', *filter(None, map(os.path.dirname, sys.path))]:
+    for name in ('poisoned.py', 'sitecustomize.py', 'poisoned.pth', '__pycache__/poisoned.pyc'):
+        try:
+            with open(os.path.join(folder, name), 'w') as file:
+                file.write('x = 1')
+        except OSError:
+            pass
+"""
+
+
+def test_poisoned_module_would_be_imported(safe_box, tmp_path) -> None:
+    alone = "import sys\nsys.path[:] = ['']\n" + POISON
+    plain(alone, cwd=tmp_path)
+    look = "import importlib.util\nprint(importlib.util.find_spec('poisoned') is not None)"
+    assert plain(look, cwd=tmp_path).stdout == b"True\n", "the attack is not one"
+    assert safe_box.run(POISON).error is None
+    assert safe_box.run(look).stdout == "False\n"
+    function = safe_box.sandbox.call_function("importlib.util:find_spec", "poisoned")
+    assert asyncio.run(function) is None
+
+
+PATCHES = {
+    "numpy": ("import numpy\nnumpy.sum = lambda *_: 7", "import numpy\nnumpy.sum([1, 1])"),
+    "sympy": ("import sympy\nsympy.factorint = len", "import sympy\nsympy.factorint(9)[3]"),
+    "scipy": ("import scipy.special as s\ns.erf = str", "import scipy.special as s\ns.erf(0) + 2"),
+    "networkx": (
+        "import networkx as n\nn.Graph.order = lambda _: 9",
+        "import networkx as n\nn.path_graph(2).order()",
+    ),
+    "builtins": ("import builtins\nbuiltins.sum = lambda _: 9", "sum([1, 1])"),
+    "import system": (
+        "import sys\nsys.meta_path.clear()\nsys.modules['colorsys'] = None",
+        "import colorsys\n2",
+    ),
+    "random": (
+        "import random\nrandom.random = lambda: 9",
+        "import random\n2 if random.random() < 1 else 9",
+    ),
+    "through memory": (
+        "import ctypes\nctypes.c_long.from_address(id(1000000007) + 24).value = 5\n"
+        "import math\nctypes.pythonapi.PyDict_SetItem("
+        "ctypes.py_object(math.__dict__), ctypes.py_object('sqrt'), ctypes.py_object(str))",
+        "import math\nmath.sqrt(4) + 0",
+    ),
+}
+TWICE = """
+import sys
+exec(sys.argv[1], {})
+*lines, last = sys.argv[2].splitlines()
+namespace = {}
+exec("\\n".join(lines), namespace)
+print(float(eval(last, namespace)))
+"""
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patched_library_would_last(safe_box, name: str) -> None:
+    patch, use = PATCHES[name]
+    used_twice = [sys.executable, "-c", TWICE, patch, use]
+    assert subprocess.run(used_twice, capture_output=True).stdout != b"2.0\n", "not an attack"
+
+    assert safe_box.run(patch).error is None
+    assert float(eval(safe_box.run(use).value, {"np": __import__("numpy")})) == 2
+
+    async def sessions() -> str | None:
+        sandbox = safe_box.sandbox
+        root = await sandbox.open_session()
+        _, patched = await sandbox.step(root, patch, 1)
+        beside, other = await sandbox.step(root, use, 1)
+        sandbox.drop([root, patched, other])
+        return beside.value
+
+    assert float(eval(asyncio.run(sessions()), {"np": __import__("numpy")})) == 2
+
+
+# --- graders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open('/etc/passwd').read(4) == 'root'",
+        "__import__('os').system('true') == 0",
+        "__import__('socket').create_server(('127.0.0.1', 0)).fileno() >= 0",
+        "__import__('os').kill(__import__('os').getppid(), 0) is None",
+        "open('/dev/shm/elpo-grader', 'w').write('x') == 1",
+    ],
+)
+def test_graders_that_execute_are_confined_too(safe_box, unprotected, attack: str) -> None:
+    assert unprotected(attack) == "True", "the attack is not one"
+    Path("/dev/shm/elpo-grader").unlink(missing_ok=True)
+    payload = {"code": "", "stdin": "", "expression": attack}
+    call = safe_box.sandbox.call_function
+    result = asyncio.run(call("elpo_fast.tasks.code_verifier:run", payload, 5.0))
+    its_own = safe_box.isolation == "bubblewrap" and "/dev/shm" in attack
+    assert (result["value"] is True) == its_own
+    assert not Path("/dev/shm/elpo-grader").exists()
+    assert asyncio.run(call("math:factorial", 5, 5.0)) == 120
