@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,24 +73,31 @@ class RunFolder:
         record = {"phase": phase, "step": step, **values}
         self._metrics.write(json.dumps(record, allow_nan=False, default=float) + "\n")
         self._metrics.flush()
+        self._plot(record)
+
+    def _plot(self, record: Mapping[str, Any]) -> None:
         if self._board is None:
             # Imported late: TensorBoard takes longer to import than a short command takes to run.
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.path / "tensorboard"))
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self._board.add_scalar(f"{phase}/{name}", value, step)
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                self._board.add_scalar(f"{record['phase']}/{name}", value, record["step"])
 
     def rewind(self, records: int) -> None:
         """Keep the first `records` metric records only: the rest belongs to work done again."""
         self._metrics.close()
+        # Events cannot be taken back one by one, and their steps count anew in every phase.
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(lines), encoding="utf-8")
         os.replace(temporary, path)
         self._metrics = path.open("a", encoding="utf-8")
+        for line in lines:
+            self._plot(json.loads(line))
 
     @property
     def records(self) -> int:

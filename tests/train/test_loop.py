@@ -14,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast.config import Config, ConfigError, parse_config
@@ -85,6 +86,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     checkpoint = latest(run)
     assert checkpoint is not None
     return load_file(checkpoint / "model.safetensors")
+
+
+def plotted(run: Path) -> dict[str, list[int]]:
+    """Steps of every TensorBoard curve."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
@@ -177,6 +185,7 @@ def test_resume_does_every_step_once(
     for ours, theirs in zip(trees_of(run), trees_of(whole), strict=True):
         assert ours.task_ids == theirs.task_ids
         assert np.array_equal(ours.weight_version, theirs.weight_version)
+    assert plotted(run) == plotted(whole)
     # The first step comes before the crash and is the same work.
     assert np.array_equal(trees_of(run)[0].token_ids, trees_of(whole)[0].token_ids)
 
