@@ -67,7 +67,8 @@ class ModelConfig(Section):
     name: str = "smollm2-135m"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are float32
-    attention: Literal["sdpa"] = "sdpa"
+    # of packed trees; auto: path on CPUs, triton on GPUs (see model/attention.py)
+    attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False
     scratch: ScratchConfig = ScratchConfig()

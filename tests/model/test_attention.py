@@ -1,4 +1,4 @@
-"""Both tree attentions against eager attention over ancestors, values and gradients."""
+"""Every tree attention that runs here against eager attention over ancestors, with gradients."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ import numpy as np
 import pytest
 import torch
 
-from elpo_fast.model.attention import (
-    TILE,
-    TreeMask,
-    masked_attention,
-    path_attention,
-    tree_attention,
-)
+from elpo_fast.model import varlen_attention
+from elpo_fast.model.attention import masked_attention, tree_attention
+from elpo_fast.model.flex_attention import BLOCK, block_mask, flex_tree_attention
+from elpo_fast.model.path_attention import TILE, path_attention
+from elpo_fast.model.tree_mask import TreeMask
+from elpo_fast.model.varlen_attention import Kernel, varlen_tree_attention
 
 SCALE = 0.3
+
+
+ATTENTIONS = {
+    "sdpa": masked_attention,
+    "path": path_attention,
+    "varlen": varlen_tree_attention,
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_flash(segment_kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen_attention, "flash_kernel", lambda: segment_kernel)
 
 
 def random_trees(rng: np.random.Generator, trees: int, tokens: int) -> list[int]:
@@ -66,16 +77,19 @@ def eager(
 @pytest.mark.parametrize(
     "trees, tokens", [(1, 1), (1, TILE), (3, 40), (2, 2 * TILE + 3)], ids=lambda value: str(value)
 )
-@pytest.mark.parametrize("attention", [path_attention, masked_attention])
+@pytest.mark.parametrize("window", [None, 1, 13, TILE + 5])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_equals_eager_attention_over_ancestors(
-    attention: object, trees: int, tokens: int, heads: int, kv_heads: int
+    attention: str, window: int | None, trees: int, tokens: int, heads: int, kv_heads: int
 ) -> None:
     before = random_trees(np.random.default_rng(tokens), trees, tokens)
     allowed, position, end = ancestors(before)
+    if window is not None:
+        allowed &= position[:, None] - position < window
     tensors = inputs(len(before), heads, kv_heads, torch.float64)
     above = torch.randn(heads, len(before), 8, dtype=torch.float64)
     expected = eager(*tensors, allowed)
-    actual = attention(*tensors, TreeMask(position, end), SCALE)  # type: ignore[operator]
+    actual = ATTENTIONS[attention](*tensors, TreeMask(position, end), SCALE, window)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(actual, tensors, above),
@@ -85,26 +99,69 @@ def test_equals_eager_attention_over_ancestors(
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize("trees, tokens", [(1, 1), (3, 40), (2, BLOCK + 3)])
+def test_flex_has_the_same_values(trees: int, tokens: int, window: int | None) -> None:
+    """On CPUs FlexAttention has no backward."""
+    before = random_trees(np.random.default_rng(tokens), trees, tokens)
+    allowed, position, end = ancestors(before)
+    if window is not None:
+        allowed &= position[:, None] - position < window
+    tensors = [part.detach() for part in inputs(len(before), 6, 2, torch.float64)]
+    actual = flex_tree_attention(*tensors, TreeMask(position, end), SCALE, window)
+    torch.testing.assert_close(actual, eager(*tensors, allowed), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_blocks_are_those_of_the_mask(window: int | None) -> None:
+    chain = list(range(-1, 3 * BLOCK))
+    before = random_trees(np.random.default_rng(5), 3, 2 * BLOCK + 9)
+    before = chain + [at + len(chain) if at >= 0 else at for at in before]
+    allowed, position, end = ancestors(before)
+    if window is not None:
+        allowed &= position[:, None] - position < window
+    mask = block_mask(TreeMask(position, end), window)
+    count = -(-len(before) // BLOCK)
+    visited = torch.zeros(count, count, dtype=torch.int)
+    for kind, counts, columns in (
+        (1, mask.kv_num_blocks, mask.kv_indices),
+        (2, mask.full_kv_num_blocks, mask.full_kv_indices),
+    ):
+        for row in range(count):
+            visited[row, columns[0, 0, row, : counts[0, 0, row]].long()] = kind
+    for row, column in np.ndindex(count, count):
+        block = allowed[row * BLOCK : (row + 1) * BLOCK, column * BLOCK : (column + 1) * BLOCK]
+        assert not block.any() or visited[row, column] > 0
+        assert block.all() or visited[row, column] < 2
+    if window is None:
+        assert (visited == 2).any() and (visited == 0).sum() > count * (count - 1) // 2
+
+
 def test_dense_mask_is_the_ancestor_relation() -> None:
     before = random_trees(np.random.default_rng(0), 3, 30)
     allowed, position, end = ancestors(before)
     tree = TreeMask(position, end)
     assert tree.spans == [(0, 30), (30, 60), (60, 90)]
     for start, stop in tree.spans:
-        assert torch.equal(tree.dense(start, stop), allowed[start:stop, start:stop])
+        assert torch.equal(tree.dense(start, stop, None), allowed[start:stop, start:stop])
         allowed[start:stop, start:stop] = False
     assert not allowed.any()
 
 
-def test_tiles_cover_each_query_once_with_its_ancestors() -> None:
+def test_pieces_cover_each_query_once_with_its_ancestors() -> None:
     before = random_trees(np.random.default_rng(1), 2, 2 * TILE)
     allowed, position, end = ancestors(before)
-    tiles = TreeMask(position, end).tiles
+    tree = TreeMask(position, end)
+    tiles = tree.pieces(TILE, None)
     assert [tile.start for tile in tiles[1:]] == [tile.stop for tile in tiles[:-1]]
     assert (tiles[0].start, tiles[-1].stop) == (0, len(before))
     for tile in tiles:
         path = torch.cat([torch.arange(part.start, part.stop) for part in tile.path])
         assert torch.equal(allowed[tile.stop - 1].nonzero()[:, 0], path)
+        assert tile.length == len(path) and tile.stop - tile.start <= TILE
+    assert tree.pieces(TILE, None) is tiles
+    assert max(tile.length for tile in tree.pieces(TILE, 10)) <= TILE + 9
 
 
 def test_bfloat16_is_as_accurate_as_sdpa() -> None:
@@ -123,17 +180,14 @@ def test_bfloat16_is_as_accurate_as_sdpa() -> None:
         pairs = zip(found, (exact, *exact_gradients), strict=True)
         return [((ours.double() - best).norm() / best.norm()).item() for ours, best in pairs]
 
-    for ours, reference in zip(errors(path_attention), errors(masked_attention), strict=True):
-        assert ours <= 2 * reference <= 0.01
+    reference = errors(masked_attention)
+    for attention in (path_attention, ATTENTIONS["varlen"]):
+        for ours, theirs in zip(errors(attention), reference, strict=True):
+            assert ours <= 2 * theirs <= 0.01
 
 
-def test_window_shorter_than_the_paths_is_refused() -> None:
+def test_soft_capping_is_refused() -> None:
     tensors = [part[None] for part in inputs(10, 2, 2, torch.float32)]
     chain = TreeMask(torch.arange(10), torch.full((10,), 10))
-    module = torch.nn.Module()
-    allowed, _ = tree_attention(module, *tensors, None, tree=chain, sliding_window=10)
-    assert allowed.shape == (1, 10, 2, 8)
-    with pytest.raises(ValueError, match="path of 10 tokens exceeds the model's window of 9"):
-        tree_attention(module, *tensors, None, tree=chain, sliding_window=9)
     with pytest.raises(ValueError, match="soft-capping"):
-        tree_attention(module, *tensors, None, tree=chain, softcap=30.0)
+        tree_attention(torch.nn.Module(), *tensors, None, tree=chain, softcap=30.0)

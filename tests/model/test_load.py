@@ -211,3 +211,10 @@ def test_device_names(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(ConfigError, match=r"model.device: 'tpu'"):
         resolve_device("tpu")
+
+
+@pytest.mark.parametrize("attention", ["triton", "flex", "varlen"])
+def test_an_attention_of_another_device_is_refused(attention: str) -> None:
+    config = ModelConfig(name="scratch", device="cpu", attention=attention)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"'{attention}' runs on cuda and the model is on cpu"):
+        load_model(config, seed=0, tokenizer_texts=["text"])

@@ -9,8 +9,12 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -41,6 +45,17 @@ MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=True)),
+    # Windows far shorter than the paths.
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=7)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SIZES,
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            sliding_window=9,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
 }
 ALGORITHMS = {
     "elpo": AlgoConfig.model_validate({"clip": {"scope": "tree"}}),
@@ -56,6 +71,8 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     for module in built.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = MethodType(rms_norm, module)
+        elif type(module).__name__ == "Gemma3RMSNorm":
+            module.forward = MethodType(gemma_rms_norm, module)
     return built
 
 
@@ -63,6 +80,11 @@ def rms_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """As transformers has it, but without rounding float64 to float32 inside."""
     scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
     return self.weight * (hidden * scale)
+
+
+def gemma_rms_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+    return (1 + self.weight) * (hidden * scale)
 
 
 def random_tree(rng: np.random.Generator, trajectories: int, *, prompt: int, branch: bool) -> Tree:

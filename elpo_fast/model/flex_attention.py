@@ -1,0 +1,62 @@
+"""Tree attention by PyTorch's FlexAttention.
+
+The block mask is made from extremes of `end` and `position` over blocks (`elpo_kernels.TreePlan`),
+never from an `N x N` mask. On CUDA the kernel is compiled. On CPUs FlexAttention runs eagerly, with
+dense scores and without a backward, which suffices for tests.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from elpo_fast.model.tree_mask import TreeMask
+
+BLOCK = 128
+
+
+def flex_tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeMask,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
+    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    mask = tree.kept(("flex", window), lambda: block_mask(tree, window))
+    output = attend(query[None], key[None], value[None], None, mask, scale, enable_gqa=True)
+    return output[0]
+
+
+def block_mask(tree: TreeMask, window: int | None) -> BlockMask:
+    """Blocks to visit, and the exact mask within those that are not wholly visible."""
+    end, position = tree.plan.end, tree.plan.windowed()
+
+    def allowed(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        seen = (k <= q) & (q < end[k])
+        return seen if window is None else seen & (position[q] - position[k] < window)
+
+    blocks, counts, _ = tree.plan.lists(BLOCK, BLOCK, window or 0, by_column=False)
+    partial, full = counts.unbind(1)
+    # The full blocks follow the partial ones in each row: turn them to the front.
+    columns = torch.arange(blocks.shape[1], device=blocks.device)
+    turned = blocks.gather(1, (columns + partial[:, None]) % blocks.shape[1])
+    return BlockMask.from_kv_blocks(
+        partial[None, None],
+        blocks[None, None],
+        full[None, None],
+        turned[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=allowed,
+        seq_lengths=(len(end), len(end)),
+    )
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=True)

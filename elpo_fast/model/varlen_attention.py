@@ -1,0 +1,143 @@
+"""Tree attention by variable-length flash attention, which knows nothing of trees.
+
+Every run of consecutive path tokens becomes a segment of its own, whose keys are its whole path,
+gathered: causal attention aligned to the segment's end is then exactly attention along the path.
+Keys are copied once per run that sees them, so this suits trees with few, long runs. The kernel is
+flash-attn's where that is installed, else PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from elpo_fast.model.tree_mask import TreeMask
+
+logger = logging.getLogger(__name__)
+
+
+class Segments(NamedTuple):
+    """Segment `i` has queries `queries[i]:queries[i + 1]` and gathered keys likewise."""
+
+    token: torch.Tensor  # int64, token of each gathered key
+    queries: torch.Tensor  # int32 [segments + 1]
+    keys: torch.Tensor  # int32 [segments + 1]
+    longest_query: int
+    longest_key: int
+
+
+Kernel = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, int | None], torch.Tensor
+]
+"""Attention of `[N, heads, D]` to gathered keys and values, causal to each segment's end."""
+
+
+def varlen_tree_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    tree: TreeMask,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
+    parts = tree.kept(("segments", window), lambda: segments(tree, window))
+    keys, values = (_Gather.apply(x.transpose(0, 1), parts.token) for x in (key, value))
+    attend = flash_kernel()
+    return attend(query.transpose(0, 1), keys, values, parts, scale, window).transpose(0, 1)
+
+
+def segments(tree: TreeMask, window: int | None) -> Segments:
+    """The runs of a mask as segments, keys out of a window's reach left out."""
+    runs = tree.pieces(max(1, len(tree.end)), window)
+    device = tree.end.device
+    index = [torch.arange(part.start, part.stop) for run in runs for part in run.path]
+    sizes = torch.tensor([[run.stop - run.start, run.length] for run in runs]).view(-1, 2)
+    starts = torch.cat([torch.zeros(1, 2, dtype=torch.long), sizes.cumsum(0)]).to(torch.int32)
+    longest = sizes.amax(0).tolist() if runs else [0, 0]
+    return Segments(
+        torch.cat([torch.zeros(0, dtype=torch.long), *index]).to(device),
+        starts[:, 0].contiguous().to(device),
+        starts[:, 1].contiguous().to(device),
+        *longest,
+    )
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by index. A prefix is gathered by many runs, so its gradient is summed in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = tensor.shape
+        return tensor.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        (grad,), (index,) = grads, ctx.saved_tensors
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = torch.zeros(ctx.shape, dtype=wide, device=grad.device)
+        return total.index_add_(0, index, grad.to(wide)).to(grad.dtype), None
+
+
+@cache
+def flash_kernel() -> Kernel:
+    """flash-attn, or else PyTorch's variable-length attention; which one is logged once."""
+    if importlib.util.find_spec("flash_attn") is None:
+        logger.warning("flash-attn is not installed: model.attention=varlen runs PyTorch's kernel")
+        return _torch_kernel
+    return _flash_attn_kernel
+
+
+def _flash_attn_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Segments,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
+        softmax_scale=scale,
+        causal=True,
+        window_size=_reach(window),
+    )
+
+
+def _torch_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    parts: Segments,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    groups = query.shape[1] // key.shape[1]  # not every release knows grouped queries
+    output = varlen_attn(
+        query.contiguous(),
+        key.repeat_interleave(groups, dim=1),
+        value.repeat_interleave(groups, dim=1),
+        *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
+        scale=scale,
+        window_size=_reach(window),
+    )
+    assert isinstance(output, torch.Tensor)  # no log-sum-exp was asked for
+    return output
+
+
+def _reach(window: int | None) -> tuple[int, int]:
+    """Keys to the left and right of a query; -1: all."""
+    return (-1 if window is None else window - 1), 0
