@@ -18,6 +18,7 @@ from typing import Any
 
 from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import (
+    ATTEMPTS,
     Execution,
     Sandbox,
     Snapshot,
@@ -133,15 +134,13 @@ class PythonSession:
     async def _step(
         self, state: SessionState, code: str, number: int
     ) -> tuple[Execution, Snapshot | None]:
-        """From the snapshot of `state`, which is rebuilt once if it turns out to be gone."""
-        for attempt in range(2):
+        """From the snapshot of `state`, which is rebuilt if it turns out to be gone."""
+        for _ in range(ATTEMPTS):
             snapshot = await self._snapshot(state)
             try:
                 return await self._sandbox.step(snapshot, code, number)
             except SnapshotLostError:
                 self._forget(state, snapshot)
-                if attempt:
-                    break
         raise _RestoreError("its process was killed")
 
     async def _snapshot(self, state: SessionState) -> Snapshot:
@@ -163,19 +162,26 @@ class PythonSession:
         return self._keep(state, snapshot)
 
     async def _root(self, state: SessionState) -> Snapshot:
-        fresh = await self._sandbox.open_session(state.modules)
-        if not state.code:
-            return fresh
-        try:
-            execution, snapshot = await self._sandbox.step(fresh, state.code, 0)
-        except SnapshotLostError as problem:
-            raise _RestoreError(str(problem)) from None
-        finally:
-            self._sandbox.drop([fresh])
-        if snapshot is None or execution.error is not None:
-            self._sandbox.drop([snapshot] if snapshot else [])
-            raise _RestoreError(execution.text())
-        return snapshot
+        """A fresh interpreter after the task's setup, which nobody but us wrote: where it did not
+        finish, it is run again."""
+        problem = "its process was killed"
+        for _ in range(ATTEMPTS):
+            fresh = await self._sandbox.open_session(state.modules)
+            if not state.code:
+                return fresh
+            try:
+                execution, snapshot = await self._sandbox.step(fresh, state.code, 0)
+            except SnapshotLostError:
+                continue
+            finally:
+                self._sandbox.drop([fresh])
+            problem = execution.text()
+            if snapshot is not None:
+                if execution.error is None:
+                    return snapshot
+                self._sandbox.drop([snapshot])
+                break
+        raise _RestoreError(problem)
 
     def _keep(self, state: SessionState, snapshot: Snapshot) -> Snapshot:
         """Remember it, unless another call has rebuilt the same state meanwhile."""

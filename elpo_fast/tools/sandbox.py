@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 
 Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
 SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
+ATTEMPTS = 3  # processes can be killed from outside, for want of memory for example
 CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
 
 # What a server imports before its first fork. Every fork pays for all of it: scipy and networkx
@@ -190,8 +191,7 @@ class Sandbox:
 
     async def open_session(self, modules: tuple[str, ...] = _LIGHT) -> Snapshot:
         """A fresh interpreter, not yet having run anything; `modules` as `preloaded` gives them."""
-        link = self._link(modules)
-        reply = await self._ask(link, "open")
+        link, reply = await self._served(modules, "open")
         return Snapshot(link, reply.header["snapshot"])
 
     async def step(
@@ -262,17 +262,27 @@ class Sandbox:
     async def _call(
         self, modules: tuple[str, ...], body: Any, timeout_s: float
     ) -> tuple[Reply, float]:
-        """Once more on a new server if the first one dies."""
+        """The reply and its seconds; one that says so where servers died again and again."""
         loop = asyncio.get_running_loop()
-        for attempt in range(2):
-            started = loop.time()
+        started = loop.time()
+        try:
+            _, reply = await self._served(modules, "call", body, timeout_s=timeout_s)
+        except ServerGoneError:
+            reply = Reply({"how": "gone", "signal": 0}, (b"", b"", b""))
+        return reply, loop.time() - started
+
+    async def _served(
+        self, modules: tuple[str, ...], op: str, body: Any = None, **fields: Any
+    ) -> tuple[Link, Reply]:
+        """A server and its reply; a new server is asked where one dies, `ATTEMPTS` in all."""
+        for attempt in range(ATTEMPTS):
+            link = self._link(modules)
             try:
-                reply = await self._ask(self._link(modules), "call", body, timeout_s=timeout_s)
-                return reply, loop.time() - started
+                return link, await self._ask(link, op, body, **fields)
             except ServerGoneError:
-                if attempt or self._closed:
-                    break
-        return Reply({"how": "gone", "signal": 0}, (b"", b"", b"")), loop.time() - started
+                if attempt == ATTEMPTS - 1 or self._closed:
+                    raise
+        raise AssertionError
 
     async def _ask(self, link: Link, op: str, body: Any = None, **fields: Any) -> Reply:
         await asyncio.shield(asyncio.wrap_future(link.ready))

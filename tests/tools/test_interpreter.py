@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import signal
 import time
 from typing import Any
 
@@ -344,5 +347,23 @@ def test_states_are_small_immutable_and_hashable(any_box) -> None:
             state.code = "y"
         assert not hasattr(state, "__dict__")
         await session.close()
+
+    asyncio.run(main())
+
+
+def test_open_survives_a_server_that_is_killed(make_box, descendants) -> None:
+    """A task's setup has no effects outside: it is run again, and only its own fault counts."""
+    before = descendants()
+    box = make_box()
+    session = PythonSession(box.sandbox)
+
+    async def main() -> None:
+        opening = asyncio.create_task(session.open(task("import time\ntime.sleep(1)\nx = 7")))
+        await box.sandbox.start()
+        await asyncio.sleep(0.3)
+        for pid in descendants() - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert (await call(session, await opening, "x"))[0] == "7"
 
     asyncio.run(main())

@@ -16,7 +16,13 @@ import psutil
 import pytest
 
 from elpo_fast.tools import _link
-from elpo_fast.tools.sandbox import _LIGHT, Sandbox, SandboxError, SnapshotLostError
+from elpo_fast.tools.sandbox import (
+    _LIGHT,
+    ATTEMPTS,
+    Sandbox,
+    SandboxError,
+    SnapshotLostError,
+)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +418,7 @@ def test_server_that_always_dies_gives_an_error_result(make_box, descendants) ->
 
     async def main() -> None:
         call = asyncio.create_task(box.sandbox.run("import time\ntime.sleep(9)"))
-        for _ in range(2):
+        for _ in range(ATTEMPTS):
             await box.sandbox.start()
             await asyncio.sleep(0.3)
             kill_all(descendants() - before)
