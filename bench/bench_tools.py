@@ -1,16 +1,14 @@
-"""Speed of the Python tools: `python bench/bench_tools.py [--seconds 3] [--soak 0] [--out FILE]`.
+"""Speed of the Python tools: `python bench/bench_tools.py [--seconds 5] [--out FILE]`.
 
-Every variant is checked for the right answer first; rounds of all variants alternate, and the
-median round is reported with the range of the rounds. Beside the sandbox stand cold subprocesses,
-which is what it replaces. `--soak N` then makes N mixed calls, hostile ones among them, and reports
-whether processes, descriptors or memory have grown.
+Every answer is checked; rounds of all variants alternate, and the median round is reported with
+the range of the rounds. Beside the sandbox stand cold subprocesses, which is what it replaces.
+`soak_tools.py` is about endurance.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import platform
@@ -21,15 +19,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from elpo_fast.tools.interpreter import PythonSession, SessionState
 from elpo_fast.tools.sandbox import Sandbox
 from elpo_fast.types import Task
 
 PRINT = "print(2**10)"
 FACTOR = "import sympy\nx = sympy.Symbol('x')\nprint(sympy.factor(x**6 - 1))"
-ANSWERS = {PRINT: "1024", FACTOR: "(x - 1)*(x + 1)*(x**2 - x + 1)*(x**2 + x + 1)"}
+SCIPY = "from scipy.optimize import brentq\nprint(round(brentq(lambda x: x * x - 2, 0, 2), 6))"
+ANSWERS = {
+    PRINT: "1024",
+    FACTOR: "(x - 1)*(x + 1)*(x**2 - x + 1)*(x**2 + x + 1)",
+    SCIPY: "1.414214",
+}
 ROUNDS = 5
 Call = Callable[[], Awaitable[None]]
 
@@ -85,56 +86,6 @@ async def compare(variants: dict[str, tuple[Call, int]], seconds: float) -> dict
     }
 
 
-def footprint() -> dict[str, float]:
-    """Of this process and all below it; calls come and go while we look."""
-    found = []
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):
-            found.append((process.num_fds(), process.memory_info().rss / 2**20))
-    return {
-        "processes": len(found),
-        "descriptors": sum(descriptors for descriptors, _ in found),
-        "memory_mb": round(sum(memory for _, memory in found)),
-    }
-
-
-async def soak(sandbox: Sandbox, calls: int) -> dict[str, Any]:
-    """Mixed calls, four at a time; footprint after a tenth of them and at the end."""
-    kinds = [
-        (PRINT, "1024"),
-        (FACTOR, ANSWERS[FACTOR]),
-        ("print(1); 1/0", "1"),
-        ("import os; os._exit(0)", ""),
-        ("open('f', 'w').write('x' * 10**6); print('w')", "w"),
-        ("x = bytearray(1 << 40)", ""),
-    ]
-    session = PythonSession(sandbox)
-    remaining = iter(range(calls))
-    snapshots: list[dict[str, float]] = []
-
-    async def caller() -> None:
-        for number in remaining:
-            if number % 10 == 9:
-                state = await session.open(Task("t", (), "bench", setup="x = 1"))
-                one = (await session.call(state, {"code": "x += 1; x"})).state
-                result = await session.call(one, {"code": "x += 1; x"})
-                assert result.content == "3", result
-                await session.release([state, one, result.state])
-            else:
-                code, answer = kinds[number % len(kinds)]
-                execution = await sandbox.run(code)
-                assert execution.stdout.strip() == answer, execution
-            if number == calls // 10:
-                snapshots.append(footprint())
-
-    started = time.perf_counter()
-    await asyncio.gather(*(caller() for _ in range(4)))
-    seconds = time.perf_counter() - started
-    await asyncio.sleep(1)
-    snapshots.append(footprint())
-    return {"calls": calls, "per_s": round(calls / seconds, 1), "footprint": snapshots}
-
-
 async def run(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     sandbox = Sandbox(isolation=arguments.isolation, workers=2)
@@ -162,7 +113,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         assert await sandbox.call_function("math:factorial", 5) == 120
 
     variants: dict[str, tuple[Call, int]] = {}
-    for name, code in (("print", PRINT), ("sympy factor", FACTOR)):
+    for name, code in (("print", PRINT), ("sympy factor", FACTOR), ("scipy root", SCIPY)):
         for callers in (1, 2):
             variants[f"cold {name}, {callers} callers"] = (cold(code), callers)
             variants[f"sandbox {name}, {callers} callers"] = (in_sandbox(code), callers)
@@ -177,10 +128,9 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "load_before": arguments.load,
         "isolation": protection.isolation,
         "start_s": round(start_s, 2),
+        "seconds": arguments.seconds,
         "results": results,
     }
-    if arguments.soak:
-        record["soak"] = await soak(sandbox, arguments.soak)
     await sandbox.close()
     return record
 
@@ -188,8 +138,7 @@ async def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isolation", default="auto")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per variant")
-    parser.add_argument("--soak", type=int, default=0, help="mixed calls afterwards")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per variant")
     parser.add_argument("--out", type=Path, help="write the record here, too")
     arguments = parser.parse_args()
     arguments.load = round(os.getloadavg()[0], 2)
