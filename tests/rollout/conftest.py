@@ -1,11 +1,20 @@
-"""Small random models for the local engine, and what a plain forward says about a completion."""
+"""Small random models, engines on them, and what a plain forward says about a completion.
+
+`local` is the engine in this process. `sglang` is the real SGLang: one server for the whole test
+session, which every test gives its own weights; without it these tests are skipped.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import numba
 import numpy as np
@@ -21,10 +30,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from elpo_fast.config import RolloutConfig
+from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.sglang.engine import SGLangEngine
+from elpo_fast.rollout.sglang.process import ServerProcess
 from elpo_fast.types import Completion
 
 VOCAB_SIZE = 320
+CACHE_TOKENS = 16384
+START_TIMEOUT_S = 240
 _KINDS = {
     "llama-tied": (LlamaConfig, LlamaForCausalLM, {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen2-biased": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -125,3 +140,106 @@ def check() -> Callable[..., None]:
         np.testing.assert_allclose(completion.entropies, entropies, rtol=0, atol=tolerance)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def sglang_python() -> str:
+    python = Path(sys.prefix).parent / ".venv-sglang" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("the real SGLang is not installed; run `make sglang-cpu`")
+    return str(python)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return train_tokenizer(["carry the four to the total and take seven from the sum"] * 3)
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    sglang_python: str, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., tuple[ServerProcess, str]]]:
+    """Start a server on the "qwen3-normed" model, without waiting for it; process and URL."""
+    started: list[ServerProcess] = []
+
+    def start(**args: Any) -> tuple[ServerProcess, str]:
+        folder = tmp_path_factory.mktemp("sglang")
+        _model("qwen3-normed").save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        args = {"dtype": "float32", "max_total_tokens": CACHE_TOKENS, "random_seed": 0, **args}
+        process = ServerProcess(sglang_python, folder, folder / "log", args, on_cpu=True)
+        started.append(process)
+        return process, process.start(0)
+
+    yield start
+    for process in started:
+        process.stop()
+
+
+@pytest.fixture(scope="session")
+def ready() -> Callable[[ServerProcess, str], str]:
+    """Wait until a started server answers; its URL."""
+
+    def wait(process: ServerProcess, url: str) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                with urlopen(f"{url}/health", timeout=30):
+                    return url
+            except (URLError, OSError):
+                assert process.alive and time.monotonic() < deadline, process.tail()
+                time.sleep(0.2)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Any, ready: Any) -> tuple[ServerProcess, str]:
+    """The server that all tests share."""
+    process, url = start_server()
+    return process, ready(process, url)
+
+
+@pytest.fixture
+def use_sglang(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
+    """Run a coroutine function on a fresh engine for these servers, and close the engine."""
+
+    def run(
+        model: PreTrainedModel,
+        work: Callable[[SGLangEngine], Coroutine[Any, Any, Any]],
+        urls: list[str],
+        **options: Any,
+    ) -> Any:
+        options = {"top_logprobs": VOCAB_SIZE, "folder": str(tmp_path), **options}
+        config = RolloutConfig.model_validate(
+            {"max_tokens": 256, "sglang": {"urls": urls, **options}}
+        )
+
+        async def whole() -> Any:
+            engine = SGLangEngine(
+                config, model, tokenizer, dtype=torch.float32, log=tmp_path / "log"
+            )
+            try:
+                return await asyncio.wait_for(work(engine), 120)
+            finally:
+                await engine.close()
+
+        return asyncio.run(whole())
+
+    return run
+
+
+@pytest.fixture(params=["local", "sglang"])
+def with_engine(request: pytest.FixtureRequest, tokenizer: Any) -> Callable[..., Any]:
+    """Run a coroutine function on a fresh engine of either kind on the "qwen3-normed" model."""
+    if request.param == "local":
+        use = request.getfixturevalue("use")
+        return lambda work: use(_model("qwen3-normed"), work, tokenizer, cache_tokens=CACHE_TOKENS)
+    use_sglang, (_, url) = (request.getfixturevalue(name) for name in ("use_sglang", "server"))
+    return lambda work: use_sglang(_model("qwen3-normed"), work, [url])
+
+
+@pytest.fixture
+def qwen3() -> PreTrainedModel:
+    """What `with_engine` computes."""
+    return _model("qwen3-normed")

@@ -253,23 +253,6 @@ def test_score_equals_a_plain_forward(any_model: Any, prompt: Any, use: Any, war
     assert stats.computed_tokens == (30 if warm else 0)
 
 
-def test_update_waits_for_running_requests_and_later_ones_wait_for_it(
-    model: Any, prompt: Any, use: Any
-) -> None:
-    async def work(engine: LocalEngine) -> Any:
-        sampling = Sampling(max_tokens=40)
-        early = asyncio.create_task(engine.generate(prompt(8), 4, sampling))
-        await asyncio.sleep(0.005)
-        update = asyncio.create_task(engine.update_weights(model.named_parameters(), 1))
-        await asyncio.sleep(0)
-        late = asyncio.create_task(engine.generate(prompt(8), 4, sampling))
-        return await early, await update, await late
-
-    early, _, late = use(model, work, max_batch=2)
-    assert {c.weight_version for c in early} == {0}
-    assert {c.weight_version for c in late} == {1}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -299,19 +282,6 @@ def test_update_weights_refuses_and_changes_nothing(
         return await engine.generate(prompt(6), 1, Sampling(max_tokens=3))
 
     check(model, prompt(6), use(model, work)[0])
-
-
-def test_stop_tokens_end_a_completion_and_are_kept(model: Any, prompt: Any, use: Any) -> None:
-    async def work(engine: LocalEngine) -> Any:
-        (free,) = await engine.generate(prompt(6), 1, Sampling(max_tokens=20, seed=1))
-        stop = int(free.token_ids[7])
-        sampling = Sampling(max_tokens=20, seed=1, stop_token_ids=(stop,))
-        (stopped,) = await engine.generate(prompt(6), 1, sampling)
-        return free.token_ids.tolist(), stop, stopped
-
-    free, stop, stopped = use(model, work)
-    assert stopped.token_ids.tolist() == free[: free.index(stop) + 1]
-    assert stopped.finish == "stop_token"
 
 
 def test_stop_strings_end_a_completion_as_soon_as_its_text_holds_one(
