@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from elpo_fast.model.forward import packed_hidden
-from elpo_fast.tree.pack import PackedBatch, Scored, pack
+from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
 
@@ -283,7 +283,8 @@ class PolicyOptimizer:
         for batch in batches:
             for index, tree in enumerate(batch.trees):
                 self._optimizer.zero_grad(set_to_none=True)
-                part = loss_of(_single(batch, index))
+                start, stop = batch.tree_start[index : index + 2]
+                part = loss_of(section(batch, index, int(start), int(stop)))
                 norm = nn.utils.get_total_norm(p.grad for p in self._masters if p.grad is not None)
                 if part and not (math.isfinite(part.loss) and math.isfinite(norm)):
                     found.append(int(tree))
@@ -293,23 +294,25 @@ class PolicyOptimizer:
 def micro_batches(
     forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
 ) -> list[PackedBatch]:
-    """Whole trees into batches of at most `budget_tokens` unique tokens, first-fit decreasing.
+    """Trees into batches of at most `budget_tokens` computed tokens, first-fit decreasing.
 
-    A tree larger than the budget is a batch of its own. `scale` as in `tree.pack.pack`.
+    A larger tree is cut into parts that repeat what is above them (`tree.pack.cut`); a single path
+    above the budget is a batch of its own. `scale` as in `tree.pack.pack`.
     """
-    start = forest.token_start[forest.node_start]
+    packed = pack(forest, sorted(trees), scored, scale=scale)
+    parts = [part for index in range(len(trees)) for part in cut(packed, index, budget_tokens)]
     bins: list[list[int]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=lambda tree: (start[tree] - start[tree + 1], tree)):
-        size = int(start[tree + 1] - start[tree])
+    for number in sorted(range(len(parts)), key=lambda number: (-len(parts[number]), number)):
+        size = len(parts[number])
         fits = next((index for index, free in enumerate(room) if size <= free), None)
         if fits is None:
-            bins.append([tree])
+            bins.append([number])
             room.append(budget_tokens - size)
         else:
-            bins[fits].append(tree)
+            bins[fits].append(number)
             room[fits] -= size
-    return [pack(forest, sorted(chosen), scored, scale=scale) for chosen in bins]
+    return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
 
 
 def _stats(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
@@ -336,21 +339,6 @@ def _stats(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
             if parts[0].stats
             else {}
         ),
-    )
-
-
-def _single(batch: PackedBatch, index: int) -> PackedBatch:
-    """One tree of a batch as a batch of its own."""
-    start, stop = (int(at) for at in batch.tree_start[index : index + 2])
-    cut = {
-        name: getattr(batch, name)[start:stop]
-        for name in PackedBatch.__dataclass_fields__
-        if name not in ("trees", "tree_start")
-    }
-    cut["end"] = cut["end"] - start
-    cut["pred"] = np.maximum(cut["pred"] - start, -1)
-    return PackedBatch(
-        **cut, trees=batch.trees[index : index + 1], tree_start=np.array([0, stop - start])
     )
 
 

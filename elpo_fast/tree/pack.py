@@ -16,6 +16,7 @@ that the agent did not write.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +84,8 @@ _COLUMNS: dict[str, type[np.generic]] = {
 }
 """The four-byte token arrays of `PackedBatch`, in the order in which `_fill` takes them."""
 
+_TOKEN_FIELDS = (*_COLUMNS, "agent")
+
 
 def pack(
     forest: Forest, trees: Sequence[int], scored: Scored, *, scale: float = 1.0
@@ -140,6 +143,85 @@ def pack(
             "nothing predicts; give it a prompt"
         )
     return PackedBatch(**columns, agent=agent, trees=chosen, tree_start=tree_start)
+
+
+def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
+    """Tree `index` of a batch, or parts of it of at most `budget` tokens, that sum to the same.
+
+    A part is a range of the tree's tokens, from one leaf's end to another's, and before it the path
+    above, repeated without coefficients and without agent tokens. A cut at `t` repeats
+    `position[t]` tokens; cuts are chosen so that all of them repeat as few as possible. Only where
+    a single path is longer than the budget is a part.
+    """
+    first, last = (int(at) for at in batch.tree_start[index : index + 2])
+    if last - first <= budget:
+        return [section(batch, index, first, last)] if first < last else []
+    after_leaf = np.flatnonzero(batch.pred[first + 1 : last] != np.arange(first, last - 1)) + 1
+    bounds = [first, *(first + after_leaf).tolist(), last]
+    repeated = batch.position[bounds[:-1]].tolist()
+    # For the tokens before each bound: how many are repeated at least, where the last part starts.
+    best = [(0, 0)]
+    for stop in range(1, len(bounds)):
+        options: list[tuple[int, int]] = []
+        for start in range(stop - 1, -1, -1):
+            size = repeated[start] + bounds[stop] - bounds[start]
+            if options and size > budget:
+                break  # earlier starts make larger parts
+            options.append((best[start][0] + repeated[start], start))
+        best.append(min(options))
+    parts, stop = [], len(bounds) - 1
+    while stop > 0:
+        start = best[stop][1]
+        parts.append(section(batch, index, bounds[start], bounds[stop]))
+        stop = start
+    return parts[::-1]
+
+
+def section(batch: PackedBatch, index: int, start: int, stop: int) -> PackedBatch:
+    """Tokens `start:stop` of tree `index`, and the path above them without coefficients."""
+    first = int(batch.tree_start[index])
+    above = first + np.flatnonzero(batch.end[first:start] > start)
+    chosen = np.concatenate([above, np.arange(start, stop)])
+    columns = {name: getattr(batch, name)[chosen] for name in _TOKEN_FIELDS}
+    columns["end"] = np.minimum(columns["end"], stop) - (start - len(above))
+    place = np.searchsorted(chosen, columns["pred"]).astype(np.int32)
+    columns["pred"] = np.where(columns["pred"] < 0, np.int32(-1), place)
+    for name in ("pos_coef", "neg_coef", "agent"):
+        columns[name][: len(above)] = 0
+    sizes = np.array([0, len(chosen)])
+    return PackedBatch(**columns, trees=batch.trees[index : index + 1], tree_start=sizes)
+
+
+def concatenate(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Several batches end to end as one."""
+    starts = np.cumsum([0, *map(len, batches)])
+    columns = {
+        name: np.concatenate([getattr(batch, name) for batch in batches]) for name in _TOKEN_FIELDS
+    }
+    offset = np.repeat(starts[:-1], [len(batch) for batch in batches]).astype(np.int32)
+    columns["end"] += offset
+    columns["pred"] = np.where(columns["pred"] < 0, np.int32(-1), columns["pred"] + offset)
+    pairs = list(zip(batches, starts, strict=False))
+    return PackedBatch(
+        **columns,
+        trees=np.concatenate([batch.trees for batch in batches]),
+        tree_start=np.concatenate([[0], *(batch.tree_start[1:] + at for batch, at in pairs)]),
+    )
+
+
+def balance(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Indices of `costs` for each rank: the largest first, each to the rank with least so far.
+
+    The most loaded rank has at most 4/3 - 1/(3 ranks) times what the best split would give it
+    (Graham 1969).
+    """
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    load = [(0.0, rank) for rank in range(ranks)]
+    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
+        so_far, rank = heapq.heappop(load)
+        shares[rank].append(index)
+        heapq.heappush(load, (so_far + costs[index], rank))
+    return shares
 
 
 def active(forest: Forest, scored: Scored) -> NDArray[np.bool_]:

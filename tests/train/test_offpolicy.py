@@ -70,12 +70,15 @@ def corrected(forest: Forest, algo: AlgoConfig, level: str) -> list[tuple[Packed
 
 @pytest.mark.parametrize("algo", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_token_weights_multiply_each_tokens_coefficients(forest: Forest, algo: AlgoConfig) -> None:
+    held = {"capped": 0, "below": 0}
     for batch, before in corrected(forest, algo, "token"):
         weight = np.minimum(np.exp(Shifted().gap(batch.token_ids)), CAP)
-        assert (weight == CAP).any() and (weight < 1).any()
+        held["capped"] += int((weight == CAP).sum())
+        held["below"] += int((weight < 1).sum())
         assert np.allclose(batch.pos_coef, before.pos_coef * weight, rtol=1e-6)
         assert np.allclose(batch.neg_coef, before.neg_coef * weight, rtol=1e-6)
         assert np.array_equal(batch.old_logprob, Shifted().logprobs(before))
+    assert min(held.values()) > 0
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS.values(), ids=ALGORITHMS)

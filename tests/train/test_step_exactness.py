@@ -200,7 +200,7 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("budget", [100, 100_000], ids=["micro-batches", "one-batch"])
+@pytest.mark.parametrize("budget", [100, 230, 100_000], ids=["by-path", "cut", "one-batch"])
 def test_packed_step_equals_one_row_per_trajectory(
     model: PreTrainedModel, algorithm: str, dtype: torch.dtype, tolerance: float, budget: int
 ) -> None:
@@ -215,7 +215,9 @@ def test_packed_step_equals_one_row_per_trajectory(
     optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=dtype)
     scale = 1 / len(trees)
     batches = micro_batches(trees, scored, range(len(trees)), budget, scale=scale)
-    assert (len(batches) > 1) == (budget == 100)
+    computed = [tree for batch in batches for tree in batch.trees]
+    assert (len(computed) > len(trees)) == (budget < 1000)
+    assert max(map(len, batches)) <= budget or budget == 100
     if dtype == torch.float64:
         batches = [widened(batch, scored, scale) for batch in batches]
     parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]

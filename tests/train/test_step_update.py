@@ -315,7 +315,7 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     "budget, expected",
     [
-        (1, [[3], [1], [0], [2]]),  # a tree above the budget is a batch of its own
+        (1, [[3], [1], [2], [1], [0], [0], [1], [3]]),  # paths of their own
         (36, [[3], [0, 1], [2]]),
         (48, [[0, 3], [1, 2]]),
         (1000, [[0, 1, 2, 3]]),

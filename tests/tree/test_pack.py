@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elpo_fast.tree.pack import PackedBatch, Scored, active, pack
+from elpo_fast.tree.pack import (
+    PackedBatch,
+    Scored,
+    active,
+    balance,
+    concatenate,
+    cut,
+    pack,
+    section,
+)
 from elpo_fast.tree.store import Forest, Tree
 
 from . import twin
@@ -169,3 +179,79 @@ def test_misuse_is_refused():
     bare = Forest.from_trees([tree])
     with pytest.raises(ValueError, match="'bare' starts with an agent token"):
         pack(bare, [0], scored(bare)[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 60))
+def test_parts_own_every_token_once_and_see_its_path(seed, budget):
+    forest = twin.random_forest(seed)
+    batch = pack(forest, range(3), scored(forest)[0])
+    columns = ("token_ids", "old_logprob", "eps_low", "pos_coef", "neg_coef", "agent")
+
+    def identity(one: PackedBatch, at: int) -> tuple[int, int]:
+        return int(one.node[at]), int(one.position[at])
+
+    place = {identity(batch, at): at for at in range(len(batch))}
+    seen: set[tuple[int, int]] = set()
+    for index in range(3):
+        for part in cut(batch, index, budget):
+            names = [identity(part, at) for at in range(len(part))]
+            repeated = [name in seen for name in names]
+            assert repeated == sorted(repeated, reverse=True)
+            seen.update(names)
+            for at, (name, again) in enumerate(zip(names, repeated, strict=True)):
+                origin = place[name]
+                assert part.agent[at] == (0 if again else batch.agent[origin])
+                for column in columns[: 3 if again else None]:
+                    assert getattr(part, column)[at] == getattr(batch, column)[origin]
+                if batch.pred[origin] < 0:
+                    assert part.pred[at] == -1
+                else:
+                    assert names[part.pred[at]] == identity(batch, batch.pred[origin])
+            q, k = np.indices((len(part), len(part)))
+            visible = (k <= q) & (q < part.end[k])
+            np.testing.assert_array_equal(visible.sum(1) - 1, part.position)
+    assert seen == set(place)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(5, 60))
+def test_cuts_repeat_as_few_tokens_as_possible(seed, budget):
+    forest = twin.random_forest(seed)
+    batch = pack(forest, [0], scored(forest)[0])
+    starts = [at for at in range(1, len(batch)) if batch.pred[at] != at - 1][:9]
+    stop = next((at for at in range(1, len(batch)) if batch.pred[at] != at - 1 and at > starts[-1]),
+                len(batch)) if starts else len(batch)  # fmt: skip
+    batch = section(batch, 0, 0, stop)
+    totals = []
+    for chosen in itertools.chain.from_iterable(
+        itertools.combinations(starts, count) for count in range(len(starts) + 1)
+    ):
+        bounds = [0, *chosen, stop]
+        sizes = [b - a + int(batch.position[a]) for a, b in itertools.pairwise(bounds)]
+        single = [not set(starts) & set(range(a + 1, b)) for a, b in itertools.pairwise(bounds)]
+        if all(size <= budget or one for size, one in zip(sizes, single, strict=True)):
+            totals.append(sum(sizes))
+    assert sum(map(len, cut(batch, 0, budget))) == min(totals)
+
+
+def test_concatenated_trees_are_those_packed_together():
+    forest = twin.random_forest(4)
+    fast, _ = scored(forest)
+    together = pack(forest, [2, 0, 1], fast)
+    apart = concatenate([pack(forest, [2], fast), pack(forest, [0, 1], fast)])
+    for name in PackedBatch.__dataclass_fields__:
+        ours, theirs = getattr(apart, name), getattr(together, name)
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_balance_gives_each_rank_about_as_much(ranks):
+    costs = np.random.default_rng(0).exponential(size=40).tolist()
+    shares = balance(costs, ranks)
+    assert sorted(index for share in shares for index in share) == list(range(40))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs)
+    assert max(loads) <= (4 / 3 - 1 / (3 * ranks)) * max(sum(costs) / ranks, max(costs))
+    assert balance([], ranks) == [[]] * ranks
