@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elpo_fast.tools.sandbox import Sandbox
+from elpo_fast.tools.sandbox import Protection, Sandbox
 
 _OPTIONAL = {
     "triton": "pip install triton",
@@ -41,18 +41,25 @@ def doctor() -> int:
             table.add_row(name, version(name))
         except PackageNotFoundError:
             table.add_row(name, escape(f"not installed; {remedy}"))
-    protection, works = asyncio.run(_sandbox())
-    table.add_row("sandbox", protection)
+    protection = asyncio.run(_sandbox())
+    if isinstance(protection, str):
+        table.add_row("sandbox", escape(protection))
+    else:
+        table.add_row("sandbox", protection.isolation)
+        for active in protection.active:
+            table.add_row("", f"+ {active}")
+        for reason in protection.why_not_better:
+            table.add_row("", escape(f"- not {reason}"))
     Console().print(table)
-    return 0 if works else 1
+    return 1 if isinstance(protection, str) else 0
 
 
-async def _sandbox() -> tuple[str, bool]:
-    """Which protection is active and why not the better one; whether there is any."""
+async def _sandbox() -> Protection | str:
+    """Which protection is active and why not the better one, or why there is none."""
     sandbox = Sandbox()
     try:
-        return str(await sandbox.describe()), True
+        return await sandbox.describe()
     except RuntimeError as error:
-        return str(error), False
+        return str(error)
     finally:
         await sandbox.close()

@@ -38,6 +38,14 @@ _SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/loc
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
+# Kernel settings, at these values, that forbid user namespaces, and with them bubblewrap.
+_SETTINGS = Path("/proc/sys")
+_FORBIDDING = {
+    "kernel/unprivileged_userns_clone": "0",
+    "kernel/apparmor_restrict_unprivileged_userns": "1",
+    "user/max_user_namespaces": "0",
+}
+
 # Run confined before a server is trusted: which holes are open? The last value must be [].
 _SELF_TEST = """
 import os, socket
@@ -131,6 +139,7 @@ class Link:
             try:
                 self._post({"op": op, "id": number, **fields}, body)
             except OSError:
+                self.alive = False  # the thread will notice as well, but the next call may be first
                 with self._waiting:
                     unanswered = self._pending.pop(number, None) is not None
                 if unanswered:  # else the thread has told it already
@@ -256,7 +265,8 @@ class Link:
                 # A child's reason comes before the server's complaint that it died of it.
                 causes = [line for line in said if line.startswith("cannot confine")]
                 last = (causes or said or [str(problem) or "it ended while starting"])[-1]
-                raise RefusedError(last) from None
+                forbidden = _namespaces_forbidden() if isolation == "bubblewrap" else ""
+                raise RefusedError(last + forbidden) from None
             on_failure.pop_all()
         with self._sending:
             self._process, self._requests = process, ours
@@ -293,6 +303,16 @@ def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
         yield from ("--dev-bind", device, device)
     yield from ("--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/")
     yield from ("--chdir", "/", "--")
+
+
+def _namespaces_forbidden() -> str:
+    """Which kernel settings are in the way, to be appended to a refusal."""
+    found = [
+        f"{name.replace('/', '.')}={value}"
+        for name, value in _FORBIDDING.items()
+        if (_SETTINGS / name).is_file() and (_SETTINGS / name).read_text().strip() == value
+    ]
+    return f" (user namespaces are restricted: {', '.join(found)})" if found else ""
 
 
 def _environment() -> dict[str, str]:

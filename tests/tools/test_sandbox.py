@@ -258,6 +258,26 @@ def test_missing_bubblewrap_is_reported_and_landlock_used(make_box, monkeypatch)
     assert "bwrap is not installed" in str(protection)
 
 
+def test_kernel_settings_that_forbid_namespaces_are_named(make_box, monkeypatch, tmp_path) -> None:
+    bwrap = tmp_path / "bin" / "bwrap"
+    setting = tmp_path / "sys" / "user" / "max_user_namespaces"
+    for file, text in (
+        (bwrap, "#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n"),
+        (setting, "0\n"),
+    ):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{bwrap.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(_link, "_SETTINGS", tmp_path / "sys")
+    protection = asyncio.run(make_box().sandbox.describe())
+    assert protection.isolation == "landlock"
+    assert protection.why_not_better == (
+        "bubblewrap: bwrap: No permissions to create new namespace "
+        "(user namespaces are restricted: user.max_user_namespaces=0)",
+    )
+
+
 def test_nothing_safe_refuses_to_run(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox = Sandbox(isolation="bubblewrap")
@@ -344,6 +364,16 @@ def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op
         assert (await sandbox.run("1 + 1")).value == "2"
 
     asyncio.run(main())
+
+
+def test_call_right_after_a_kill_gets_a_new_server(make_box) -> None:
+    """Before the thread that reads from the server has noticed its end."""
+    box = make_box()
+    link = box.sandbox._link(_LIGHT)
+    link._process.kill()
+    link._thread.join()
+    link.alive = True
+    assert box.run("1 + 1").value == "2"
 
 
 @pytest.mark.parametrize("op", ["call", "function", "step"])

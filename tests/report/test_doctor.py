@@ -1,0 +1,33 @@
+"""What `elpo doctor` says about the sandbox."""
+
+from __future__ import annotations
+
+import pytest
+
+from elpo_fast.report import doctor
+from elpo_fast.tools.sandbox import Protection
+
+
+@pytest.mark.parametrize(
+    ("found", "code", "lines"),
+    [
+        (
+            Protection("landlock", ("reads little", "limits"), ("bubblewrap: not [installed]",)),
+            0,
+            ["landlock", "+ reads little", "+ limits", "- not bubblewrap: not [installed]"],
+        ),
+        ("no safe way [here]", 1, ["no safe way [here]"]),
+    ],
+    ids=["safe", "unsafe"],
+)
+def test_protection_and_what_keeps_from_the_better_one(
+    monkeypatch, capsys, found, code, lines
+) -> None:
+    async def sandbox() -> Protection | str:
+        return found
+
+    monkeypatch.setattr(doctor, "_sandbox", sandbox)
+    assert doctor.doctor() == code
+    printed = capsys.readouterr().out
+    said = printed[printed.index("sandbox") :].removeprefix("sandbox").strip().splitlines()
+    assert [line.strip() for line in said] == lines
