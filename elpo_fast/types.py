@@ -159,6 +159,9 @@ class Completion:
     cached_tokens: int = 0  # prefix tokens whose keys and values were already there
     weight_version: int = 0
     entropy_kind: str = "exact"  # or "top_k", "sampled"
+    # of softmax(logits / temperature) before top-k, top-p and min-p cut it; None: not known
+    full_logprobs: np.ndarray | None = None
+    full_entropies: np.ndarray | None = None
 
 
 @dataclass(slots=True)

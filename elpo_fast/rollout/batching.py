@@ -25,7 +25,14 @@ import torch
 
 from elpo_fast.rollout.decoder import Decoder, NodeBatch
 from elpo_fast.rollout.kv import ROOT, CacheFull, PrefixCache
-from elpo_fast.rollout.sampling import SamplingBatch, row_keys, sample, sample_fused, uniforms
+from elpo_fast.rollout.sampling import (
+    Drawn,
+    SamplingBatch,
+    row_keys,
+    sample,
+    sample_fused,
+    uniforms,
+)
 from elpo_fast.rollout.stopping import StopStrings
 from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
@@ -59,8 +66,8 @@ class Row:
         self.tokens[: self.prompt] = request.prefix
         self.path = np.empty(capacity, np.int32)  # their slots, of which `known` are there
         self.known = 0
-        self.logprobs: list[float] = []
-        self.entropies: list[float] = []
+        # Log-prob and entropy of the sampling and of the full distribution, token by token.
+        self.figures: list[list[float]] = []
         self._computed = 0
 
     @property
@@ -148,7 +155,7 @@ class Batcher:
                     self._schedule(plan, row, row.length - 1)
                     fresh = 1
                 ready.append(row)
-            if not row.logprobs:
+            if not row.figures:
                 row.computed += fresh
             elif not decoding:
                 self.stats.recomputed_tokens += fresh
@@ -157,7 +164,7 @@ class Batcher:
             nodes, which = np.unique(self._node_of[ends], return_inverse=True)
             logits = self._decoder.forward(plan.batch(), nodes)
             if ready:
-                self._append(ready, *self._sample(logits, ready, which))
+                self._append(ready, self._sample(logits, ready, which))
 
     def _admit(self) -> None:
         for row in [r for r in self._active if r.request.cancelled()]:
@@ -210,9 +217,7 @@ class Batcher:
         self._step_of[slots] = self._step
         self._node_of[slots] = plan.add(row.tokens, row.path, start, row.known)
 
-    def _sample(
-        self, logits: torch.Tensor, rows: list[Row], which: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _sample(self, logits: torch.Tensor, rows: list[Row], which: np.ndarray) -> Drawn:
         s = [row.request.sampling for row in rows]
         keys = np.array([row.key for row in rows])
         batch = SamplingBatch(
@@ -221,32 +226,29 @@ class Batcher:
             top_k=np.array([x.top_k for x in s], np.int64),
             top_p=np.array([x.top_p for x in s], np.float32),
             min_p=np.array([x.min_p for x in s], np.float32),
-            uniform=uniforms(keys, np.array([len(row.logprobs) for row in rows])),
+            uniform=uniforms(keys, np.array([len(row.figures) for row in rows])),
         )
         run = sample_fused if logits.device.type == "cpu" else sample
-        tokens, logprobs, entropies = run(logits, batch)
-        if not np.isfinite(logprobs).all():
+        drawn = run(logits, batch)
+        if not np.isfinite(drawn.logprobs).all():
             raise RunError(
                 "the model's logits are not finite: its weights have diverged; "
                 "go on from an earlier checkpoint with a lower learning rate"
             )
-        return tokens, logprobs, entropies
+        return drawn
 
-    def _append(
-        self, rows: list[Row], tokens: np.ndarray, logprobs: np.ndarray, entropies: np.ndarray
-    ) -> None:
+    def _append(self, rows: list[Row], drawn: Drawn) -> None:
         """Give every row its token; hand over the rows that end with it."""
         self.stats.generated_tokens += len(rows)
-        columns = zip(rows, tokens.tolist(), logprobs.tolist(), entropies.tolist(), strict=True)
-        for row, token, logprob, entropy in columns:
-            if not row.logprobs:
+        columns = zip(rows, *(column.tolist() for column in drawn), strict=True)
+        for row, token, *figures in columns:
+            if not row.figures:
                 self.stats.prompt_tokens += row.prompt
                 self.stats.computed_tokens += row.computed
                 self.stats.cached_tokens += row.prompt - row.computed
             row.tokens[row.length] = token
             row.length += 1
-            row.logprobs.append(logprob)
-            row.entropies.append(entropy)
+            row.figures.append(figures)
             request = row.request
             stops = request.stop_strings
             if token in request.sampling.stop_token_ids:
@@ -259,11 +261,16 @@ class Batcher:
     def _finish(self, row: Row, reason: str) -> None:
         self._drop(row)
         request = row.request
+        logprobs, entropies, full_logprobs, full_entropies = np.array(
+            row.figures, np.float32, order="F"
+        ).T
         request.completions.append(
             Completion(
                 token_ids=row.tokens[row.prompt : row.length].copy(),
-                logprobs=np.array(row.logprobs, np.float32),
-                entropies=np.array(row.entropies, np.float32),
+                logprobs=logprobs,
+                entropies=entropies,
+                full_logprobs=full_logprobs,
+                full_entropies=full_entropies,
                 finish=reason,
                 cached_tokens=row.prompt - row.computed,
                 weight_version=self.weight_version,

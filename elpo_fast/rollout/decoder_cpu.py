@@ -407,11 +407,12 @@ def _bin(logits, highest, scale, b, size):
 
 
 @njit(parallel=True, **_OPTIONS)
-def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, logprobs, entropies):
+def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, cut, full):
     """Draw one token a row by inverting the cumulative distribution at `uniform`.
 
-    `logits` `[F, V]`, everything else `[R]`; writes `tokens`, `logprobs`, `entropies`. See
-    `sampling.sample` for the meaning. Log-probs are NaN where a logit is not finite.
+    `logits` `[F, V]`, parameters `[R]`; writes `tokens` `[R]` and log-probs and entropies, `[2, R]`
+    each, of the cut and of the full distribution. See `sampling.sample` for the meaning. NaN where
+    a logit is not finite.
     """
     vocab_size = logits.shape[1]
     blocks = (vocab_size + _BLOCK - 1) // _BLOCK
@@ -422,13 +423,16 @@ def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, log
             highest = max(highest, widen(line[i]))
             broken |= not_finite(line[i])
         if broken:
-            tokens[r], logprobs[r], entropies[r] = 0, np.nan, np.nan
+            tokens[r] = 0
+            cut[:, r] = full[:, r] = np.nan
             continue
         if temperature[r] == 0:
             token = 0
             while widen(line[token]) < highest:
                 token += 1
-            tokens[r], logprobs[r], entropies[r] = token, 0, 0
+            tokens[r] = token
+            cut[:, r] = 0
+            full[0, r], full[1, r] = _full(line, token, highest, np.float32(1))
             continue
         scale = np.float32(1) / temperature[r]
         lowest = _LOWEST
@@ -463,5 +467,26 @@ def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, log
                     break
         z = (widen(line[token]) - highest) * scale
         tokens[r] = token
-        logprobs[r] = z - np.log(total)
-        entropies[r] = np.log(total) - moment / total
+        cut[0, r] = z - np.log(total)
+        cut[1, r] = np.log(total) - moment / total
+        if lowest == _LOWEST:
+            full[:, r] = cut[:, r]
+        else:
+            full[0, r], full[1, r] = _full(line, token, highest, scale)
+
+
+@njit(**_OPTIONS)
+def _full(line, token, highest, scale):
+    """Log-prob of `token` and entropy of the distribution before any cut."""
+    total = moment = 0.0
+    for start in range(0, line.size, _BLOCK):
+        mass = weighted = np.float32(0)
+        for i in range(start, min(start + _BLOCK, line.size)):
+            z = (widen(line[i]) - highest) * scale
+            p = exp(z)
+            mass += p
+            weighted += p * z
+        total += mass
+        moment += weighted
+    z = (widen(line[token]) - highest) * scale
+    return z - np.log(total), np.log(total) - moment / total

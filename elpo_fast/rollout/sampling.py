@@ -1,8 +1,9 @@
-"""Sampling: the next token, its log-prob and the exact entropy, all of the sampling distribution.
+"""Sampling: the next token, its log-prob and the exact entropy, of two distributions.
 
-The sampling distribution is softmax(logits / temperature), cut by top-k, then top-p, then min-p (in
-this order, as transformers does) and renormalised. Tokens that tie with the last one kept are kept.
-Temperature 0 takes the most likely token, a distribution with log-prob 0 and entropy 0.
+The full distribution is softmax(logits / temperature). The sampling distribution is that, cut by
+top-k, then top-p, then min-p (in this order, as transformers does) and renormalised. Tokens that
+tie with the last one kept are kept. Temperature 0 takes the most likely token: as a sampling
+distribution one with log-prob 0 and entropy 0, the full one is that of temperature 1.
 
 Randomness is counter-based: token `t` of row `i` is drawn by inverting the cumulative distribution
 at a uniform number that depends on (seed, i, t) alone, so a completion does not depend on what else
@@ -12,6 +13,7 @@ was in the batch. `sample` is the formulation for any device, `sample_fused` the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -54,8 +56,19 @@ class SamplingBatch:
     uniform: np.ndarray  # float64 [R]
 
 
-def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens `int32 [R]`, log-probs and entropies `float32 [R]` from `logits` `[F, V]`."""
+class Drawn(NamedTuple):
+    """Tokens `int32 [R]`; log-probs and entropies `float32 [R]` of the sampling distribution and,
+    uncut, of the full one."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    entropies: np.ndarray
+    full_logprobs: np.ndarray
+    full_entropies: np.ndarray
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
+    """The next token of every row, from `logits` `[F, V]`."""
     device = logits.device
 
     def column(values: np.ndarray) -> torch.Tensor:
@@ -65,6 +78,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.n
     greedy = temperature == 0
     x = logits[torch.from_numpy(batch.which).to(device)].float()
     z = (x - x.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)
+    full = z.log_softmax(-1)
     z = z.masked_fill(greedy & (z < 0), -torch.inf)
     if (batch.top_k > 0).any() or (batch.top_p < 1).any() or (batch.min_p > 0).any():
         down = z.sort(-1, descending=True).values
@@ -79,28 +93,33 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[np.ndarray, np.n
         ).maximum(column(batch.min_p).log())
         z = z.masked_fill(z < lowest, -torch.inf)
     logprobs = z.log_softmax(-1)
-    p = logprobs.double().exp()
-    entropies = -torch.where(p > 0, p * logprobs, 0.0).sum(-1)
-    mass = p.cumsum(-1)
+    mass = logprobs.double().exp().cumsum(-1)
     tokens = torch.searchsorted(mass, column(batch.uniform) * mass[:, -1:], right=True)
     # Greedy ties: the first of the most likely tokens, a distribution on one point.
     tokens = torch.where(greedy, z.argmax(-1, keepdim=True), tokens)
-    chosen = logprobs.gather(-1, tokens).masked_fill(greedy, 0.0)[:, 0]
-    entropies = entropies.masked_fill(greedy[:, 0], 0.0)
-    return (
+    columns = [
+        logprobs.gather(-1, tokens).masked_fill(greedy, 0.0)[:, 0],
+        _entropy(logprobs).masked_fill(greedy[:, 0], 0.0),
+        full.gather(-1, tokens)[:, 0],
+        _entropy(full),
+    ]
+    return Drawn(
         tokens[:, 0].to(torch.int32).cpu().numpy(),
-        chosen.cpu().numpy(),
-        entropies.float().cpu().numpy(),
+        *torch.stack([column.float() for column in columns]).cpu().numpy(),
     )
 
 
-def sample_fused(
-    logits: torch.Tensor, batch: SamplingBatch
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`sample` in two passes over the logits, without sorting the vocabulary; CPU only."""
+def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    p = logprobs.double().exp()
+    return -torch.where(p > 0, p * logprobs, 0.0).sum(-1)
+
+
+def sample_fused(logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
+    """`sample` in two passes over the logits (three where it cuts), without sorting the vocabulary;
+    CPU only."""
     rows = len(batch.which)
     tokens = np.empty(rows, np.int32)
-    logprobs, entropies = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    cut, full = np.empty((2, rows), np.float32), np.empty((2, rows), np.float32)
     decoder_cpu.sample(
         as_numpy(logits),
         batch.which,
@@ -110,7 +129,7 @@ def sample_fused(
         batch.min_p,
         batch.uniform,
         tokens,
-        logprobs,
-        entropies,
+        cut,
+        full,
     )
-    return tokens, logprobs, entropies
+    return Drawn(tokens, *cut, *full)

@@ -65,12 +65,11 @@ def test_fused_equals_plain(vocab_size: int, dtype: torch.dtype) -> None:
     for seed, setting in enumerate(SETTINGS):
         logits = (torch.randn(6, vocab_size, generator=generator) * 4).to(dtype)
         batch = batch_of(6, seed=seed, **setting)
-        tokens, logprobs, entropies = sample(logits, batch)
-        fused_tokens, fused_logprobs, fused_entropies = sample_fused(logits, batch)
-        same = tokens == fused_tokens
+        plain, fused = sample(logits, batch), sample_fused(logits, batch)
+        same = plain.tokens == fused.tokens
         assert same.sum() >= 5  # a uniform number on the edge between two may go either way
-        np.testing.assert_allclose(fused_logprobs[same], logprobs[same], atol=2e-5)
-        np.testing.assert_allclose(fused_entropies, entropies, atol=2e-5)
+        for ours, theirs in zip(fused[1:], plain[1:], strict=True):
+            np.testing.assert_allclose(ours[same], theirs[same], atol=2e-5)
 
 
 @RUNS
@@ -87,10 +86,13 @@ def test_truncation_equals_transformers(run, setting) -> None:
     expected = warpers(None, logits).double().log_softmax(-1)
     probabilities = expected.exp()
     expected_entropies = -torch.where(probabilities > 0, probabilities * expected, 0).sum(-1)
-    tokens, logprobs, entropies = run(logits, batch_of(64, **setting))
-    chosen = expected[torch.arange(64), torch.from_numpy(tokens).long()]
-    np.testing.assert_allclose(logprobs, chosen, atol=2e-5)
-    np.testing.assert_allclose(entropies, expected_entropies, atol=2e-5)
+    drawn = run(logits, batch_of(64, **setting))
+    rows, tokens = torch.arange(64), torch.from_numpy(drawn.tokens).long()
+    np.testing.assert_allclose(drawn.logprobs, expected[rows, tokens], atol=2e-5)
+    np.testing.assert_allclose(drawn.entropies, expected_entropies, atol=2e-5)
+    full = (logits.double() / setting["temperature"]).log_softmax(-1)
+    np.testing.assert_allclose(drawn.full_logprobs, full[rows, tokens], atol=2e-5)
+    np.testing.assert_allclose(drawn.full_entropies, -(full.exp() * full).sum(-1), atol=2e-5)
 
 
 @RUNS
@@ -103,7 +105,7 @@ def test_samples_follow_the_distribution(run, setting) -> None:
     rows = 20_000
     logits = torch.tensor([[0.0, 1.5, -1.0, 0.3, 2.0, -0.5, 0.9]])
     batch = batch_of(rows, which=np.zeros(rows, np.int64), seed=11, **setting)
-    tokens, logprobs, entropies = run(logits, batch)
+    tokens, logprobs, entropies = run(logits, batch)[:3]
     probabilities = np.zeros(7)
     probabilities[tokens] = np.exp(logprobs)
     counts = np.bincount(tokens, minlength=7)
@@ -119,17 +121,19 @@ def test_samples_follow_the_distribution(run, setting) -> None:
 @RUNS
 def test_temperature_zero_takes_the_first_of_the_most_likely(run) -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, 3.0], [5.0, 3.0, 1.0, 3.0]])
-    tokens, logprobs, entropies = run(logits, batch_of(2, temperature=0.0, top_p=0.5))
-    assert tokens.tolist() == [1, 0]
-    assert logprobs.tolist() == entropies.tolist() == [0, 0]
+    drawn = run(logits, batch_of(2, temperature=0.0, top_p=0.5))
+    assert drawn.tokens.tolist() == [1, 0]
+    assert drawn.logprobs.tolist() == drawn.entropies.tolist() == [0, 0]
+    full = logits.log_softmax(-1)
+    np.testing.assert_allclose(drawn.full_logprobs, [full[0, 1], full[1, 0]], atol=1e-6)
+    np.testing.assert_allclose(drawn.full_entropies, -(full.exp() * full).sum(-1), atol=1e-6)
 
 
 @RUNS
 def test_ties_with_the_last_kept_token_are_kept(run) -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]).repeat(200, 1)
     for setting in ({"top_k": 2}, {"top_p": 0.6}):
-        tokens, _, _ = run(logits, batch_of(200, **setting))
-        assert set(tokens.tolist()) == {0, 1, 2, 3}
+        assert set(run(logits, batch_of(200, **setting)).tokens.tolist()) == {0, 1, 2, 3}
 
 
 @RUNS
@@ -137,7 +141,7 @@ def test_ties_with_the_last_kept_token_are_kept(run) -> None:
 def test_extreme_logits(run, scale: float) -> None:
     logits = torch.randn(16, 3001, generator=torch.Generator().manual_seed(2)) * scale - 5e4
     for setting in ({}, {"top_p": 0.5}, {"top_k": 3000}):
-        tokens, logprobs, entropies = run(logits, batch_of(16, **setting))
+        tokens, logprobs, entropies = run(logits, batch_of(16, **setting))[:3]
         assert ((tokens >= 0) & (tokens < 3001)).all()
         assert np.isfinite(logprobs).all() and np.isfinite(entropies).all()
         assert (entropies > -1e-6).all() and (entropies < np.log(3001) + 1e-4).all()
@@ -156,14 +160,14 @@ def test_the_ends_of_the_unit_interval_give_kept_tokens(run, uniform: float) -> 
         min_p=np.zeros(3, np.float32),
         uniform=np.full(3, uniform),
     )
-    tokens, logprobs, _ = run(logits, batch)
+    tokens, logprobs, *_ = run(logits, batch)
     assert ((tokens >= 100) & (tokens < 200)).all() and (logprobs > -20).all()
 
 
 def test_not_a_number_shows() -> None:
     logits = torch.full((2, 300), torch.nan)
     for setting in ({}, {"top_p": 0.9}, {"top_k": 3}):
-        assert not np.isfinite(sample_fused(logits, batch_of(2, **setting))[1]).any()
+        assert not np.isfinite(sample_fused(logits, batch_of(2, **setting))[1:]).any()
 
 
 def test_uniform_numbers_depend_on_seed_row_and_step_alone() -> None:

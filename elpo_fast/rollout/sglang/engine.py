@@ -17,6 +17,7 @@ is in the batch, so a run is reproducible in its tasks and updates, not in its t
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import shutil
 import tempfile
@@ -80,7 +81,9 @@ class SGLangEngine:
         self._colocated = own and not on_cpu
         self._asleep = False
         if own:
-            model.config.save_pretrained(self._folder)
+            described = copy.deepcopy(model.config)
+            described.architectures = [type(model).__name__]  # a new model's does not say it
+            described.save_pretrained(self._folder)
             args: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "random_seed": seed}
             if on_cpu:
                 args |= {
@@ -326,6 +329,7 @@ class SGLangEngine:
                 "the model's logits are not finite: its weights have diverged; "
                 "go on from an earlier checkpoint with a lower learning rate"
             )
+        full: dict[str, np.ndarray] = {}
         if sampling.temperature == 0:  # a certain choice, whatever the logits
             logprobs = np.zeros_like(logprobs)
             entropies, kind = logprobs, "exact"
@@ -334,6 +338,8 @@ class SGLangEngine:
             kind = "top_k"
         else:
             entropies, kind = -logprobs, "sampled"
+        if sampling.temperature > 0:
+            full = {"full_logprobs": logprobs, "full_entropies": entropies}
         if reason["type"] == "length":
             finish = "length"
         else:
@@ -346,6 +352,7 @@ class SGLangEngine:
             cached_tokens=meta["cached_tokens"],
             weight_version=int(meta["weight_version"]),
             entropy_kind=kind,
+            **full,
         )
 
 
