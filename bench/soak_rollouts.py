@@ -3,10 +3,11 @@
     python bench/soak_rollouts.py [CONFIG] [section.key=value ...] [--trees 500] [--out FILE]
 
 A policy after its cold start collects with BEL in rounds of 50 trees. Meanwhile calls are replaced
-by endless loops and by unreadable ones, a random process of the sandbox is killed every second,
-and with `rollout.engine=sglang` the server is killed every 20 seconds. In the end every tree must
-be complete with its exact budget, every trajectory must have an end and a verdict, and neither
-processes nor descriptors nor memory may have grown. Exit code 1 and the reason where they have.
+by endless loops and by unreadable ones, a random process of the sandbox is killed every two
+seconds, and with `rollout.engine=sglang` the server is killed every 20 seconds. In the end every
+tree must be complete with its exact budget, every trajectory must have an end and a verdict, and
+neither processes nor descriptors nor memory may have grown. Exit code 1 and the reason where they
+have.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import psutil
 from elpo_fast.algo import make_planner
 from elpo_fast.config import Config, load_config
 from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.train.loop import release_memory
 from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import warmup_cosine
@@ -35,7 +37,7 @@ from elpo_fast.types import End, MalformedCall, ToolCall, ToolResult
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 ROUND = 50  # trees
 ENDLESS, MALFORMED = 0.004, 0.02  # shares of the calls
-KILL_TOOL_S, KILL_ENGINE_S = 1.0, 20.0
+KILL_TOOL_S, KILL_ENGINE_S = 2.0, 20.0
 GROWTH_MB = 150  # between the first round and the last; caches fill in the first
 
 
@@ -70,7 +72,7 @@ def split() -> tuple[list[psutil.Process], list[psutil.Process]]:
 
 
 async def killer(rng: random.Random, faults: Counter[str]) -> None:
-    """Kill a process of the sandbox every second, the engine's server now and then."""
+    """Kill a process of the sandbox every two seconds, the engine's server now and then."""
     engine_due = time.monotonic() + KILL_ENGINE_S
     while True:
         await asyncio.sleep(KILL_TOOL_S)
@@ -90,6 +92,7 @@ async def killer(rng: random.Random, faults: Counter[str]) -> None:
 
 def sample() -> dict[str, float]:
     gc.collect()
+    release_memory()  # as the training loop does
     own = psutil.Process()
     return {"rss_mb": own.memory_info().rss / 2**20, "files": own.num_fds()}
 

@@ -44,12 +44,13 @@ from typing import Any, Literal
 
 from elpo_fast.tools._link import Launch, Link, Reply, ServerGoneError, python_paths, signal_name
 from elpo_fast.tools._records import Options
+from elpo_fast.types import RunError
 
 _log = logging.getLogger(__name__)
 
 Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
 SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
-ATTEMPTS = 3  # processes can be killed from outside, for want of memory for example
+ATTEMPTS = 5  # processes can be killed from outside, for want of memory for example
 CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
 
 # What a server imports before its first fork. Every fork pays for all of it: scipy and networkx
@@ -190,8 +191,15 @@ class Sandbox:
             raise SandboxError(f"{function}: its result could not be read") from None
 
     async def open_session(self, modules: tuple[str, ...] = _LIGHT) -> Snapshot:
-        """A fresh interpreter, not yet having run anything; `modules` as `preloaded` gives them."""
-        link, reply = await self._served(modules, "open")
+        """A fresh interpreter, not yet having run anything; `modules` as `preloaded` gives them.
+        `RunError` where its server dies again and again."""
+        try:
+            link, reply = await self._served(modules, "open")
+        except ServerGoneError:
+            raise RunError(
+                f"the sandbox's server was killed {ATTEMPTS} times in a row; "
+                "look for what kills it (too little memory?), then go on with --resume"
+            ) from None
         return Snapshot(link, reply.header["snapshot"])
 
     async def step(

@@ -110,7 +110,7 @@ class _Run:
                 "after SFT" if self.config.sft.steps else f"before {self.algorithm}", 0
             )
         self.parts.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
-        _release_memory()
+        release_memory()
         start, ready = 0, None
         if restored is None:
             self.save(0)
@@ -239,7 +239,7 @@ class _Run:
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
                     updates.append(self.parts.policy.update(batches))
-                    _release_memory()
+                    release_memory()
         if train.old_logprob == "rollout" and updates:
             apart = mismatch(updates[0].gap)
         seconds = time.perf_counter() - began
@@ -331,7 +331,7 @@ class _Run:
         return int(sequence.generate_state(1)[0])
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Give freed pages back to the system. glibc keeps them, scattered over its heap, and the
     process grows by gigabytes over a few steps; elsewhere this does nothing."""
     with suppress(OSError, AttributeError):
