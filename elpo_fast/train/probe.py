@@ -21,7 +21,7 @@ differ by up to a third of it."""
 
 async def check_engine(engine: Engine, model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Compare `engine`, which computes in `dtype`, with `model`. Raises `RunError`."""
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, _TOKENS)
     theirs = await engine.score(tokens)
     apart = np.abs(theirs - _score(model, tokens)).mean(1).max()
