@@ -5,6 +5,7 @@
     tensorboard/     the same numbers as TensorBoard events
     trees/           one forest a step, `step_000001.npz`
     checkpoints/     see `elpo_fast.train.checkpoint`
+    sglang.log       of our own SGLang server, if there is one
 
 Invariant: records are appended in order and belong to work that the last checkpoint either contains
 or will do again; a resume drops the records (and trees) of work that is done again.
@@ -118,7 +119,8 @@ def _unused(path: Path) -> bool:
     record."""
     files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
     return all(
-        file == path / "config.yaml" or (file == path / "metrics.jsonl" and not file.stat().st_size)
+        file in (path / "config.yaml", path / "sglang.log")
+        or (file == path / "metrics.jsonl" and not file.stat().st_size)
         for file in files
     )
 

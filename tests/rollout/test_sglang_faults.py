@@ -36,9 +36,10 @@ def two_servers(server: Any, start_server: Any, ready: Any) -> list[tuple[Any, s
 
 
 def members(server: process.ServerProcess) -> list[psutil.Process]:
-    """SGLang's own processes, without the one that watches them."""
+    """SGLang's own processes, without the one that watches them and Python's resource tracker."""
     assert server._process is not None
-    return psutil.Process(server._process.pid).children(recursive=True)
+    found = psutil.Process(server._process.pid).children(recursive=True)
+    return [member for member in found if "resource_tracker" not in " ".join(member.cmdline())]
 
 
 def session(pid: int) -> list[int]:

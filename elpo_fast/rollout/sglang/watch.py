@@ -4,9 +4,9 @@
 
 Started as the leader of a session of its own, in the server's folder. When the server has ended,
 the parent is gone (however it ended) or SIGTERM asks for it, every process of the session is
-killed, and so are the files in shared memory that they had open and could not remove; without a
-parent also the folder. The standard library alone; a signal on the parent's death, which Linux
-offers, would come when the starting *thread* ends.
+killed and what it left in shared memory removed; without a parent the folder goes too. The standard
+library alone; a signal on the parent's death, which Linux offers, would come when the starting
+*thread* ends.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 _LEFT_BEHIND = re.compile(r"/dev/shm/sglang\S+$", re.MULTILINE)
@@ -30,21 +31,18 @@ def main() -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     server = subprocess.Popen(sys.argv[2:])
-    while server.poll() is None and os.getppid() == parent and not asked:
-        time.sleep(0.1)
     files: set[str] = set()
+    while server.poll() is None and os.getppid() == parent and not asked:
+        files = files or {file for pid in _session() for file in _shared_files(pid)}
+        time.sleep(0.2)
     patience = time.monotonic() + _TRACKER_S
     while members := list(_session()):
         for pid in members:
-            process = Path(f"/proc/{pid}")
-            try:
-                command = (process / "cmdline").read_bytes()
+            with suppress(OSError):  # it has just ended
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
                 if b".resource_tracker" in command and time.monotonic() < patience:
                     continue  # it removes semaphores and ends when nobody needs it any more
-                files |= set(_LEFT_BEHIND.findall((process / "maps").read_text()))
                 os.kill(pid, signal.SIGKILL)
-            except OSError:  # it has just ended
-                continue
         server.poll()  # else it stays, as a zombie
         time.sleep(0.01)
     for file in files:
@@ -63,6 +61,14 @@ def _session() -> Iterator[int]:
                 continue
             if int(session) == os.getpid() and state != "Z":
                 yield int(entry.name)
+
+
+def _shared_files(pid: int) -> list[str]:
+    """Files in shared memory that SGLang names by chance and nobody removes after a kill."""
+    try:
+        return _LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text())
+    except OSError:
+        return []
 
 
 if __name__ == "__main__":
