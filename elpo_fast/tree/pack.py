@@ -150,8 +150,8 @@ def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
 
     A part is a range of the tree's tokens, from one leaf's end to another's, and before it the path
     above, repeated without coefficients and without agent tokens. A cut at `t` repeats
-    `position[t]` tokens; cuts are chosen so that all of them repeat as few as possible. Only where
-    a single path is longer than the budget is a part.
+    `position[t]` tokens; cuts are chosen so that all of them repeat as few as possible. A part is
+    larger than the budget only where a single path is.
     """
     first, last = (int(at) for at in batch.tree_start[index : index + 2])
     if last - first <= budget:
