@@ -6,7 +6,8 @@ Invariants
   both, which different seeds alone do not give, and any task is found without the blocks before.
 - An answer is right where the set's verifier gives full marks. Partial marks are not passed on:
   several verifiers give them to junk.
-- The verifier runs in the sandbox, with a time limit.
+- The verifier runs in the sandbox, with a time limit; what it evaluates must be a calculation (see
+  `calculation`), so that an answer cannot forge the verdict.
 
 `isomorphic_strings` and `ransom_note` draw from Python sets of strings: their questions are stable
 across processes only with a fixed PYTHONHASHSEED.

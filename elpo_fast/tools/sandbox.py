@@ -146,6 +146,7 @@ class Sandbox:
         self._workers = -(-workers // self._servers)
         self._python_path, self._readable = python_path, readable
         self._links: dict[tuple[tuple[str, ...], int], Link] = {}  # by imported modules and number
+        self._protection: Protection | None = None  # of the first server that started
         self._lock = threading.Lock()
         self._closed = False
         if isolation == "none":
@@ -160,9 +161,7 @@ class Sandbox:
 
     async def describe(self) -> Protection:
         """Which protection is active, and why not the better one."""
-        link = self._link(_LIGHT)
-        isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
-        return Protection(isolation, _ACTIVE[isolation], reasons)
+        return await self._ready(self._link(_LIGHT))
 
     async def run(
         self, code: str, *, timeout_s: float | None = None, stdin: str | None = None
@@ -265,7 +264,14 @@ class Sandbox:
             modules=modules,
             readable=self._readable,
         )
-        return Link(Launch(options, self._isolations, self._python_path))
+        # What worked once must work again: a server that is replaced is not less confined.
+        isolations = (self._protection.isolation,) if self._protection else self._isolations
+        return Link(Launch(options, isolations, self._python_path))
+
+    async def _ready(self, link: Link) -> Protection:
+        isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
+        self._protection = self._protection or Protection(isolation, _ACTIVE[isolation], reasons)
+        return self._protection
 
     async def _call(
         self, modules: tuple[str, ...], body: Any, timeout_s: float
@@ -293,7 +299,7 @@ class Sandbox:
         raise AssertionError
 
     async def _ask(self, link: Link, op: str, body: Any = None, **fields: Any) -> Reply:
-        await asyncio.shield(asyncio.wrap_future(link.ready))
+        await self._ready(link)
         future: Future[Reply]
         number, future = link.send(op, body, **fields)
         link.load += 1

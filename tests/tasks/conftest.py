@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
+
+from elpo_fast.tools.sandbox import Sandbox
 
 _CHILD = """
 import importlib, json, sys
@@ -41,3 +43,15 @@ async def run_in_subprocess(function: str, payload: Mapping[str, Any], timeout_s
 def run_function() -> Callable[..., Any]:
     """See `elpo_fast.tasks.common.RunFunction`."""
     return run_in_subprocess
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Iterator[Sandbox]:
+    """The real one, for what only it can show."""
+    box = Sandbox(memory_mb=256)
+    try:
+        asyncio.run(box.start())
+    except RuntimeError as problem:
+        pytest.skip(str(problem))
+    yield box
+    asyncio.run(box.close())

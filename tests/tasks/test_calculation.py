@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import sympy
 
 from elpo_fast.tasks.calculation import check
 from elpo_fast.tasks.gym_verifier import make_dataset, pack_entry
-from elpo_fast.tools.sandbox import Sandbox
 
 NAMES = {**vars(sympy), "print": print, "abs": abs, "exec": exec, "x": sympy.Symbol("x")}
 
@@ -85,13 +83,6 @@ entry = pickle.loads(base64.b64decode(sys.argv[2]))
 dataset = make_dataset(sys.argv[1], {}, seed=0, size=1)
 print(dataset.score_answer(sys.argv[3], entry), dataset.score_answer(sys.argv[3], entry))
 """
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    box = Sandbox(isolation="landlock")
-    yield box
-    asyncio.run(box.close())
 
 
 @pytest.mark.parametrize("dataset", FORGERIES)

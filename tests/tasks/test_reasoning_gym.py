@@ -101,7 +101,7 @@ def test_no_answer_needs_no_verifier(text, end, reason):
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("9**9**9", "the verifier failed on this answer: timed out after 4 s"),
+        ("9**9**9", "the verifier failed on this answer: timed out after 3 s"),
         (
             "__import__('os')._exit(3)",
             "the verifier refuses __import__('os')._exit(3): it scores 0.01, not 1",
@@ -110,8 +110,8 @@ def test_no_answer_needs_no_verifier(text, end, reason):
     ],
     ids=["hang", "code", "syntax"],
 )
-def test_hostile_answers_lose_and_nothing_else_happens(run_function, answer, reason):
-    source = gym(run_function, dataset="countdown", timeout_s=4.0)
+def test_hostile_answers_lose_and_nothing_else_happens(sandbox, answer, reason):
+    source = gym(sandbox.call_function, dataset="countdown", timeout_s=3.0)
     verdict = grade(source, source.train(0), f"<answer>{answer}</answer>")
     assert verdict == Verdict(False, -1.0, reason)
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,13 +21,6 @@ CALLS = {"inputs": [[1, 2], [3, 4]], "outputs": [3, 7], "fn_name": "add"}
 CASES = {"assert_case": ["assert add(1, 2) == 3", "assert [add(3, 4)] == [7]"]}
 SUM = "a, b = map(int, input().split())\nprint(a + b)\n"
 ADD = "def add(a, b):\n    return a + b\n"
-
-
-@pytest.fixture(scope="module")
-def sandbox() -> Iterator[Sandbox]:
-    box = Sandbox(memory_mb=256)
-    yield box
-    asyncio.run(box.close())
 
 
 def verdict(sandbox: Sandbox, truth: Any, code: str, timeout_s: float = 5.0) -> tuple[bool, str]:

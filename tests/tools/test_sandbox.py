@@ -278,6 +278,21 @@ def test_kernel_settings_that_forbid_namespaces_are_named(make_box, monkeypatch,
     )
 
 
+def test_replaced_server_is_not_less_confined(make_box, monkeypatch) -> None:
+    box = make_box("auto")
+    before = asyncio.run(box.sandbox.describe())
+    if before.isolation != "bubblewrap":
+        pytest.skip(str(before))
+    box.sandbox._link(_LIGHT)._process.kill()
+    box.sandbox._link(_LIGHT)._thread.join()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(RuntimeError, match=r"bwrap is not installed"):
+        box.run("1")
+    monkeypatch.undo()
+    assert box.run("1").value == "1"
+    assert asyncio.run(box.sandbox.describe()) == before
+
+
 def test_nothing_safe_refuses_to_run(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox = Sandbox(isolation="bubblewrap")
@@ -351,6 +366,7 @@ def test_killed_server_is_replaced_and_nothing_is_lost(make_box, descendants, op
 
         slow = "import time\ntime.sleep(1)\n'slept'"
         await sandbox.start()
+        await sandbox.call_function("time:sleep", 0)
         killing = asyncio.create_task(kill())
         if op == "call":
             assert (await sandbox.run(slow)).value == "'slept'"
@@ -378,7 +394,7 @@ def test_call_right_after_a_kill_gets_a_new_server(make_box) -> None:
 
 @pytest.mark.parametrize("op", ["call", "function", "step"])
 def test_hanging_server_is_replaced_and_nothing_is_lost(
-    make_box, descendants, monkeypatch, op: str
+    monkeypatch, make_box, descendants, op: str
 ) -> None:
     monkeypatch.setattr(_link, "HANG_S", 2)
     before = descendants()
