@@ -98,7 +98,7 @@ async def judge(
 def _same(given: Any, expected: Any) -> bool:
     """As `==`, but floats up to rounding."""
     match given, expected:
-        case int() | float(), float():
+        case float(), float():
             return math.isclose(given, expected, rel_tol=1e-9, abs_tol=1e-9)
         case list(), list():
             return len(given) == len(expected) and all(map(_same, given, expected))

@@ -65,6 +65,11 @@ def test_right_programs_pass(sandbox, truth, code: str) -> None:
         (CALLS, "def add(a, b): return str(a + b)", "test 1 of 2: gave 3, expected 3"),
         (CALLS, "def sub(): pass", "test 1 of 2: NameError: name 'add' is not defined"),
         (CASES, "def add(a, b): return [a]", "test 1 of 2: gave [1], expected 3"),
+        (
+            {"assert_case": ["assert f() == 0.5"]},
+            "def f(): return 10**4000",
+            "test 1 of 1: gave 1000000",
+        ),
         (STDIN, "while True: pass", "timed out after 0.5 s"),
         (STDIN, "x = bytearray(1 << 40)", "test 1 of 2: MemoryError"),
         (STDIN, "while True: print('x' * 10**6)", "test 1 of 2: "),
