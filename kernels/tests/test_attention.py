@@ -14,6 +14,7 @@ import pytest
 import torch
 from elpo_kernels import TreePlan, tree_attention
 from elpo_kernels._tree_blocks import DEAD, FULL
+from elpo_kernels.attention import tree_attention_op
 from elpo_kernels.testing import error, make_forest, true_attention
 from torch import Tensor
 
@@ -89,6 +90,18 @@ def test_operands_need_not_be_contiguous() -> None:
     other = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
     other[1] = other[1].transpose(1, 2).contiguous().transpose(1, 2)
     assert max(compare(plan, other, "triton", None)) <= 2e-6
+
+
+@interpreted
+def test_operator_is_well_formed() -> None:
+    plan = make_forest(2, 9, branching=0.2)
+    leaves = [x.requires_grad_() for x in operands(18, 2, 1, 16, torch.float32)[:3]]
+    by_row = plan.lists(32, 32, 0, by_column=False)
+    lists = [*by_row, *by_row, *plan.lists(16, 16, 0, by_column=True)]
+    checks = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(
+        tree_attention_op, (*leaves, plan.end, None, lists, 0, 0.3), test_utils=checks
+    )
 
 
 @interpreted
@@ -170,4 +183,4 @@ def test_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert "17 passed" in run.stdout, run.stdout[-1000:]
+    assert "18 passed" in run.stdout, run.stdout[-1000:]
