@@ -269,7 +269,13 @@ class Sandbox:
         return Link(Launch(options, isolations, self._python_path))
 
     async def _ready(self, link: Link) -> Protection:
-        isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
+        try:
+            isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
+        except RuntimeError as problem:
+            if self._protection is None:
+                raise
+            # It has worked here before: whoever asks may try again.
+            raise ServerGoneError(f"a new server did not start: {problem}") from None
         self._protection = self._protection or Protection(isolation, _ACTIVE[isolation], reasons)
         return self._protection
 
