@@ -1,92 +1,51 @@
-"""One update of a 135M-parameter model on rollout trees, against the same trajectories as rows.
+"""One update of a 135M-parameter model: packed trees against the same trajectories as rows.
 
-8 trees of 8 trajectories, prompt 120 tokens, 5 steps of about 30 tokens, three trajectories from
-the root and five from random steps, as localization grows them. `trees` computes each unique token
-once; `rows` runs the very same optimizer on one chain per trajectory. The first test shows that
-both compute the same loss and gradient. SmolLM2's shape with random weights: nothing is downloaded.
+Forests: `recorded`, trees that localization grew in a fifth step of `configs/quickstart.yaml`, and
+`star`, independent trajectories after a long prompt. Layouts: `trees` computes each unique token
+once, `rows` lays the trajectories end to end without sharing, `padded` has one padded row per
+trajectory and transformers' own attention. All run the same optimizer and have the same loss and
+gradient, which the first test shows; the second one interleaves them. `share` is the speed-up over
+the ratio of computed tokens; the goal is 0.85. SmolLM2's shape with random weights.
 
-    pytest bench/bench_step.py --benchmark-only
+    pytest bench/bench_step.py --benchmark-only -s
 """
 
 from __future__ import annotations
 
-import resource
-from dataclasses import replace
+import statistics
+import time
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from elpo_kernels import linear_policy_loss
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from elpo_fast.algo import score
-from elpo_fast.config import AlgoConfig
+from bench.forests import Shape, as_rows, as_trees, grow, regrown
 from elpo_fast.model.attention import ATTENTION
-from elpo_fast.train.step import PolicyOptimizer, micro_batches
+from elpo_fast.train.step import Part, PolicyOptimizer
+from elpo_fast.tree import io
 from elpo_fast.tree.pack import PackedBatch
-from elpo_fast.tree.store import Forest, Tree
+from elpo_fast.tree.store import Tree
 
-TREES, TRAJECTORIES, FROM_ROOT, STEPS, PROMPT = 8, 8, 3, 5, 120
 VOCABULARY = 49152
 MICRO_BATCH = 2048
+TREES, ROUNDS = 2, 3
+STAR = Shape(trajectories=8, from_root=8, steps=3, step_tokens=(24, 36), prompt=600)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = ("trees", "rows", "padded")
 
 
-def grow(rng: np.random.Generator) -> Tree:
-    tree = Tree(rng.integers(0, VOCABULARY, PROMPT))
-    for ordinal in range(TRAJECTORIES):
-        inner = [node for node in range(1, len(tree)) if tree.correct[node] < 0]
-        node = 0 if ordinal < FROM_ROOT else int(rng.choice(inner))
-        while tree.depth[node] < STEPS:
-            size = int(rng.integers(24, 37))
-            agent = np.arange(size) < size - 8  # the tool's answer follows
-            logprob = rng.normal(-np.log(VOCABULARY), 0.3, size) * agent
-            ids = rng.integers(0, VOCABULARY, size)
-            node = tree.add_step(node, ids, agent, logprob, np.zeros(size), tool_call=True)
-        correct = bool(ordinal % 2)
-        tree.finish(node, reward=float(correct), correct=correct, end="answer")
-    return tree
-
-
-def grown(count: int) -> list[Tree]:
-    rng = np.random.default_rng(0)
-    return [grow(rng) for _ in range(count)]
-
-
-def as_trees(count: int) -> list[PackedBatch]:
-    forest = Forest.from_trees(grown(count))
-    scored = score(forest, AlgoConfig())
-    return micro_batches(forest, scored, range(count), MICRO_BATCH, scale=1 / count)
-
-
-def as_rows(count: int) -> list[PackedBatch]:
-    """One chain per trajectory, each node with its own trajectory's share of the coefficient."""
-    trees = grown(count)
-    advantage = score(Forest.from_trees(trees), AlgoConfig()).advantage
-    chains, kept, weight = [], [], []
-    first = 0
-    for tree in trees:
-        for leaf in tree.leaves:
-            path = tree.path(leaf)
-            chain, node = Tree(tree.token_ids[0]), 0
-            for at in path[1:]:
-                arrays = (tree.token_ids[at], tree.agent[at], tree.logprob[at], tree.entropy[at])
-                node = chain.add_step(node, *arrays, tool_call=True)
-            chain.finish(node, reward=0.0, correct=False, end="answer")
-            chains.append(chain)
-            kept += [first + at for at in path]
-            agent = sum(int(tree.agent[at].sum()) for at in path)
-            weight += [1 / (TRAJECTORIES * agent)] * len(path)
-        first += len(tree)
-    forest = Forest.from_trees(chains)
-    value = advantage[kept] * np.array(weight)
-    scored = score(forest, AlgoConfig())
-    scored = replace(scored, pos=np.maximum(value, 0), neg=np.minimum(value, 0))
-    return micro_batches(forest, scored, range(len(forest)), MICRO_BATCH, scale=1 / count)
-
-
-LAYOUTS = {"trees": as_trees, "rows": as_rows}
+@cache
+def forest(name: str) -> list[Tree]:
+    if name == "star":
+        rng = np.random.default_rng(0)
+        return [grow(rng, STAR, VOCABULARY) for _ in range(TREES)]
+    recorded = io.load(Path(__file__).parent / "data" / "quickstart_step5.npz")
+    return [regrown(recorded, index) for index in range(TREES)]
 
 
 @cache
@@ -106,36 +65,92 @@ def optimizer(dtype: str) -> PolicyOptimizer:
     return PolicyOptimizer(LlamaForCausalLM(config), lr=1e-6, dtype=DTYPES[dtype])
 
 
-def test_trees_and_rows_have_the_same_loss_and_gradient(benchmark: BenchmarkFixture) -> None:
+def padded_backward(policy: PolicyOptimizer, batch: PackedBatch) -> Part:
+    """`policy_backward` of a batch of chains, one padded row each."""
+    sizes = np.diff(batch.tree_start)
+    ids = np.zeros((len(sizes), sizes.max()), np.int64)
+    seen = np.arange(sizes.max()) < sizes[:, None]
+    ids[seen] = batch.token_ids
+    chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
+    model = policy.compute
+    embeddings = policy.model.get_input_embeddings()(torch.from_numpy(ids))
+    hidden = model.base_model(
+        inputs_embeds=embeddings.to(model.dtype),
+        attention_mask=torch.from_numpy(seen),
+        use_cache=False,
+    ).last_hidden_state
+    before = torch.from_numpy(np.flatnonzero(seen)[batch.pred[chosen]])
+    out = linear_policy_loss(
+        hidden.flatten(0, 1)[before],
+        model.get_output_embeddings().weight,
+        torch.from_numpy(batch.token_ids[chosen].astype(np.int64)),
+        *(
+            torch.from_numpy(getattr(batch, name)[chosen])
+            for name in ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
+        ),
+    )
+    out.loss.backward()
+    return Part(out.loss.item(), int(ids.size), len(chosen), {})
+
+
+def batches(layout: str, trees: list[Tree]) -> list[PackedBatch]:
+    return (as_trees if layout == "trees" else as_rows)(trees, MICRO_BATCH)
+
+
+def step(policy: PolicyOptimizer, layout: str, parts: list[PackedBatch]) -> None:
+    if layout == "padded":
+        policy._update(parts, lambda batch: padded_backward(policy, batch))
+    else:
+        policy.update(parts)
+
+
+def test_all_layouts_have_the_same_loss_and_gradient(benchmark: BenchmarkFixture) -> None:
     policy = optimizer("fp32")
     found = {}
 
-    def both() -> None:
-        for layout, batches in LAYOUTS.items():
-            parts = [policy.policy_backward(batch) for batch in batches(2)]
+    def every() -> None:
+        for layout in LAYOUTS:
+            add = policy.policy_backward
+            if layout == "padded":
+                add = lambda batch: padded_backward(policy, batch)  # noqa: E731
+            parts = [add(batch) for batch in batches(layout, forest("recorded")[:1])]
             gradients = [parameter.grad for parameter in policy.model.parameters()]
             found[layout] = sum(part.loss for part in parts if part), gradients
             policy.model.zero_grad(set_to_none=True)
 
-    benchmark.pedantic(both, rounds=1)
-    assert found["trees"][0] == pytest.approx(found["rows"][0], rel=1e-5)
-    for ours, theirs in zip(found["trees"][1], found["rows"][1], strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    benchmark.pedantic(every, rounds=1)
+    loss, gradients = found["trees"]
+    for layout in LAYOUTS[1:]:
+        assert loss == pytest.approx(found[layout][0], rel=1e-4, abs=1e-7)
+        for ours, theirs in zip(gradients, found[layout][1], strict=True):
+            assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-@pytest.mark.parametrize("dtype, layout", [("bf16", "trees"), ("bf16", "rows"), ("fp32", "trees")])
-def test_update(benchmark: BenchmarkFixture, dtype: str, layout: str) -> None:
-    policy, batches = optimizer(dtype), LAYOUTS[layout](TREES)
-    benchmark.pedantic(policy.update, args=(batches,), rounds=3, warmup_rounds=1)
-    computed = sum(len(batch) for batch in batches)
-    unique = sum(len(batch) for batch in as_trees(TREES))
-    benchmark.extra_info |= {
-        "computed_tokens": computed,
-        "computed_tokens_per_s": round(computed / benchmark.stats.stats.median),
-        "unique_tokens_per_s": round(unique / benchmark.stats.stats.median),
-        "peak_gb_of_the_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-        "threads": torch.get_num_threads(),
-    }
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["recorded", "star"])
+def test_speed_up(benchmark: BenchmarkFixture, name: str, dtype: str) -> None:
+    policy = optimizer(dtype)
+    parts = {layout: batches(layout, forest(name)) for layout in LAYOUTS}
+    seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
+
+    def interleaved() -> None:
+        for number in range(ROUNDS + 1):  # one to warm up
+            for layout in LAYOUTS:
+                began = time.perf_counter()
+                step(policy, layout, parts[layout])
+                if number:
+                    seconds[layout].append(time.perf_counter() - began)
+
+    benchmark.pedantic(interleaved, rounds=1)
+    median = {layout: statistics.median(times) for layout, times in seconds.items()}
+    tokens = {layout: sum(map(len, parts[layout])) for layout in LAYOUTS}
+    info = {"tokens": tokens, "seconds": seconds, "threads": torch.get_num_threads()}
+    for layout in LAYOUTS[1:]:
+        speed_up = median[layout] / median["trees"]
+        info[f"speed_up_over_{layout}"] = speed_up
+        info[f"share_over_{layout}"] = speed_up / (tokens[layout] / tokens["trees"])
+    benchmark.extra_info |= info
+    print(f"\n{name} {dtype}:", {k: v for k, v in info.items() if k != "seconds"})
 
 
 def test_optimizer_alone(benchmark: BenchmarkFixture) -> None:
@@ -144,10 +159,10 @@ def test_optimizer_alone(benchmark: BenchmarkFixture) -> None:
     for parameter in policy.model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
 
-    def step() -> None:
+    def once() -> None:
         torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         policy._optimizer.step()
         policy.refresh()
 
-    benchmark.pedantic(step, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(once, rounds=5, warmup_rounds=1)
     policy.model.zero_grad(set_to_none=True)

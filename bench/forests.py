@@ -90,3 +90,21 @@ def _scored(value: NDArray[np.float64]) -> Scored:
     low = np.full(len(value), 0.2)
     parts = (value, value, value, value, np.maximum(value, 0), np.minimum(value, 0))
     return Scored(*parts, eps_low=low, eps_high=0.3)
+
+
+def regrown(forest: Forest, index: int) -> Tree:
+    """A tree of a recorded forest, as it was grown."""
+    first, last = forest.node_start[index : index + 2]
+
+    def tokens(node: int) -> slice:
+        return slice(forest.token_start[node], forest.token_start[node + 1])
+
+    tree = Tree(forest.token_ids[tokens(first)])
+    leaves = set(forest.leaf_node.tolist())
+    for node in range(first + 1, last):
+        at = tokens(node)
+        arrays = (forest.token_ids[at], forest.agent[at], forest.logprob[at], forest.entropy[at])
+        tree.add_step(int(forest.parent[node] - first), *arrays, tool_call=node not in leaves)
+        if node in leaves:
+            tree.finish(node - int(first), reward=0.0, correct=False, end="answer")
+    return tree
