@@ -4,10 +4,10 @@
 
 A policy after its cold start collects with BEL in rounds of 50 trees. Meanwhile calls are replaced
 by endless loops and by unreadable ones, a random process of the sandbox is killed every two
-seconds, and with `rollout.engine=sglang` the server is killed every 20 seconds. In the end every
-tree must be complete with its exact budget, every trajectory must have an end and a verdict, and
-neither processes nor descriptors nor memory may have grown. Exit code 1 and the reason where they
-have.
+seconds, and with `rollout.engine=sglang` one of the server's processes every minute. In the end
+every tree must be complete with its exact budget, every trajectory must have an end and a verdict,
+and neither processes nor descriptors nor memory may have grown. Exit code 1 and the reason where
+they have.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from elpo_fast.types import End, MalformedCall, ToolCall, ToolResult
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 ROUND = 50  # trees
 ENDLESS, MALFORMED = 0.004, 0.02  # shares of the calls
-KILL_TOOL_S, KILL_ENGINE_S = 2.0, 20.0
+KILL_TOOL_S, KILL_ENGINE_S = 2.0, 60.0
 GROWTH_MB, GROWTH_FILES = 100, 8  # from half-way to the end; caches fill before
 
 

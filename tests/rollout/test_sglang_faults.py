@@ -167,6 +167,23 @@ def test_our_server_is_restarted_with_the_current_weights_and_leaves_nothing(
     assert set(Path("/dev/shm").iterdir()) <= before
 
 
+def test_stopping_ends_a_server_that_lost_its_watcher(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nsleep 600 & exec sleep 600\n")
+    python.chmod(0o755)
+    ours = process.ServerProcess(str(python), tmp_path, tmp_path / "log", {}, on_cpu=True)
+    ours.start(0)
+    watch = ours._process
+    assert watch is not None
+    while len(session(watch.pid)) < 3:
+        time.sleep(0.05)
+    watch.kill()
+    watch.wait()
+    assert not ours.alive and session(watch.pid)
+    ours.stop()
+    assert gone(watch.pid)
+
+
 def test_a_server_that_cannot_start_says_why(
     qwen3: Any, tokenizer: Any, sglang_python: str, tmp_path: Path, prompt: Any
 ) -> None:

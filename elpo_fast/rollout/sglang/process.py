@@ -7,6 +7,7 @@ and ends when we do.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -87,10 +88,11 @@ class ServerProcess:
             return
         watch, self._process = self._process, None
         watch.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             watch.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(watch.pid, signal.SIGKILL)
+        if watch.returncode != 0:  # it did not see to the end, killed perhaps: the group is left
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(watch.pid, signal.SIGKILL)
             watch.wait()
 
     def tail(self) -> str:

@@ -53,7 +53,8 @@ class Server:
 
     async def open(self, http: aiohttp.ClientSession, version: int) -> None:
         """Start it, if it is ours, on weights called `version`, wait until it is well, and learn
-        its limits. Raises `RunError` when that does not happen in time."""
+        its limits. Raises `RunError` when that does not happen in time, `ServerFault` when it has
+        started before and now ends."""
         self._http = http
         if self.process:
             await asyncio.to_thread(self.process.stop)
@@ -63,7 +64,9 @@ class Server:
             ended = self.process and not self.process.alive
             if ended or time.monotonic() > deadline:
                 how = "ended" if ended else f"did not answer in {self._config.start_timeout_s:g} s"
-                raise RunError(f"{self.name} {how} while starting{self._log()}")
+                what = f"{self.name} {how} while starting{self._log()}"
+                # One that has started before was killed perhaps, and may start again.
+                raise ServerFault(what) if ended and self._fault else RunError(what)
             await asyncio.sleep(0.2)
         info = await self._exchange("GET", "/server_info", None, _CONTROL_TIMEOUT_S)
         self.room, self.tp_size = info["max_req_input_len"], info["tp_size"]
