@@ -14,7 +14,7 @@ tiny: $(VENV)/.installed
 	$(BIN)/elpo train configs/tiny.yaml
 
 test: check bubblewrap sglang-cpu
-	OMP_WAIT_POLICY=passive $(BIN)/pytest
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --no-loadscope-reorder
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
