@@ -126,8 +126,9 @@ def test_all_layouts_have_the_same_loss_and_gradient(benchmark: BenchmarkFixture
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["recorded", "star"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("recorded", "bf16"), ("star", "bf16"), ("star", "fp32")]
+)
 def test_speed_up(benchmark: BenchmarkFixture, name: str, dtype: str) -> None:
     policy = optimizer(dtype)
     parts = {layout: batches(layout, forest(name)) for layout in LAYOUTS}
