@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from elpo_fast.config import ConfigError
+from elpo_fast.rollout.sglang.watch import shared_files
 
 _HERE = Path(__file__).parent
 _CPU_ARGS = {
@@ -91,9 +92,12 @@ class ServerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             watch.wait(_STOP_TIMEOUT_S)
         if watch.returncode != 0:  # it did not see to the end, killed perhaps: the group is left
+            files = shared_files(watch.pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(watch.pid, signal.SIGKILL)
             watch.wait()
+            for file in files:
+                Path(file).unlink(missing_ok=True)
 
     def tail(self) -> str:
         """The log's last lines."""

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_LEFT_BEHIND = re.compile(r"/dev/shm/sglang\S+$", re.MULTILINE)
+_LEFT_BEHIND = re.compile(r"/dev/shm/(?:sglang|sem\.mp-)\S+$", re.MULTILINE)
+_LOOK_S = 2.0
 _TRACKER_S = 2.0
 
 
@@ -31,12 +32,13 @@ def main() -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     server = subprocess.Popen(sys.argv[2:])
-    files: set[str] = set()
+    files, looked = set[str](), 0.0
     while server.poll() is None and os.getppid() == parent and not asked:
-        files = files or {file for pid in _session() for file in _shared_files(pid)}
+        if time.monotonic() > looked + _LOOK_S:
+            files, looked = files | shared_files(os.getpid()), time.monotonic()
         time.sleep(0.2)
     patience = time.monotonic() + _TRACKER_S
-    while members := list(_session()):
+    while members := list(_session(os.getpid())):
         for pid in members:
             with suppress(OSError):  # it has just ended
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -51,24 +53,25 @@ def main() -> None:
         shutil.rmtree(Path.cwd(), ignore_errors=True)
 
 
-def _session() -> Iterator[int]:
-    """The session's other processes; those that only wait to be reaped do not count."""
+def _session(leader: int) -> Iterator[int]:
+    """A session's processes but its leader; those that only wait to be reaped do not count."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
+        if entry.name.isdigit() and int(entry.name) != leader:
             try:
                 state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
             except OSError:
                 continue
-            if int(session) == os.getpid() and state != "Z":
+            if int(session) == leader and state != "Z":
                 yield int(entry.name)
 
 
-def _shared_files(pid: int) -> list[str]:
-    """Files in shared memory that SGLang names by chance and nobody removes after a kill."""
-    try:
-        return _LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text())
-    except OSError:
-        return []
+def shared_files(leader: int) -> set[str]:
+    """Files in shared memory of a session's processes that nobody removes after a kill."""
+    found: set[str] = set()
+    for pid in _session(leader):
+        with suppress(OSError):
+            found.update(_LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text()))
+    return found
 
 
 if __name__ == "__main__":
