@@ -226,6 +226,13 @@ class TrainConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """Processes of `torchrun ... elpo train`: as many as replicate times shard."""
+
+    replicate: Positive = 1  # copies of the parameters, each ...
+    shard: Positive = 1  # ... spread over so many processes, with gradients and moments
+
+
 class EvalConfig(Section):
     tasks: NonNegative = 64
     samples: Positive = 1  # per task
@@ -243,6 +250,7 @@ class Config(Section):
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

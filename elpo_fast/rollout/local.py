@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.rollout.batching import Batcher, Request
@@ -122,7 +123,7 @@ class LocalEngine:
 
         def work() -> None:
             self._batcher.forget()
-            self._decoder.load(tensors)
+            self._decoder.load(_Whole(tensors))
             self.weight_version = self._batcher.weight_version = version
 
         await self._alone(work)
@@ -225,6 +226,27 @@ class LocalEngine:
                     self._running = not self._batcher.idle
                     return self._running
             alone.run()
+
+
+class _Whole(Mapping[str, torch.Tensor]):
+    """Parameters by name. What is sharded over processes is gathered when it is read, so that not
+    more than a layer's is whole at any time; all processes have to read it."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _future() -> tuple[asyncio.Future[Any], Callable[[Any], None]]:

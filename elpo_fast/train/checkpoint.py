@@ -65,8 +65,11 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     *,
     keep: int,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write one checkpoint with the present generator states, then delete all but the last `keep`.
+
+    `weights` are written in place of the model's own, for a model that is sharded.
 
     Saving a step again replaces it. Raises `CheckpointError` when the disk refuses.
     """
@@ -79,7 +82,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         partial.mkdir()
         with quiet():
-            model.save_pretrained(partial)
+            model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
         torch.save({"optimizer": state.optimizer, "rng": _generator_states()}, partial / TRAINER)
         if state.collected is not None:

@@ -32,11 +32,12 @@ from elpo_fast.config import Config
 from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
-from elpo_fast.train.metrics import Counts, mean_stats, staleness, tree_metrics
+from elpo_fast.train.metrics import Counts, mean_stats, staleness, totals, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
+from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.probe import check_engine
-from elpo_fast.train.run import RunFolder
+from elpo_fast.train.run import Follower, RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
     NonFiniteError,
@@ -61,12 +62,22 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     """
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    folder = RunFolder.resume(config) if resume else RunFolder.create(config)
-    try:
-        asyncio.run(_main(config, folder, Display(console or Console()), resume))
-    finally:
-        folder.close()
+    with joined(config) as ranks:
+        folder = _folder(config, resume, ranks)
+        console = console or Console(quiet=not ranks.leads)
+        try:
+            asyncio.run(_main(config, folder, Display(console), resume, ranks))
+        finally:
+            folder.close()
     return folder.path
+
+
+def _folder(config: Config, resume: bool, ranks: Ranks) -> RunFolder:
+    """The run folder, made by the leading rank."""
+    if ranks.leads:
+        folder = RunFolder.resume(config) if resume else RunFolder.create(config)
+    ranks.gather(None)
+    return folder if ranks.leads else Follower(config)
 
 
 @dataclass(frozen=True)
@@ -78,9 +89,13 @@ class _Collected:
     seconds: float
 
 
-async def _main(config: Config, folder: RunFolder, display: Display, resume: bool) -> None:
+async def _main(
+    config: Config, folder: RunFolder, display: Display, resume: bool, ranks: Ranks
+) -> None:
     found = latest(folder.path) if resume else None
-    async with assembled(config, found) as parts:
+    if (executor := threads(ranks)) is not None:
+        asyncio.get_running_loop().set_default_executor(executor)
+    async with assembled(config, found, ranks) as parts:
         restored = load_checkpoint(found) if found else None
         await _Run(config, folder, display, parts).learn(restored)
 
@@ -100,7 +115,7 @@ class _Run:
         # Whatever was recorded after the checkpoint, or before any, is work that is done again.
         self.folder.rewind(restored.extra["records"] if restored else 0)
         if restored and restored.step >= train.steps:
-            print_summary(self.folder.path, self.display.console)
+            self.summarize()
             return
         if restored is None:
             if self.config.sft.steps:
@@ -135,7 +150,11 @@ class _Run:
                     self.save(step + 1, ready)
         await self.evaluate(f"after {self.algorithm}", train.steps)
         self.save(train.steps)
-        print_summary(self.folder.path, self.display.console)
+        self.summarize()
+
+    def summarize(self) -> None:
+        if self.parts.ranks.leads:
+            print_summary(self.folder.path, self.display.console)
 
     @property
     def algorithm(self) -> str:
@@ -186,9 +205,11 @@ class _Run:
             on_tree=on_tree,
         )
         forest = Forest.from_trees(trees)
-        if config.train.save_trees:
+        ranks = self.parts.ranks
+        if config.train.save_trees and ranks.leads:
             io.save(forest, self.folder.tree_file(step + 1))
-        return _Collected(forest, counter.difference(), time.perf_counter() - began)
+        counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
+        return _Collected(forest, counts, time.perf_counter() - began)
 
     async def train(
         self, step: int, collected: _Collected, phase: Phase
@@ -263,7 +284,8 @@ class _Run:
             yield
         except NonFiniteError as error:
             path = self.folder.path / f"nonfinite_{name}.npz"
-            io.save(forest, path)
+            if self.parts.ranks.leads:
+                io.save(forest, path)
             tasks = ", ".join(forest.task_ids[tree] for tree in error.trees)
             error.args = (f"{error}. Tasks: {tasks}; all trees of the step: {path}",)
             raise
@@ -273,7 +295,8 @@ class _Run:
         parts, config = self.parts, self.config
         await parts.engine.update_weights(parts.loaded.model.named_parameters(), version)
         dtype = getattr(torch, config.rollout.dtype or config.model.dtype)
-        await check_engine(parts.engine, parts.policy.compute, dtype)
+        score = None if parts.ranks.mesh is None else parts.policy.score
+        await check_engine(parts.engine, parts.policy.compute, dtype, score)
 
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
@@ -302,6 +325,12 @@ class _Run:
 
     def save(self, step: int, ready: _Collected | None = None) -> None:
         """Write a checkpoint; `ready`: the next step's trees, where they are there already."""
+        policy, model, ranks = self.parts.policy, self.parts.loaded.model, self.parts.ranks
+        optimizer, weights = policy.state_dict(), None
+        if ranks.mesh is not None:
+            weights = {name: ranks.whole(tensor) for name, tensor in model.named_parameters()}
+        if not ranks.leads:
+            return
         extra: dict[str, Any] = {"records": self.folder.records}
         if ready is not None:
             extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
@@ -309,16 +338,17 @@ class _Run:
             step=step,
             weight_version=self.parts.engine.weight_version,
             data_position=self.first_task(step),
-            optimizer=self.parts.policy.state_dict(),
+            optimizer=optimizer,
             extra=extra,
             collected=ready.forest if ready else None,
         )
         save_checkpoint(
             self.folder.path,
             state,
-            self.parts.loaded.model,
+            model,
             self.parts.loaded.tokenizer,
             keep=self.config.train.keep_checkpoints,
+            weights=weights,
         )
 
     def first_task(self, step: int) -> int:

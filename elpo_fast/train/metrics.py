@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -80,6 +80,11 @@ class Counts:
             "malformed_calls": tools.malformed_calls,
             "tool_seconds": tools.tool_seconds,
         }
+
+
+def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The counts of all ranks as one."""
+    return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 
 def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:

@@ -44,7 +44,7 @@ def recompute(
     """
     groups = groups_of(None)
     batches = [batch for group in groups for batch in group]
-    current = [policy.logprobs(batch) for batch in batches]
+    current = policy.logprobs(batches)
     gaps = [
         np.where(batch.agent, new.astype(np.float64) - batch.old_logprob, 0.0)
         for batch, new in zip(batches, current, strict=True)

@@ -19,6 +19,7 @@ from elpo_fast.rollout.collector import Collector
 from elpo_fast.rollout.engines import make_engine
 from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.train.parallel import ALONE, Ranks, SharedCollector
 from elpo_fast.train.step import PolicyOptimizer
 from elpo_fast.types import Engine, TaskSource
 
@@ -33,10 +34,13 @@ class Parts:
     policy: PolicyOptimizer
     engine: Engine
     collector: Collector
+    ranks: Ranks
 
 
 @asynccontextmanager
-async def assembled(config: Config, checkpoint: Path | None = None) -> AsyncIterator[Parts]:
+async def assembled(
+    config: Config, checkpoint: Path | None = None, ranks: Ranks = ALONE
+) -> AsyncIterator[Parts]:
     """Everything a run needs, closed at the end; model and tokenizer of `checkpoint`, if given.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
@@ -48,24 +52,26 @@ async def assembled(config: Config, checkpoint: Path | None = None) -> AsyncIter
         if checkpoint is not None:
             model = model.model_copy(update={"name": str(checkpoint)})
         loaded = load_model(model, seed=config.run.seed, tokenizer_texts=source.vocabulary_texts())
-        policy = PolicyOptimizer(
-            loaded.model,
-            lr=config.train.lr,
-            betas=config.train.betas,
-            weight_decay=config.train.weight_decay,
-            grad_clip=config.train.grad_clip,
-            temperature=config.rollout.temperature,
-            dtype=getattr(torch, config.model.dtype),
-            gradient_checkpointing=config.model.gradient_checkpointing,
-        )
+        # The engine copies the weights while every rank has all of them.
         engine = make_engine(config, loaded.model, loaded.tokenizer)
         try:
+            policy = PolicyOptimizer(
+                loaded.model,
+                lr=config.train.lr,
+                betas=config.train.betas,
+                weight_decay=config.train.weight_decay,
+                grad_clip=config.train.grad_clip,
+                temperature=config.rollout.temperature,
+                dtype=getattr(torch, config.model.dtype),
+                gradient_checkpointing=config.model.gradient_checkpointing,
+                ranks=ranks,
+            )
             chat = Chat(loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
             tokens = config.tools.output_tokens
-            collector = Collector(
-                engine, toolbox, chat, source, config.rollout, output_tokens=tokens
+            collector = SharedCollector(
+                ranks, engine, toolbox, chat, source, config.rollout, output_tokens=tokens
             )
-            yield Parts(toolbox, source, loaded, policy, engine, collector)
+            yield Parts(toolbox, source, loaded, policy, engine, collector, ranks)
         finally:
             await engine.close()
     finally:

@@ -7,6 +7,8 @@ are compared with the trainer's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel
@@ -19,12 +21,20 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 differ by up to a third of it."""
 
 
-async def check_engine(engine: Engine, model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Compare `engine`, which computes in `dtype`, with `model`. Raises `RunError`."""
+Score = Callable[[np.ndarray], np.ndarray]
+"""Tokens `[N]` to the log-probs `[N - 1]` of all but the first."""
+
+
+async def check_engine(
+    engine: Engine, model: PreTrainedModel, dtype: torch.dtype, score: Score | None = None
+) -> None:
+    """Compare `engine`, which computes in `dtype`, with `model`, or with what `score` computes for
+    a model that is sharded. Raises `RunError`."""
     vocab_size = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, _TOKENS)
     theirs = await engine.score(tokens)
-    apart = np.abs(theirs - _score(model, tokens)).mean(1).max()
+    ours = score(tokens) if score else _score(model, tokens)
+    apart = np.abs(theirs - ours).mean(1).max()
     exact = dtype == model.dtype == torch.float32
     tolerance = _TOLERANCE[torch.float32 if exact else torch.bfloat16]
     if not apart <= tolerance:

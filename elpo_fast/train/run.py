@@ -25,7 +25,15 @@ import yaml
 
 from elpo_fast.config import Config, ConfigError, dump_config
 
-_MAY_DIFFER = {"run.dir", "run.name", "run.threads", "train.steps", "train.keep_checkpoints"}
+_MAY_DIFFER = {
+    "run.dir",
+    "run.name",
+    "run.threads",
+    "train.steps",
+    "train.keep_checkpoints",
+    "parallel.replicate",
+    "parallel.shard",
+}
 """Keys that a resumed run may change; any other change would not be a continuation."""
 
 
@@ -112,6 +120,22 @@ class RunFolder:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+
+
+class Follower(RunFolder):
+    """The run folder as the ranks see it that do not write: the leading one does."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = config.run_dir
+
+    def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def rewind(self, records: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _unused(path: Path) -> bool:

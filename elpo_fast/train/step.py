@@ -10,6 +10,9 @@ is Eq. 1 over all trajectories with Eq. 12's bounds, whatever the split into mic
 Invariants: master weights and their gradients have the model's own dtype (float32); a compute copy
 in another dtype mirrors the masters after every update; nothing that is not finite ever reaches the
 optimizer: a step that would is refused with parameters, moments and schedule untouched.
+
+On several ranks all call with the same micro-batches and get the same figures; each computes its
+share of them, and the parameters that FSDP gathers take the place of the compute copy.
 """
 
 from __future__ import annotations
@@ -18,22 +21,26 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from elpo_kernels import linear_logprob, linear_policy_loss
+from elpo_kernels import PolicyLossOutput, linear_logprob, linear_policy_loss
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.model.forward import packed_hidden
+from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
 
 Schedule = Callable[[int], float]
 """Number of updates made so far -> factor on the learning rate."""
+
+_T = TypeVar("_T")
 
 
 def _no_gap() -> NDArray[np.float32]:
@@ -103,7 +110,7 @@ class PolicyOptimizer:
     """Master weights, their AdamW and the compute copy that runs forward and backward.
 
     `compute` is the model to sample from in process: it always holds the current weights. With
-    `dtype` equal to the model's own it is the model itself.
+    `dtype` equal to the model's own, or on several ranks, it is the model itself.
     """
 
     def __init__(
@@ -118,14 +125,22 @@ class PolicyOptimizer:
         dtype: torch.dtype = torch.float32,
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model = model
+        self.ranks = ranks
+        self.dtype = dtype
         self.lr = lr
         self.grad_clip = grad_clip
         self.temperature = temperature
         self.schedule = schedule or warmup_constant(0)
         self.updates = 0
-        self.compute = model if dtype == model.dtype else _compute_copy(model, dtype)
+        self._inside: Callable[[Callable[[], Any]], Any] = lambda call: call()
+        if ranks.mesh is not None:
+            self.compute = model
+            self._inside = Sharded(model, ranks.mesh, dtype)
+        else:
+            self.compute = model if dtype == model.dtype else _compute_copy(model, dtype)
         if gradient_checkpointing:
             self.compute.gradient_checkpointing_enable({"use_reentrant": False})
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
@@ -163,20 +178,24 @@ class PolicyOptimizer:
         chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
         if not len(chosen):
             return None
-        hidden, head, targets = self._predictors(batch, chosen)
         old = batch.old_logprob[chosen]
-        out = linear_policy_loss(
-            hidden,
-            head.weight,
-            targets,
-            self._tensor(old),
-            *(
-                self._tensor(getattr(batch, name)[chosen])
-                for name in ("pos_coef", "neg_coef", "eps_low", "eps_high")
-            ),
-            bias=head.bias,
-            temperature=self.temperature,
-        )
+
+        def compute() -> PolicyLossOutput:
+            hidden, weight, bias, targets = self._predictors(batch, chosen)
+            return linear_policy_loss(
+                hidden,
+                weight,
+                targets,
+                self._tensor(old),
+                *(
+                    self._tensor(getattr(batch, name)[chosen])
+                    for name in ("pos_coef", "neg_coef", "eps_low", "eps_high")
+                ),
+                bias=bias,
+                temperature=self.temperature,
+            )
+
+        out = self._inside(compute)
         out.loss.backward()
         loss, *figures = torch.stack([out.loss.detach(), *out.stats]).tolist()
         stats = dict(zip(out.stats._fields, figures, strict=True))
@@ -187,26 +206,39 @@ class PolicyOptimizer:
         chosen = np.flatnonzero(batch.pos_coef)
         if not len(chosen):
             return None
-        hidden, head, targets = self._predictors(batch, chosen)
-        logprob = linear_logprob(hidden, head.weight, targets, bias=head.bias)
+        logprob = self._inside(lambda: self._logprob(batch, chosen, 1.0))
         loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
         loss.backward()
         return Part(loss.item(), len(batch), len(chosen), {})
 
     @torch.no_grad()
-    def logprobs(self, batch: PackedBatch) -> NDArray[np.float32]:
-        """Log-probs `[P]` under the sampling temperature; 0 on tokens that are not the agent's.
+    def logprobs(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
+        """Log-probs `[P]` of each batch under the sampling temperature; 0 on tokens that are not
+        the agent's.
 
         With `batch.old_logprob` replaced by these, the first update's ratios are 1.
         """
-        chosen = np.flatnonzero(batch.agent)
-        result = np.zeros(len(batch), np.float32)
-        hidden, head, targets = self._predictors(batch, chosen)
-        logprob = linear_logprob(
-            hidden, head.weight, targets, bias=head.bias, temperature=self.temperature
-        )
-        result[chosen] = logprob.float().cpu().numpy()
-        return result
+
+        def of(batch: PackedBatch) -> NDArray[np.float32]:
+            chosen = np.flatnonzero(batch.agent)
+            logprob = self._inside(lambda: self._logprob(batch, chosen, self.temperature))
+            result = np.zeros(len(batch), np.float32)
+            result[chosen] = logprob.float().cpu().numpy()
+            return result
+
+        return self._shared(batches, of)
+
+    @torch.no_grad()
+    def score(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Log-probs `[N - 1]` at temperature 1 of all but the first of one row's tokens `[N]`."""
+        ids = self._tensor(tokens)
+
+        def compute() -> torch.Tensor:
+            place = torch.arange(len(ids), device=ids.device)
+            hidden, weight, bias = self._hidden(ids, place, torch.full_like(ids, len(ids)))
+            return linear_logprob(hidden[:-1], weight, ids[1:], bias=bias)
+
+        return self._inside(compute).float().cpu().numpy()
 
     def restart(self, *, lr: float, schedule: Schedule) -> None:
         """Begin another phase: fresh moments, schedule from its start, weights as they are."""
@@ -214,12 +246,26 @@ class PolicyOptimizer:
         self._optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and the number of updates; the weights are the model's own to save."""
-        return {"optimizer": self._optimizer.state_dict(), "updates": self.updates}
+        """Moments and the number of updates; the weights are the model's own to save.
+
+        Of sharded moments the leading rank gets the whole, in main memory, the others nothing.
+        """
+        state = self._optimizer.state_dict()
+        state["state"] = {
+            index: {name: self.ranks.whole(value) for name, value in moments.items()}
+            for index, moments in state["state"].items()
+        }
+        return {"optimizer": state, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; the compute copy takes the model's present weights."""
-        self._optimizer.load_state_dict(state["optimizer"])
+        optimizer = state["optimizer"]
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        moments = {
+            index: {name: self.ranks.part(value, parameters[index]) for name, value in own.items()}
+            for index, own in optimizer["state"].items()
+        }
+        self._optimizer.load_state_dict({**optimizer, "state": moments})
         self.updates = int(state["updates"])
         self.refresh()
 
@@ -232,20 +278,16 @@ class PolicyOptimizer:
     def _update(
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
     ) -> StepStats:
-        parts = []
         try:
-            for batch in batches:
-                part = loss_of(batch)
-                if part is None:
-                    continue
-                parts.append(part)
-                if not math.isfinite(part.loss):
-                    raise NonFiniteError("the loss", self._culprits(batches, loss_of))
+            parts = self._passes(batches, loss_of)
             if not parts:
                 return StepStats(0.0, 0.0, 0.0, tokens=0, trained_tokens=0)
-            norm = float(nn.utils.clip_grad_norm_(self._masters, self.grad_clip))
-            if not math.isfinite(norm):
+            if not all(math.isfinite(part.loss) for part in parts):
+                raise NonFiniteError("the loss", self._culprits(batches, loss_of))
+            norm = self._norm()
+            if not norm.isfinite():
                 raise NonFiniteError("the gradient", self._culprits(batches, loss_of))
+            nn.utils.clip_grads_with_norm_(self._masters, self.grad_clip, norm)
             lr = self.lr * self.schedule(self.updates)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
@@ -254,23 +296,70 @@ class PolicyOptimizer:
             self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.refresh()
-        return _stats(parts, norm, lr)
+        return _stats(parts, float(norm), lr)
+
+    def _passes(
+        self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
+    ) -> list[Part]:
+        """Forward and backward of the batches that have a coefficient, on whichever rank."""
+        trained = [batch for batch in batches if batch.pos_coef.any() or batch.neg_coef.any()]
+        return [part for part in self._shared(trained, loss_of) if part is not None]
+
+    def _shared(
+        self, batches: Sequence[PackedBatch], work: Callable[[PackedBatch], _T]
+    ) -> list[_T]:
+        """`work` on all batches, shared among the ranks; every rank gets all results, in order."""
+        mine, idle = self.ranks.share([len(batch) for batch in batches])
+        done = {index: work(batches[index]) for index in mine}
+        for _ in range(idle):
+            self._idle()
+        results = {i: result for part in self.ranks.gather(done) for i, result in part.items()}
+        return [results[index] for index in range(len(batches))]
+
+    def _idle(self) -> None:
+        """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
+        one = torch.zeros(1, dtype=torch.int32, device=self.model.device)
+
+        def nothing() -> torch.Tensor:
+            hidden, weight, bias = self._hidden(one, one, one + 1)
+            return 0 * (hidden.sum() + weight.sum() + (0 if bias is None else bias.sum()))
+
+        loss = self._inside(nothing)
+        if loss.requires_grad:
+            loss.backward()
+
+    def _norm(self) -> torch.Tensor:
+        """Norm of the whole gradient, over all parameters and ranks."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _logprob(
+        self, batch: PackedBatch, chosen: NDArray[np.int64], temperature: float
+    ) -> torch.Tensor:
+        hidden, weight, bias, targets = self._predictors(batch, chosen)
+        return linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
 
     def _predictors(
         self, batch: PackedBatch, chosen: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:
-        """Hidden states `[T, H]` that predict the chosen tokens, the head, the tokens `[T]`."""
-        hidden = packed_hidden(
-            self.compute,
-            self._tensor(batch.token_ids),
-            self._tensor(batch.position),
-            self._tensor(batch.end),
-            # A token's embedding gradient sums over all its occurrences: that needs the master.
-            embed=self.model.get_input_embeddings(),
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Hidden states `[T, H]` that predict the chosen tokens, weight `[V, H]` and bias of the
+        head, the tokens `[T]`."""
+        hidden, weight, bias = self._hidden(
+            *(self._tensor(array) for array in (batch.token_ids, batch.position, batch.end))
         )
         predictors = hidden[self._tensor(batch.pred[chosen]).long()]
-        targets = self._tensor(batch.token_ids[chosen]).long()
-        return predictors, self.compute.get_output_embeddings(), targets
+        return predictors, weight, bias, self._tensor(batch.token_ids[chosen]).long()
+
+    def _hidden(
+        self, token_ids: torch.Tensor, position: torch.Tensor, end: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hidden states `[N, H]` of packed trees, weight and bias of the head in their dtype."""
+        # A token's embedding gradient sums over all its occurrences: that needs the master.
+        embed = self.model.get_input_embeddings()
+        hidden = packed_hidden(self.compute, token_ids, position, end, embed=embed)
+        head = self.compute.get_output_embeddings()
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)
+        return hidden, head.weight.to(hidden.dtype), bias
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)
@@ -283,10 +372,10 @@ class PolicyOptimizer:
         for batch in batches:
             for index, tree in enumerate(batch.trees):
                 self._optimizer.zero_grad(set_to_none=True)
-                start, stop = batch.tree_start[index : index + 2]
-                part = loss_of(section(batch, index, int(start), int(stop)))
-                norm = nn.utils.get_total_norm(p.grad for p in self._masters if p.grad is not None)
-                if part and not (math.isfinite(part.loss) and math.isfinite(norm)):
+                start, stop = (int(at) for at in batch.tree_start[index : index + 2])
+                parts = self._passes([section(batch, index, start, stop)], loss_of)
+                finite = all(math.isfinite(part.loss) for part in parts)
+                if not (finite and self._norm().isfinite()):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
 

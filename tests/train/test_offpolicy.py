@@ -49,8 +49,8 @@ class Shifted:
     def gap(self, token_ids: np.ndarray) -> np.ndarray:
         return (token_ids % 7 - 3).astype(np.float32) / 5
 
-    def logprobs(self, batch: PackedBatch) -> np.ndarray:
-        return np.where(batch.agent, batch.old_logprob + self.gap(batch.token_ids), 0.0)
+    def logprobs(self, batches: list[PackedBatch]) -> list[np.ndarray]:
+        return [np.where(b.agent, b.old_logprob + self.gap(b.token_ids), 0.0) for b in batches]
 
 
 def corrected(forest: Forest, algo: AlgoConfig, level: str) -> list[tuple[PackedBatch, Any]]:
@@ -77,7 +77,7 @@ def test_token_weights_multiply_each_tokens_coefficients(forest: Forest, algo: A
         held["below"] += int((weight < 1).sum())
         assert np.allclose(batch.pos_coef, before.pos_coef * weight, rtol=1e-6)
         assert np.allclose(batch.neg_coef, before.neg_coef * weight, rtol=1e-6)
-        assert np.array_equal(batch.old_logprob, Shifted().logprobs(before))
+        assert np.array_equal(batch.old_logprob, Shifted().logprobs([before])[0])
     assert min(held.values()) > 0
 
 
@@ -113,7 +113,7 @@ def test_sequence_weights_belong_to_trajectories(forest: Forest, algo: AlgoConfi
 
 def test_without_correction_only_the_old_log_probs_are_new(forest: Forest) -> None:
     for batch, before in corrected(forest, AlgoConfig(), "none"):
-        expected = replace(before, old_logprob=Shifted().logprobs(before))
+        expected = replace(before, old_logprob=Shifted().logprobs([before])[0])
         for name in PackedBatch.__dataclass_fields__:
             assert np.array_equal(getattr(batch, name), getattr(expected, name)), name
 

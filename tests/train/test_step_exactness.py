@@ -236,7 +236,7 @@ def test_logprobs_equal_those_of_plain_rows(model: PreTrainedModel, algorithm: s
     trees = forest()
     batch = pack(trees, range(len(trees)), score(trees, ALGORITHMS[algorithm]))
     optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=torch.float64)
-    packed = optimizer.logprobs(batch)
+    (packed,) = optimizer.logprobs([batch])
     assert not packed[batch.agent == 0].any()
     first_token = {int(node): index for index, node in reversed(list(enumerate(batch.node)))}
     for leaf in trees.leaf_node:

@@ -85,7 +85,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def logprob_sum(model: PreTrainedModel, batches: list[PackedBatch]) -> float:
     reader = PolicyOptimizer(model, lr=1.0)
-    return float(sum(reader.logprobs(batch).sum() for batch in batches))
+    return float(sum(logprob.sum() for logprob in reader.logprobs(batches)))
 
 
 def test_update_raises_the_probability_of_good_tokens_and_reports_itself(
@@ -93,7 +93,7 @@ def test_update_raises_the_probability_of_good_tokens_and_reports_itself(
 ) -> None:
     optimizer = PolicyOptimizer(model, lr=1e-2, grad_clip=0.5, schedule=lambda update: 0.25)
     before = logprob_sum(model, batches)
-    batches = [replace(batch, old_logprob=optimizer.logprobs(batch)) for batch in batches]
+    batches = [replace(batch, old_logprob=optimizer.logprobs([batch])[0]) for batch in batches]
     stats = optimizer.update(batches)
     assert logprob_sum(model, batches) > before
     agent = sum(sum(lengths) for lengths in LENGTHS)
@@ -112,7 +112,7 @@ def test_second_update_sees_ratios_and_clips(
     model: PreTrainedModel, batches: list[PackedBatch]
 ) -> None:
     optimizer = PolicyOptimizer(model, lr=2e-2)
-    batches = [replace(batch, old_logprob=optimizer.logprobs(batch)) for batch in batches]
+    batches = [replace(batch, old_logprob=optimizer.logprobs([batch])[0]) for batch in batches]
     for _ in range(3):
         stats = optimizer.update(batches)
     assert stats.ratio_max > 1.3
