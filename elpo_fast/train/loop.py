@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from elpo_fast.algo import make_planner, score
-from elpo_fast.config import Config
+from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
@@ -73,11 +73,17 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
 
 
 def _folder(config: Config, resume: bool, ranks: Ranks) -> RunFolder:
-    """The run folder, made by the leading rank."""
+    """The run folder, made by the leading rank; what is wrong with it stops all ranks."""
+    folder: RunFolder = Follower(config)
+    fault = None
     if ranks.leads:
-        folder = RunFolder.resume(config) if resume else RunFolder.create(config)
-    ranks.gather(None)
-    return folder if ranks.leads else Follower(config)
+        try:
+            folder = RunFolder.resume(config) if resume else RunFolder.create(config)
+        except ConfigError as error:
+            fault = error
+    if (fault := ranks.gather(fault)[0]) is not None:
+        raise fault
+    return folder
 
 
 @dataclass(frozen=True)

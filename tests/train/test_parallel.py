@@ -7,18 +7,24 @@ import os
 import subprocess
 import sys
 from dataclasses import astuple, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from elpo_fast import cli
 from elpo_fast.config import ConfigError, parse_config
 from elpo_fast.model.attention import ATTENTION
+from elpo_fast.tasks import ledger
+from elpo_fast.train import loop
+from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.parallel import ALONE, Ranks, joined
 from elpo_fast.train.step import NonFiniteError, PolicyOptimizer, micro_batches
+from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree.pack import PackedBatch, Scored
 from elpo_fast.tree.store import Forest, Tree
 
@@ -129,9 +135,28 @@ def poisoned(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def main(out: str) -> None:
-    """All of the above on two ranks and both meshes, into a file."""
-    torch.set_num_threads(1)
+def verdicts_by_length() -> None:
+    """An untrained model never succeeds; verdicts by the answer's length give it gradients."""
+
+    async def grade(self: Any, task: Any, messages: Any, end: Any) -> Any:
+        return self.options.verdict(len(messages[-1]["content"]) % 2 == 0, end.value)
+
+    async def no_cold_start(*_: Any, **__: Any) -> None:
+        pass  # demonstrations would be judged wrong
+
+    ledger.Ledger.grade, loop.cold_start = grade, no_cold_start  # type: ignore[assignment]
+
+
+def fault(ranks: Ranks, used: Path) -> str:
+    """What a rank says of a run folder that has something in it."""
+    config = parse_config({"run": {"dir": str(used.parent), "name": used.name}})
+    with pytest.raises(ConfigError) as raised:
+        loop._folder(config, False, ranks)
+    return str(raised.value)
+
+
+def compare(out: str) -> None:
+    """Everything above on two ranks and both meshes, into a file."""
     results: dict[str, Any] = {}
     with joined(parse_config({"parallel": {"shard": 2}})) as ranks:
         mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
@@ -140,6 +165,7 @@ def main(out: str) -> None:
                 results[name, case] = three_updates(among, **options)
             results[name, "resumed"] = resumed(among)
             results[name, "poisoned"] = poisoned(among)
+        results["fault"] = ranks.gather(fault(ranks, Path(__file__).parent))
         if ranks.leads:
             torch.save(results, out)
 
@@ -202,5 +228,74 @@ def test_a_mesh_of_another_size_is_refused() -> None:
         pass
 
 
+CONFIG = """
+run: {name: run, threads: 1}
+model:
+  name: scratch
+  dtype: float32
+  scratch: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, intermediate_size: 64}
+task: {options: {steps: 4, level: 1}, system: Go.}
+tools: {workers: 1}
+rollout: {call_format: code, max_turn_tokens: 12, max_tokens: 300}
+algo: {n_total: 6}
+sft: {demonstrations: 3, batch: 2, lr: 1.0e-3}
+train:
+  steps: 2
+  tasks_per_step: 3
+  updates_per_step: 2
+  lr: 1.0e-3
+  overlap: 1
+  old_logprob: recompute
+  importance_sampling: sequence
+eval: {tasks: 3}
+"""
+
+
+def command(folder: Path, *overrides: str) -> list[str]:
+    (folder / "config.yaml").write_text(CONFIG)
+    return ["train", str(folder / "config.yaml"), f"run.dir={folder}", *overrides]
+
+
+def test_a_run_of_two_ranks_is_a_run_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+    done = torchrun(__file__, *command(tmp_path / "two", "parallel.shard=2"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("after ELPO") == 2  # one line and one row, of the leading rank
+
+    monkeypatch.setattr(ledger.Ledger, "grade", ledger.Ledger.grade)
+    monkeypatch.setattr(loop, "cold_start", loop.cold_start)
+    verdicts_by_length()
+    assert cli.main(command(tmp_path / "one")) == 0
+    # Another step of either, on one rank.
+    assert cli.main([*command(tmp_path / "two", "train.steps=3"), "--resume"]) == 0
+    assert cli.main([*command(tmp_path / "one", "train.steps=3"), "--resume"]) == 0
+
+    two, one = (read_metrics(tmp_path / name / "run") for name in ("two", "one"))
+    assert [record["phase"] for record in two] == ["eval", "eval", "rl", "rl", "eval", "rl", "eval"]
+    for ours, alone in zip(two, one, strict=True):
+        assert ours.keys() == alone.keys()
+        for name in ("success", "trajectories", "loss", "grad_norm", "approx_kl", "mismatch_ess"):
+            assert ours.get(name, 0) == pytest.approx(alone.get(name, 0), rel=1e-3, abs=1e-5)
+    assert all(record["grad_norm"] > 0 for record in two if record["phase"] == "rl")
+    ours, alone = (
+        AutoModelForCausalLM.from_pretrained(latest(tmp_path / name / "run")).state_dict()
+        for name in ("two", "one")
+    )
+    torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4)
+    assert cli.main(["tree", "show", str(tmp_path / "two" / "run"), "--step", "1"]) == 0
+
+
+def test_a_fault_of_the_run_folder_stops_all_ranks(results: dict[Any, Any]) -> None:
+    assert len(results["fault"]) == 2
+    assert all("already exists; continue it with --resume" in fault for fault in results["fault"])
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    if sys.argv[1] == "train":
+        verdicts_by_length()
+        sys.exit(cli.main(sys.argv[1:]))
+    compare(sys.argv[1])
