@@ -300,7 +300,9 @@ class _Run:
         """Give the engine the policy's present weights as `version`, and see that it has them."""
         parts, config = self.parts, self.config
         await parts.engine.update_weights(parts.loaded.model.named_parameters(), version)
-        dtype = getattr(torch, config.rollout.dtype or config.model.dtype)
+        # Masters are float32 everywhere; a sharded model computes in another dtype all the same.
+        computed = {config.model.dtype, config.rollout.dtype or config.model.dtype}
+        dtype = torch.float32 if computed == {"float32"} else torch.bfloat16
         score = None if parts.ranks.mesh is None else parts.policy.score
         await check_engine(parts.engine, parts.policy.compute, dtype, score)
 

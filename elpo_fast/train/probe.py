@@ -28,8 +28,8 @@ Score = Callable[[np.ndarray], np.ndarray]
 async def check_engine(
     engine: Engine, model: PreTrainedModel, dtype: torch.dtype, score: Score | None = None
 ) -> None:
-    """Compare `engine`, which computes in `dtype`, with `model`, or with what `score` computes for
-    a model that is sharded. Raises `RunError`."""
+    """Compare `engine` with `model`, or with what `score` computes for a model that is sharded;
+    `dtype` is the coarser of theirs. Raises `RunError`."""
     vocab_size = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, _TOKENS)
     theirs = await engine.score(tokens)

@@ -129,7 +129,6 @@ class PolicyOptimizer:
     ) -> None:
         self.model = model
         self.ranks = ranks
-        self.dtype = dtype
         self.lr = lr
         self.grad_clip = grad_clip
         self.temperature = temperature
