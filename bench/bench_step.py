@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.forests import Shape, as_rows, as_trees, grow, regrown
 from elpo_fast.model.attention import ATTENTION
-from elpo_fast.train.step import Part, PolicyOptimizer
+from elpo_fast.train.metrics import Part
+from elpo_fast.train.step import PolicyOptimizer
 from elpo_fast.tree import io
 from elpo_fast.tree.pack import PackedBatch
 from elpo_fast.tree.store import Tree

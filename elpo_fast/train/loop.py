@@ -32,7 +32,7 @@ from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
-from elpo_fast.train.metrics import Counts, mean_stats, staleness, totals, tree_metrics
+from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled
@@ -41,7 +41,6 @@ from elpo_fast.train.run import Follower, RunFolder
 from elpo_fast.train.sft import cold_start
 from elpo_fast.train.step import (
     NonFiniteError,
-    StepStats,
     micro_batches,
     warmup_constant,
     warmup_cosine,

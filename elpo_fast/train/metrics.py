@@ -4,16 +4,79 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.train.step import StepStats
 from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import Engine
+
+
+def _no_gap() -> NDArray[np.float32]:
+    return np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One update. Means are over the tokens with a coefficient; ratio and clip figures are those
+    before the update, 1 and 0 where there is no ratio (negative log-likelihood)."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float
+    tokens: int  # unique tokens computed
+    trained_tokens: int  # of these, with a coefficient
+    ratio_mean: float = 1.0
+    ratio_max: float = 1.0
+    clipped_low: float = 0.0  # share of tokens held by the lower bound
+    clipped_high: float = 0.0
+    approx_kl: float = 0.0  # mean of r - 1 - log r
+    gap: NDArray[np.float32] = field(  # [trained_tokens] log r, in nats
+        default_factory=_no_gap, compare=False, repr=False
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one micro-batch contributed."""
+
+    loss: float
+    tokens: int
+    trained_tokens: int
+    stats: dict[str, float]
+    gap: NDArray[np.float32] = field(default_factory=_no_gap)  # log r of the trained tokens
+
+
+def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
+    """The update that its micro-batches, at least one, make."""
+    trained = sum(part.trained_tokens for part in parts)
+
+    def mean(name: str) -> float:
+        return sum(part.stats[name] * part.trained_tokens for part in parts) / trained
+
+    return StepStats(
+        loss=sum(part.loss for part in parts),
+        grad_norm=norm,
+        lr=lr,
+        tokens=sum(part.tokens for part in parts),
+        trained_tokens=trained,
+        gap=np.concatenate([part.gap for part in parts]),
+        **(
+            {
+                "ratio_mean": mean("ratio_mean"),
+                "ratio_max": max(part.stats["ratio_max"] for part in parts),
+                "clipped_low": mean("clipped_low"),
+                "clipped_high": mean("clipped_high"),
+                "approx_kl": mean("approx_kl"),
+            }
+            if parts[0].stats
+            else {}
+        ),
+    )
 
 
 def tree_metrics(forest: Forest) -> dict[str, Any]:
@@ -90,7 +153,7 @@ def totals(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:
     """Mean of every figure over a step's updates (`ratio_max`: the maximum); empty for none."""
     values: dict[str, float] = {"updates": len(updates)}
-    for name in (field.name for field in fields(StepStats) if field.name != "gap"):
+    for name in (each.name for each in fields(StepStats) if each.name != "gap"):
         column = [getattr(update, name) for update in updates]
         if column:
             values[name] = float(max(column) if name == "ratio_max" else np.mean(column))

@@ -15,7 +15,8 @@ import numpy as np
 
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.train.step import PolicyOptimizer, StepStats, micro_batches
+from elpo_fast.train.metrics import StepStats
+from elpo_fast.train.step import PolicyOptimizer, micro_batches
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.model.forward import packed_hidden
+from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
 from elpo_fast.tree.store import Forest
@@ -43,10 +43,6 @@ Schedule = Callable[[int], float]
 _T = TypeVar("_T")
 
 
-def _no_gap() -> NDArray[np.float32]:
-    return np.zeros(0, np.float32)
-
-
 class NonFiniteError(RunError):
     """Loss or gradient is NaN or infinite; `trees` are the forest's trees that make it so."""
 
@@ -56,37 +52,6 @@ class NonFiniteError(RunError):
             f"{what} is not finite on trees {list(self.trees)}; no parameter was changed. "
             "Look at these trees, then lower the learning rate or the clip bounds"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class StepStats:
-    """One update. Means are over the tokens with a coefficient; ratio and clip figures are those
-    before the update, 1 and 0 where there is no ratio (negative log-likelihood)."""
-
-    loss: float
-    grad_norm: float  # before clipping
-    lr: float
-    tokens: int  # unique tokens computed
-    trained_tokens: int  # of these, with a coefficient
-    ratio_mean: float = 1.0
-    ratio_max: float = 1.0
-    clipped_low: float = 0.0  # share of tokens held by the lower bound
-    clipped_high: float = 0.0
-    approx_kl: float = 0.0  # mean of r - 1 - log r
-    gap: NDArray[np.float32] = field(  # [trained_tokens] log r, in nats
-        default_factory=_no_gap, compare=False, repr=False
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """What one micro-batch contributed."""
-
-    loss: float
-    tokens: int
-    trained_tokens: int
-    stats: dict[str, float]
-    gap: NDArray[np.float32] = field(default_factory=_no_gap)  # log r of the trained tokens
 
 
 def warmup_constant(warmup: int) -> Schedule:
@@ -295,7 +260,7 @@ class PolicyOptimizer:
             self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.refresh()
-        return _stats(parts, float(norm), lr)
+        return combined(parts, float(norm), lr)
 
     def _passes(
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
@@ -401,33 +366,6 @@ def micro_batches(
             bins[fits].append(number)
             room[fits] -= size
     return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
-
-
-def _stats(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
-    trained = sum(part.trained_tokens for part in parts)
-
-    def mean(name: str) -> float:
-        return sum(part.stats[name] * part.trained_tokens for part in parts) / trained
-
-    return StepStats(
-        loss=sum(part.loss for part in parts),
-        grad_norm=norm,
-        lr=lr,
-        tokens=sum(part.tokens for part in parts),
-        trained_tokens=trained,
-        gap=np.concatenate([part.gap for part in parts]),
-        **(
-            {
-                "ratio_mean": mean("ratio_mean"),
-                "ratio_max": max(part.stats["ratio_max"] for part in parts),
-                "clipped_low": mean("clipped_low"),
-                "clipped_high": mean("clipped_high"),
-                "approx_kl": mean("approx_kl"),
-            }
-            if parts[0].stats
-            else {}
-        ),
-    )
 
 
 def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
