@@ -219,12 +219,20 @@ def test_nan_on_one_rank_stops_all_with_parameters_untouched(
     assert_close(ours["weights"], alone["weights"])
 
 
-def test_a_mesh_of_another_size_is_refused() -> None:
-    config = parse_config({"parallel": {"replicate": 2, "shard": 4}})
-    with (
-        pytest.raises(ConfigError, match=r"replicate=2 times shard=4 is not .* processes, 1"),
-        joined(config),
-    ):
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"parallel": {"shard": 4}}, "replicate=1 times shard=4 is not the number of processes, 2"),
+        ({"parallel": {"shard": 2}, "rollout": {"engine": "sglang"}}, "use rollout.engine=local"),
+        ({"parallel": {"shard": 2}, "model": {"device": "cpu:0"}}, "one device for 2 processes"),
+    ],
+    ids=["mesh", "engine", "device"],
+)
+def test_what_ranks_cannot_share_is_refused(
+    data: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=said), joined(parse_config(data)):
         pass
 
 
@@ -265,8 +273,8 @@ def test_a_run_of_two_ranks_is_a_run_of_one(
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("after ELPO") == 2  # one line and one row, of the leading rank
 
-    monkeypatch.setattr(ledger.Ledger, "grade", ledger.Ledger.grade)
-    monkeypatch.setattr(loop, "cold_start", loop.cold_start)
+    for owner, name in ((ledger.Ledger, "grade"), (loop, "cold_start")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what comes next replaces
     verdicts_by_length()
     assert cli.main(command(tmp_path / "one")) == 0
     # Another step of either, on one rank.
