@@ -68,6 +68,10 @@ class ServerGoneError(RuntimeError):
     """The fork server ended before it answered."""
 
 
+class NotStartedError(ServerGoneError):
+    """A server did not start, though one did before; the message says why."""
+
+
 class RefusedError(RuntimeError):
     """This isolation cannot be had here; the message says why."""
 
@@ -287,9 +291,12 @@ class Link:
 
 
 def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
-    """A read-only root with nothing in it but `readable`, empty /tmp and /proc, four devices."""
+    """A read-only root with nothing in it but `readable`, an empty /tmp and /proc, four devices."""
     yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts")
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
+    # The server's own /tmp: some modules want to write while they are imported. Every child covers
+    # it with one of its own. First, as something readable may lie below it.
+    yield from ("--perms", "1777", "--tmpfs", "/tmp")
     parents = {str(parent) for path in readable for parent in Path(path).parents}
     for parent in sorted(parents - {"/"} - set(readable)):
         yield from ("--perms", "0755", "--dir", parent)
@@ -298,7 +305,7 @@ def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
             yield from ("--symlink", os.readlink(path), path)
         else:
             yield from ("--ro-bind", path, path)
-    yield from ("--perms", "0755", "--dir", "/tmp", "--proc", "/proc", "--tmpfs", "/dev")
+    yield from ("--proc", "/proc", "--tmpfs", "/dev")
     for device in _DEVICES:
         yield from ("--dev-bind", device, device)
     yield from ("--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/")

@@ -42,7 +42,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from elpo_fast.tools._link import Launch, Link, Reply, ServerGoneError, python_paths, signal_name
+from elpo_fast.tools._link import (
+    Launch,
+    Link,
+    NotStartedError,
+    Reply,
+    ServerGoneError,
+    python_paths,
+    signal_name,
+)
 from elpo_fast.tools._records import Options
 from elpo_fast.types import RunError
 
@@ -275,18 +283,21 @@ class Sandbox:
             if self._protection is None:
                 raise
             # It has worked here before: whoever asks may try again.
-            raise ServerGoneError(f"a new server did not start: {problem}") from None
+            raise NotStartedError(f"a new server did not start: {problem}") from None
         self._protection = self._protection or Protection(isolation, _ACTIVE[isolation], reasons)
         return self._protection
 
     async def _call(
         self, modules: tuple[str, ...], body: Any, timeout_s: float
     ) -> tuple[Reply, float]:
-        """The reply and its seconds; one that says so where servers died again and again."""
+        """The reply and its seconds; one that says so where servers died again and again, but
+        `NotStartedError` where they did not even start."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
             _, reply = await self._served(modules, "call", body, timeout_s=timeout_s)
+        except NotStartedError:
+            raise
         except ServerGoneError:
             reply = Reply({"how": "gone", "signal": 0}, (b"", b"", b""))
         return reply, loop.time() - started

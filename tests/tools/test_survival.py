@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from elpo_fast.tasks.gym_verifier import make_dataset, pack_entry
 from elpo_fast.tools.sandbox import _LIGHT
 
 
@@ -230,6 +231,43 @@ def test_patched_library_would_last(safe_box, name: str) -> None:
 
 
 # --- graders -------------------------------------------------------------------------------------
+
+ENTRY = make_dataset("chain_sum", {}, seed=1, size=1)[0]
+GRADERS = {
+    "elpo_fast.tasks.gym_verifier:score": (
+        {
+            "dataset": "chain_sum",
+            "config": {},
+            "entry": pack_entry(ENTRY),
+            "answer": ENTRY["answer"],
+        },
+        {"score": 1.0, "error": ""},
+    ),
+    "elpo_fast.tasks.math_verifier:equal": (
+        {"answer": r"\frac{1}{2}", "truths": ["0.5"]},
+        {"correct": True},
+    ),
+    "elpo_fast.tasks.code_verifier:run": (
+        {"code": "print(input())", "stdin": "a", "expression": "2**10"},
+        {"stdout": "a\n", "value": 1024, "error": ""},
+    ),
+}
+
+
+@pytest.mark.parametrize("function", GRADERS)
+def test_graders_run_in_the_isolation_that_code_has(safe_box, function: str) -> None:
+    payload, result = GRADERS[function]
+    assert asyncio.run(safe_box.sandbox.call_function(function, payload, 20.0)) == result
+    links = [
+        link for (modules, _), link in safe_box.sandbox._links.items() if "tasks" in modules[0]
+    ]
+    assert {link.ready.result()[0] for link in links} == {safe_box.isolation}
+
+
+def test_module_that_does_not_start_is_told_with_its_reason(safe_box) -> None:
+    safe_box.run("1")
+    with pytest.raises(RuntimeError, match="No module named 'no_such_module'"):
+        asyncio.run(safe_box.sandbox.call_function("no_such_module:f", 1))
 
 
 @pytest.mark.parametrize(
