@@ -279,9 +279,10 @@ class Link:
         return replies
 
     def _command(self, isolation: str) -> list[str]:
+        where: Callable[[str], str] = _inside if isolation == "bubblewrap" else str
         options = json.dumps(asdict(self._launch.options) | {"isolation": isolation})
-        python = [sys.executable, "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT]
-        python += [":".join(self._launch.python_path), options]
+        python = [where(sys.executable), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT]
+        python += [":".join(map(where, self._launch.python_path)), options]
         if isolation != "bubblewrap":
             return python
         bubblewrap = shutil.which("bwrap")
@@ -290,21 +291,27 @@ class Link:
         return [bubblewrap, *_bubblewrap(self._launch.options.readable), *python]
 
 
+def _inside(path: str) -> str:
+    """Where a readable path lies in the container, in which everyone has a /tmp of their own."""
+    return f"/outside{path}" if Path(path).is_relative_to("/tmp") else path
+
+
 def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
     """A read-only root with nothing in it but `readable`, an empty /tmp and /proc, four devices."""
     yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts")
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
     # The server's own /tmp: some modules want to write while they are imported. Every child covers
-    # it with one of its own. First, as something readable may lie below it.
+    # it with one of its own.
     yield from ("--perms", "1777", "--tmpfs", "/tmp")
-    parents = {str(parent) for path in readable for parent in Path(path).parents}
-    for parent in sorted(parents - {"/"} - set(readable)):
+    places = {_inside(path) for path in readable}
+    parents = {str(parent) for place in places for parent in Path(place).parents}
+    for parent in sorted(parents - {"/"} - places):
         yield from ("--perms", "0755", "--dir", parent)
     for path in sorted(readable):  # outer folders first
         if os.path.islink(path) and Path(path).parent == Path("/"):
             yield from ("--symlink", os.readlink(path), path)
         else:
-            yield from ("--ro-bind", path, path)
+            yield from ("--ro-bind", path, _inside(path))
     yield from ("--proc", "/proc", "--tmpfs", "/dev")
     for device in _DEVICES:
         yield from ("--dev-bind", device, device)

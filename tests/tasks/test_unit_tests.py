@@ -103,7 +103,7 @@ FORGERIES = {
         "    return next((c for c in constants if c == 3), None)"
     ),
     "result on every descriptor": (
-        "import os\nprint('passed')\n"
+        "import os\nprint('passed', flush=True)\n"
         "p = b'{\"value\": \"{\\\\\"correct\\\\\": true}\", \"error\": null, \"timeout\": false}'\n"
         "for fd in range(3, 64):\n"
         "    try: os.write(fd, b'X' + len(p).to_bytes(4, 'big') + p)\n    except OSError: pass\n"

@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -487,6 +489,17 @@ def test_cancelling_frees_the_worker(make_box) -> None:
         assert (await asyncio.wait_for(box.sandbox.run("1"), 20)).value == "1"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_packages_below_tmp_can_be_imported(make_box, isolation: str) -> None:
+    """A checkout there, say; everyone's own /tmp must not hide it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        Path(folder, "lying_below_tmp.py").write_text("x = 5")
+        box = make_box(isolation, paths=(folder,))
+        assert box.run("import lying_below_tmp as m\nm.x").value == "5"
+        assert box.run("import os\n'lying_below_tmp.py' in os.listdir('.')").value == "False"
 
 
 def test_workers_bound_what_runs_at_once(make_box) -> None:
