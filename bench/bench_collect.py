@@ -18,7 +18,6 @@ from elpo_fast.algo import make_planner
 from elpo_fast.config import load_config
 from elpo_fast.train.parts import assembled
 from elpo_fast.train.sft import cold_start
-from elpo_fast.train.step import warmup_cosine
 from elpo_fast.tree.store import Forest
 
 TASKS = 16
@@ -33,7 +32,6 @@ def test_collect(benchmark: BenchmarkFixture, planner: str) -> None:
         context = assembled(config)
         parts = runner.run(context.__aenter__())
         engine = parts.engine
-        parts.policy.restart(lr=config.sft.lr, schedule=warmup_cosine(10, config.sft.steps))
         runner.run(cold_start(config, parts.collector, parts.policy, seed=0))
         tasks = [parts.source.train(1000 + index) for index in range(TASKS)]
 

@@ -31,7 +31,6 @@ from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.loop import release_memory
 from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.sft import cold_start
-from elpo_fast.train.step import warmup_cosine
 from elpo_fast.types import End, MalformedCall, ToolCall, ToolResult
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
@@ -115,7 +114,6 @@ async def main(config: Config, trees: int) -> dict[str, Any]:
     rng, faults, ends = random.Random(0), Counter[str](), Counter[str]()
     samples, began = [], time.perf_counter()
     async with assembled(config) as parts:
-        parts.policy.restart(lr=config.sft.lr, schedule=warmup_cosine(10, config.sft.steps))
         await cold_start(config, parts.collector, parts.policy, seed=0)
         weights = parts.loaded.model.named_parameters()
         await parts.engine.update_weights(weights, 1)

@@ -24,7 +24,6 @@ from elpo_fast.config import Config, load_config
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.sft import cold_start
-from elpo_fast.train.step import warmup_cosine
 from elpo_fast.types import MalformedCall, ToolCall, ToolResult
 
 LATENCY_S = 0.2
@@ -64,7 +63,6 @@ async def collect(config: Config, parts: Parts, seconds: float, tasks: int) -> d
 
 async def main(config: Config, tasks: int) -> dict[str, Any]:
     async with assembled(config) as parts:
-        parts.policy.restart(lr=config.sft.lr, schedule=warmup_cosine(10, config.sft.steps))
         await cold_start(config, parts.collector, parts.policy, seed=0)
         await collect(config, parts, 0.0, max(1, tasks // 4))
         rounds = [

@@ -43,7 +43,6 @@ from elpo_fast.train.step import (
     NonFiniteError,
     micro_batches,
     warmup_constant,
-    warmup_cosine,
 )
 from elpo_fast.train.summary import DURING, print_summary
 from elpo_fast.tree import io
@@ -167,7 +166,6 @@ class _Run:
 
     async def cold_start(self) -> None:
         sft = self.config.sft
-        self.parts.policy.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
         step = 0
         with self.display.phase("SFT", sft.steps) as phase:
 
@@ -256,9 +254,10 @@ class _Run:
             ]
 
         with self.saving_offenders(forest, f"rl_{step + 1:06d}"):
-            groups = groups_of(None)
             apart: dict[str, float] = {}
-            if train.old_logprob == "recompute":
+            if train.old_logprob == "rollout":
+                groups = groups_of(None)
+            else:
                 groups, apart = recompute(self.parts.policy, forest, groups_of, train)
             updates = []
             for number, batches in enumerate(groups):

@@ -16,7 +16,7 @@ import numpy as np
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.train.metrics import StepStats
-from elpo_fast.train.step import PolicyOptimizer, micro_batches
+from elpo_fast.train.step import PolicyOptimizer, micro_batches, warmup_cosine
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 
@@ -34,11 +34,13 @@ async def cold_start(
 ) -> None:
     """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.
 
+    The optimizer starts afresh with the cold start's learning rate and a warm-up and cosine of it.
     `guard` is entered around each update of a forest. Stops when the mean loss of the last `WINDOW`
     updates is at or below `sft.target_loss`. Raises `ConfigError` where the task source has no
     solver.
     """
     source, sft = collector.source, config.sft
+    optimizer.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
     demonstrated = await collector.demonstrations(
         [source.train(index) for index in range(sft.demonstrations)]
     )
