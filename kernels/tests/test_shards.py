@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +18,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 CUT = 130  # of 307: uneven
 
 
-def run(rank: int, port: int) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2"
-    )
+def run(rank: int, meeting: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
         for check in (plain_shards, sharded_lora, dtensors):
             check(rank)
@@ -111,12 +106,11 @@ def dtensors(rank: int) -> None:
             linear_policy_loss(hidden, weight, case.targets, *case.policy)
 
 
-def test_two_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import test_shards
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.start_processes(test_shards.run, (port,), nprocs=2, start_method="spawn")
+    # A file, not a port: one found free may be taken by another test by the time it is used.
+    meeting = (tmp_path / "meeting").as_uri()
+    mp.start_processes(test_shards.run, (meeting,), nprocs=2, start_method="spawn")
