@@ -16,7 +16,7 @@ from elpo_kernels import TreePlan, tree_attention
 from elpo_kernels._tree_blocks import DEAD, FULL
 from elpo_kernels.attention import tree_attention_op
 from elpo_kernels.testing import error, make_forest, true_attention
-from torch import Tensor
+from torch import Tensor, library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TOLERANCE = 1e-5  # float32, relative
@@ -100,9 +100,7 @@ def test_operator_is_well_formed() -> None:
     by_row = plan.lists(32, 32, 0, by_column=False)
     lists = [*by_row, *by_row, *plan.lists(16, 16, 0, by_column=True)]
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    torch.library.opcheck(
-        tree_attention_op, (*leaves, plan.end, None, lists, 0, 0.3), test_utils=checks
-    )
+    library.opcheck(tree_attention_op, (*leaves, plan.end, None, lists, 0, 0.3), test_utils=checks)
 
 
 @interpreted

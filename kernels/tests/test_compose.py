@@ -16,7 +16,7 @@ from elpo_kernels import (
 )
 from elpo_kernels._head import Tiling
 from elpo_kernels.testing import error, make_case, true_policy
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
 
@@ -192,7 +192,7 @@ def test_operators_pass_the_library_checks() -> None:
     ops = torch.ops.elpo_kernels
     half = torch.full((), 0.2, dtype=torch.float64)
     pos, neg = case.pos, case.neg
-    check = torch.library.opcheck
+    check = library.opcheck
     check(ops.linear_logprob, (xs, weights, None, None, case.targets, *scalars, True))
     check(
         ops.linear_policy,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from elpo_kernels._backend import resolve_backend
@@ -95,7 +95,7 @@ def _five(gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     return a, b, c, d, e
 
 
-@torch.library.custom_op("elpo_kernels::linear_logprob", mutates_args=())
+@library.custom_op("elpo_kernels::linear_logprob", mutates_args=())
 def linear_logprob_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -122,7 +122,7 @@ def _(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
     return values, torch.empty_like(values)
 
 
-@torch.library.custom_op("elpo_kernels::linear_logprob_backward", mutates_args=())
+@library.custom_op("elpo_kernels::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -199,7 +199,7 @@ def _logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> t
 linear_logprob_op.register_autograd(_logprob_backward, setup_context=_save_logprob)
 
 
-@torch.library.custom_op("elpo_kernels::linear_policy", mutates_args=("main_grad",))
+@library.custom_op("elpo_kernels::linear_policy", mutates_args=("main_grad",))
 def linear_policy_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -291,7 +291,7 @@ def _(
     return values.new_empty(()), values, torch.empty_like(values), values.new_empty(7), *gradients
 
 
-@torch.library.custom_op("elpo_kernels::with_gradients", mutates_args=())
+@library.custom_op("elpo_kernels::with_gradients", mutates_args=())
 def with_gradients_op(
     loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor], fixed: bool
 ) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import check_device
@@ -24,7 +24,7 @@ from elpo_kernels._tree_blocks import NO_WINDOW, BlockLists, TreePlan
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-@torch.library.custom_op("elpo_kernels::tree_attention", mutates_args=())
+@library.custom_op("elpo_kernels::tree_attention", mutates_args=())
 def tree_attention_op(
     query: Tensor,
     key: Tensor,
@@ -51,7 +51,7 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((heads, size), dtype=torch.float32)
 
 
-@torch.library.custom_op("elpo_kernels::tree_attention_backward", mutates_args=())
+@library.custom_op("elpo_kernels::tree_attention_backward", mutates_args=())
 def tree_attention_backward_op(
     query: Tensor,
     key: Tensor,

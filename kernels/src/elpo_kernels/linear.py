@@ -1,7 +1,7 @@
 """Public functions on hidden states and head: the log-prob primitive and the fused policy loss.
 
-Each is one `torch.library` operator with a fake, so that `torch.compile` traces the caller without
-a graph break, and so that autograd, autocast and checkpointing see a single step.
+Each is one custom operator with a fake, so that `torch.compile` traces the caller without a graph
+break, and so that autograd, autocast and checkpointing see a single step.
 """
 
 from __future__ import annotations

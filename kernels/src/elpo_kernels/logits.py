@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import (
@@ -52,7 +52,7 @@ def _blocks(index: Tensor, logits: Tensor) -> Sequence[Tensor]:
     return blocks(torch.arange(len(index), device=index.device), rows)
 
 
-@torch.library.custom_op("elpo_kernels::logits_logprob", mutates_args=())
+@library.custom_op("elpo_kernels::logits_logprob", mutates_args=())
 def logits_logprob_op(
     logits: Tensor,
     temperatures: Tensor | None,
@@ -135,7 +135,7 @@ def _triton_sums(
     return state
 
 
-@torch.library.custom_op("elpo_kernels::logits_gradient_", mutates_args=("out",))
+@library.custom_op("elpo_kernels::logits_gradient_", mutates_args=("out",))
 def logits_gradient_op(
     out: Tensor,
     logits: Tensor | None,

@@ -21,7 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import Number, bound, check_per_token, check_ratio_cap, check_signs
@@ -134,7 +134,7 @@ def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Te
     )
 
 
-@torch.library.custom_op("elpo_kernels::policy_loss", mutates_args=())
+@library.custom_op("elpo_kernels::policy_loss", mutates_args=())
 def policy_loss_op(
     logprob: Tensor,
     old_logprob: Tensor | None,
