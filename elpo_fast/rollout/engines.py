@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,15 +13,22 @@ from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.types import Engine
 
 
-def make_engine(config: Config, model: PreTrainedModel, tokenizer: Any) -> Engine:
-    """The engine of `rollout.engine`, holding `model`'s present weights as version 0."""
+def make_engine(
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    weights: Iterable[tuple[str, Any]] | None = None,
+) -> Engine:
+    """The engine of `rollout.engine`, holding `weights` as version 0; `None`: `model`'s own."""
     rollout = config.rollout
     dtype = getattr(torch, rollout.dtype or config.model.dtype)
     if rollout.engine == "sglang":
         from elpo_fast.rollout.sglang.engine import SGLangEngine
 
         log = config.run_dir / "sglang.log"
-        return SGLangEngine(rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed)
+        return SGLangEngine(
+            rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed, weights=weights
+        )
     return LocalEngine(
         model,
         tokenizer,
@@ -28,4 +36,5 @@ def make_engine(config: Config, model: PreTrainedModel, tokenizer: Any) -> Engin
         cache_tokens=rollout.cache_tokens,
         seed=config.run.seed,
         dtype=dtype,
+        weights=weights,
     )

@@ -22,7 +22,6 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.rollout.batching import Batcher, Request
@@ -52,10 +51,10 @@ class _Exclusive:
 class LocalEngine:
     """`Engine` on a transformers model in this process; CPU or one GPU, fp32 or bfloat16.
 
-    The engine copies the model's weights into its own layout and into `dtype` (default: the
-    model's); `update_weights` takes new ones by name. `cache_tokens` bounds the key/value store,
-    `max_batch` the rows decoded together, `prefill_chunk` the prompt tokens computed in one step.
-    `tokenizer` serves stop strings alone.
+    The engine copies `weights` (default: the model's own) into its own layout and into `dtype`
+    (default: the model's); `update_weights` takes new ones by name. `cache_tokens` bounds the
+    key/value store, `max_batch` the rows decoded together, `prefill_chunk` the prompt tokens
+    computed in one step. `tokenizer` serves stop strings alone.
     """
 
     def __init__(
@@ -68,6 +67,7 @@ class LocalEngine:
         prefill_chunk: int = 512,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        weights: Iterable[tuple[str, Any]] | None = None,
     ) -> None:
         for name, value in (
             ("max_batch", max_batch),
@@ -77,9 +77,10 @@ class LocalEngine:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.weight_version = 0
-        self._shapes = {n: p.shape for n, p in model.named_parameters()}
+        given = dict(weights or model.named_parameters())
+        self._shapes = {name: weight.shape for name, weight in given.items()}
         self._decoder = Decoder(model, cache_tokens, dtype or model.dtype)
-        self._decoder.load(self._checked(model.named_parameters()))
+        self._decoder.load(_Whole(self._checked(given.items())))
         self._batcher = Batcher(self._decoder, max_batch, prefill_chunk)
         self._tokenizer = tokenizer
         self._texts: TokenTexts | None = None
@@ -155,7 +156,7 @@ class LocalEngine:
             self._stop_strings[strings] = StopStrings(self._texts, strings)
         return self._stop_strings[strings]
 
-    def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> dict[str, torch.Tensor]:
+    def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         """All parameters by name, the tied head included."""
         tensors = {name: tensor.detach() for name, tensor in named_tensors}
         tied = {"lm_head.weight"} - self._shapes.keys()
@@ -229,15 +230,15 @@ class LocalEngine:
 
 
 class _Whole(Mapping[str, torch.Tensor]):
-    """Parameters by name. What is sharded over processes is gathered when it is read, so that not
-    more than a layer's is whole at any time; all processes have to read it."""
+    """Parameters by name. What has a `full_tensor` is put together when it is read, so that not
+    more than a layer's is whole at any time."""
 
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Any]) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

@@ -30,6 +30,7 @@ from rich.console import Console
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate
+from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
@@ -298,7 +299,7 @@ class _Run:
     async def push_weights(self, version: int) -> None:
         """Give the engine the policy's present weights as `version`, and see that it has them."""
         parts, config = self.parts, self.config
-        await parts.engine.update_weights(parts.loaded.model.named_parameters(), version)
+        await parts.engine.update_weights(named_weights(parts.loaded.model), version)
         # Masters are float32 everywhere; a sharded model computes in another dtype all the same.
         computed = {config.model.dtype, config.rollout.dtype or config.model.dtype}
         dtype = torch.float32 if computed == {"float32"} else torch.bfloat16
@@ -335,7 +336,8 @@ class _Run:
         policy, model, ranks = self.parts.policy, self.parts.loaded.model, self.parts.ranks
         optimizer, weights = policy.state_dict(), None
         if ranks.mesh is not None:
-            weights = {name: ranks.whole(tensor) for name, tensor in model.named_parameters()}
+            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+            weights = {name: ranks.whole(tensor) for name, tensor in trained}
         if not ranks.leads:
             return
         extra: dict[str, Any] = {"records": self.folder.records}

@@ -146,10 +146,10 @@ class Sharded(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-        """Shard `model` (float32) in place: decoder blocks and final norm compute in `dtype`.
+        """Shard `model` in place: decoder blocks and final norm compute in `dtype`.
 
-        Embedding and head are gathered in float32: a token's embedding gradient sums over all its
-        occurrences. Gradients are summed over the ranks in float32.
+        Embedding and head are gathered in float32, unless they are frozen: a token's embedding
+        gradient sums over all its occurrences. Gradients are summed over the ranks in float32.
         """
         super().__init__()
         self.model = model
@@ -158,7 +158,8 @@ class Sharded(nn.Module):
             for part in child if isinstance(child, nn.ModuleList) else [child]:
                 if part is not embedding and any(True for _ in part.parameters()):
                     _fully_shard(part, mesh, dtype)
-        self._root = _fully_shard(self, mesh, torch.float32)
+        trained = embedding.weight.requires_grad
+        self._root = _fully_shard(self, mesh, torch.float32 if trained else dtype)
 
     def forward(self, call: Callable[[], _T]) -> _T:
         return call()

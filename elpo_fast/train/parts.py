@@ -14,6 +14,7 @@ import torch
 
 from elpo_fast.config import Config, load_config
 from elpo_fast.model.load import LoadedModel, load_model, resolve_dtype
+from elpo_fast.model.lora import named_weights
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.rollout.engines import make_engine
@@ -51,7 +52,8 @@ def settled(config: Config, *, goes_on: bool = False) -> Config:
 async def assembled(
     config: Config, checkpoint: Path | None = None, ranks: Ranks = ALONE
 ) -> AsyncIterator[Parts]:
-    """Everything a run needs, closed at the end; model and tokenizer of `checkpoint`, if given.
+    """Everything a run needs, closed at the end; model and tokenizer of `checkpoint`, if given, or
+    its adapters alone where `config` trains adapters.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
@@ -59,12 +61,18 @@ async def assembled(
     toolbox = Toolbox(config.tools)
     try:
         source = make_source(config.task, config.run.seed, toolbox.run_function)
-        model = config.model
-        if checkpoint is not None:
+        model, adapters = config.model, checkpoint if config.model.lora else None
+        if checkpoint is not None and adapters is None:
             model = model.model_copy(update={"name": str(checkpoint)})
-        loaded = load_model(model, seed=config.run.seed, tokenizer_texts=source.vocabulary_texts())
+        loaded = load_model(
+            model,
+            seed=config.run.seed,
+            tokenizer_texts=source.vocabulary_texts(),
+            adapters=adapters,
+        )
         # The engine copies the weights while every rank has all of them.
-        engine = make_engine(config, loaded.model, loaded.tokenizer)
+        weights = named_weights(loaded.model)
+        engine = make_engine(config, loaded.model, loaded.tokenizer, weights)
         try:
             policy = PolicyOptimizer(
                 loaded.model,

@@ -8,8 +8,9 @@ where `clip` has each token's own bounds. The coefficients carry all weights (`t
 is Eq. 1 over all trajectories with Eq. 12's bounds, whatever the split into micro-batches.
 
 Invariants: master weights and their gradients have the model's own dtype (float32); a compute copy
-in another dtype mirrors the masters after every update; nothing that is not finite ever reaches the
-optimizer: a step that would is refused with parameters, moments and schedule untouched.
+in another dtype mirrors the masters after every update, and shares what is frozen; nothing that is
+not finite ever reaches the optimizer: a step that would is refused with parameters, moments and
+schedule untouched.
 
 On several ranks all call with the same micro-batches and get the same figures; each computes its
 share of them, and the parameters that FSDP gathers take the place of the compute copy.
@@ -20,17 +21,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from elpo_kernels import PolicyLossOutput, linear_logprob, linear_policy_loss
+from elpo_kernels import LoRA, PolicyLossOutput, linear_logprob, linear_policy_loss
 from numpy.typing import NDArray
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.model.forward import packed_hidden
+from elpo_fast.model.lora import lora_of
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
@@ -71,11 +73,31 @@ def warmup_cosine(warmup: int, total: int) -> Schedule:
     return factor
 
 
+class _Head(NamedTuple):
+    """The head as the kernels take it, in the hidden states' dtype."""
+
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None
+    lora: LoRA | None
+
+    def logprob(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+    ) -> torch.Tensor:
+        """Log-probs `[T]` of `targets` `[T]` from the hidden states `[T, H]` before them."""
+        weight, bias, lora = self
+        logprob = linear_logprob(
+            hidden, weight, targets, bias=bias, lora=lora, temperature=temperature
+        )
+        assert isinstance(logprob, torch.Tensor)
+        return logprob
+
+
 class PolicyOptimizer:
     """Master weights, their AdamW and the compute copy that runs forward and backward.
 
     `compute` is the model to sample from in process: it always holds the current weights. With
-    `dtype` equal to the model's own, or on several ranks, it is the model itself.
+    `dtype` equal to that of all that is trained, or on several ranks, it is the model itself.
+    Parameters that do not require a gradient are left as they are.
     """
 
     def __init__(
@@ -104,7 +126,8 @@ class PolicyOptimizer:
             self.compute = model
             self._inside = Sharded(model, ranks.mesh, dtype)
         else:
-            self.compute = model if dtype == model.dtype else _compute_copy(model, dtype)
+            exact = all(p.dtype == dtype for p in model.parameters() if p.requires_grad)
+            self.compute = model if exact else _compute_copy(model, dtype)
         if gradient_checkpointing:
             self.compute.gradient_checkpointing_enable({"use_reentrant": False})
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
@@ -145,17 +168,18 @@ class PolicyOptimizer:
         old = batch.old_logprob[chosen]
 
         def compute() -> PolicyLossOutput:
-            hidden, weight, bias, targets = self._predictors(batch, chosen)
+            hidden, head, targets = self._predictors(batch, chosen)
             return linear_policy_loss(
                 hidden,
-                weight,
+                head.weight,
                 targets,
                 self._tensor(old),
                 *(
                     self._tensor(getattr(batch, name)[chosen])
                     for name in ("pos_coef", "neg_coef", "eps_low", "eps_high")
                 ),
-                bias=bias,
+                bias=head.bias,
+                lora=head.lora,
                 temperature=self.temperature,
             )
 
@@ -199,8 +223,8 @@ class PolicyOptimizer:
 
         def compute() -> torch.Tensor:
             place = torch.arange(len(ids), device=ids.device)
-            hidden, weight, bias = self._hidden(ids, place, torch.full_like(ids, len(ids)))
-            return linear_logprob(hidden[:-1], weight, ids[1:], bias=bias)
+            hidden, head = self._hidden(ids, place, torch.full_like(ids, len(ids)))
+            return head.logprob(hidden[:-1], ids[1:])
 
         return self._inside(compute).float().cpu().numpy()
 
@@ -285,8 +309,9 @@ class PolicyOptimizer:
         one = torch.zeros(1, dtype=torch.int32, device=self.model.device)
 
         def nothing() -> torch.Tensor:
-            hidden, weight, bias = self._hidden(one, one, one + 1)
-            return 0 * (hidden.sum() + weight.sum() + (0 if bias is None else bias.sum()))
+            hidden, head = self._hidden(one, one, one + 1)
+            parts = [hidden, head.weight, head.bias, *(head.lora or ())[:2]]
+            return 0 * sum(part.sum() for part in parts if part is not None)
 
         loss = self._inside(nothing)
         if loss.requires_grad:
@@ -300,30 +325,32 @@ class PolicyOptimizer:
     def _logprob(
         self, batch: PackedBatch, chosen: NDArray[np.int64], temperature: float
     ) -> torch.Tensor:
-        hidden, weight, bias, targets = self._predictors(batch, chosen)
-        return linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature)
+        hidden, head, targets = self._predictors(batch, chosen)
+        return head.logprob(hidden, targets, temperature)
 
     def _predictors(
         self, batch: PackedBatch, chosen: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Hidden states `[T, H]` that predict the chosen tokens, weight `[V, H]` and bias of the
-        head, the tokens `[T]`."""
-        hidden, weight, bias = self._hidden(
+    ) -> tuple[torch.Tensor, _Head, torch.Tensor]:
+        """Hidden states `[T, H]` that predict the chosen tokens, the head, the tokens `[T]`."""
+        hidden, head = self._hidden(
             *(self._tensor(array) for array in (batch.token_ids, batch.position, batch.end))
         )
         predictors = hidden[self._tensor(batch.pred[chosen]).long()]
-        return predictors, weight, bias, self._tensor(batch.token_ids[chosen]).long()
+        return predictors, head, self._tensor(batch.token_ids[chosen]).long()
 
     def _hidden(
         self, token_ids: torch.Tensor, position: torch.Tensor, end: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Hidden states `[N, H]` of packed trees, weight and bias of the head in their dtype."""
+    ) -> tuple[torch.Tensor, _Head]:
+        """Hidden states `[N, H]` of packed trees, and the head in their dtype."""
         # A token's embedding gradient sums over all its occurrences: that needs the master.
         embed = self.model.get_input_embeddings()
         hidden = packed_hidden(self.compute, token_ids, position, end, embed=embed)
-        head = self.compute.get_output_embeddings()
-        bias = None if head.bias is None else head.bias.to(hidden.dtype)
-        return hidden, head.weight.to(hidden.dtype), bias
+        head, dtype = self.compute.get_output_embeddings(), hidden.dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
+        lora = lora_of(head)
+        if lora is not None:
+            lora = LoRA(lora.a.to(dtype), lora.b.to(dtype), lora.scale)
+        return hidden, _Head(head.weight.to(dtype), bias, lora)
 
     def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self.model.device, non_blocking=True)
@@ -369,14 +396,16 @@ def micro_batches(
 
 
 def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters in `dtype`, whose gradients are added to the masters' at once.
+    """The model with trained parameters in `dtype`, whose gradients are added to the masters' at
+    once; the others are the model's own.
 
     Buffers keep their type: rotary frequencies in bfloat16 would shift every position.
     """
-    copied = copy.deepcopy(model)
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    copied = copy.deepcopy(model, frozen)
     for parameter, master in zip(copied.parameters(), model.parameters(), strict=True):
-        parameter.data = parameter.data.to(dtype)
         if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
             parameter.register_post_accumulate_grad_hook(_adder(master))
     return copied
 

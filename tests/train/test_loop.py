@@ -190,6 +190,31 @@ def test_resume_does_every_step_once(
     assert np.array_equal(trees_of(run)[0].token_ids, trees_of(whole)[0].token_ids)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_alone_are_trained_saved_and_resumed(
+    dtype: str, tmp_path: Path, random_rewards: None
+) -> None:
+    base = make_config(tmp_path).model
+    model = base.model_dump() | {"dtype": dtype, "lora": {"rank": 2, "alpha": 8}}
+    train = {"steps": 2, "lr": 0.02}
+    loop.train(make_config(tmp_path / "cut", model=model, train=train), console=quiet())
+    runs = [
+        loop.train(
+            make_config(tmp_path / name, model=model, train=train | {"steps": 3}),
+            resume=name == "cut",
+            console=quiet(),
+        )
+        for name in ("cut", "whole")
+    ]
+    cut, whole = (load_file(latest(run) / "adapter_model.safetensors") for run in runs)
+    assert len(cut) == 2 * 7 and not (latest(runs[0]) / "model.safetensors").exists()
+    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-4)
+    assert max(float(tensor.abs().max()) for name, tensor in cut.items() if "lora_B" in name) > 0.01
+    ours, theirs = (read_metrics(run)[-2] for run in runs)
+    assert ours["grad_norm"] > 0
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
 OVERLAP = {"overlap": 1, "old_logprob": "recompute", "importance_sampling": "token"}
 
 

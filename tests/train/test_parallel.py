@@ -17,8 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from elpo_fast import cli
-from elpo_fast.config import ConfigError, parse_config
+from elpo_fast.config import ConfigError, LoraConfig, parse_config
 from elpo_fast.model.attention import ATTENTION
+from elpo_fast.model.lora import add_adapters, named_weights
 from elpo_fast.tasks import ledger
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
@@ -36,6 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "three micro-batches": {"budget": 45},
     "one micro-batch": {"budget": 500},
     "untied head": {"tied": False},
+    "adapters": {"tied": False, "lora": ["q_proj", "down_proj", "lm_head"]},
+    "adapters, bf16": {"lora": "all-linear", "dtype": torch.bfloat16},
 }
 MESHES = ["shard", "replicate"]
 
@@ -66,7 +69,9 @@ def batches(budget: int = 25) -> list[PackedBatch]:
     return micro_batches(trees, scored, range(len(trees)), budget, scale=0.2)
 
 
-def make_policy(ranks: Ranks, *, tied: bool = True, **options: Any) -> PolicyOptimizer:
+def make_policy(
+    ranks: Ranks, *, tied: bool = True, lora: str | list[str] | None = None, **options: Any
+) -> PolicyOptimizer:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -79,12 +84,21 @@ def make_policy(ranks: Ranks, *, tied: bool = True, **options: Any) -> PolicyOpt
         tie_word_embeddings=tied,
     )
     config._attn_implementation = ATTENTION
-    return PolicyOptimizer(Qwen3ForCausalLM(config), lr=1e-3, ranks=ranks, **options)
+    model = Qwen3ForCausalLM(config)
+    if lora is not None:
+        model = model.to(options.get("dtype", torch.float32))
+        add_adapters(model, LoraConfig(rank=2, targets=lora), seed=0)
+    return PolicyOptimizer(model, lr=1e-3, ranks=ranks, **options)
 
 
 def weights(policy: PolicyOptimizer) -> dict[str, torch.Tensor]:
-    named = policy.model.named_parameters()
-    return {name: policy.ranks.whole(tensor).detach().clone() for name, tensor in named}
+    """As engines are given them, merged where there are adapters."""
+    given = named_weights(policy.model)
+    return {name: whole(weight).detach().clone() for name, weight in given}
+
+
+def whole(weight: Any) -> torch.Tensor:
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def three_updates(ranks: Ranks, *, budget: int = 25, **options: Any) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 from elpo_fast.algo import score
-from elpo_fast.config import AlgoConfig
+from elpo_fast.config import AlgoConfig, LoraConfig
 from elpo_fast.model.attention import ATTENTION
+from elpo_fast.model.lora import adapters, add_adapters
 from elpo_fast.train.step import PolicyOptimizer, micro_batches
 from elpo_fast.tree.pack import PackedBatch, Scored, pack
 from elpo_fast.tree.store import Forest, Tree
@@ -41,6 +42,18 @@ SIZES = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+
+
+def adapted(model: PreTrainedModel, targets: str | list[str]) -> PreTrainedModel:
+    """The model frozen, with adapters that already do something."""
+    add_adapters(model, LoraConfig(rank=3, alpha=7, targets=targets), seed=0)
+    with torch.no_grad():
+        for name, parameter in adapters(model).items():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=False)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)),
@@ -56,6 +69,8 @@ MODELS = {
             layer_types=["sliding_attention", "full_attention"],
         )
     ),
+    "qwen3 with adapters": lambda: adapted(MODELS["qwen3"](), "all-linear"),
+    "llama with adapters": lambda: adapted(MODELS["llama"](), ["q_proj", "down_proj", "lm_head"]),
 }
 ALGORITHMS = {
     "elpo": AlgoConfig.model_validate({"clip": {"scope": "tree"}}),
@@ -193,7 +208,8 @@ def widened(batch: PackedBatch, scored: Scored, scale: float) -> PackedBatch:
 
 
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    taken = {name: p.grad.double() for name, p in model.named_parameters()}
+    taken = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     model.zero_grad(set_to_none=True)
     return taken
 

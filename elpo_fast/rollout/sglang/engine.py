@@ -47,7 +47,7 @@ _Answer = TypeVar("_Answer")
 
 
 class SGLangEngine:
-    """`Engine` on SGLang servers that hold copies of `model`'s weights, in `dtype`.
+    """`Engine` on SGLang servers that hold copies of `weights` (`None`: `model`'s own), in `dtype`.
 
     Servers start, or are looked for, with the first request. One engine serves one event loop.
     Raises `ConfigError` where there is no SGLang to start.
@@ -62,12 +62,13 @@ class SGLangEngine:
         dtype: torch.dtype,
         log: Path,
         seed: int = 0,
+        weights: Iterable[tuple[str, Any]] | None = None,
     ) -> None:
         self.weight_version = 0
         self._config, self._sglang = config, config.sglang
         self._vocab_size: int = model.config.vocab_size
         self._tokenizer = tokenizer
-        self._weights = Weights(model, dtype)
+        self._weights = Weights(model, dtype, weights or model.named_parameters())
         on_cpu = model.device.type == "cpu"
         own = not self._sglang.urls
         python = find_python(self._sglang.python) if own else ""

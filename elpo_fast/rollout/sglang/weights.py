@@ -42,14 +42,17 @@ class Weights:
     get those that the others have.
     """
 
-    def __init__(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: PreTrainedModel, dtype: torch.dtype, weights: Iterable[tuple[str, Any]]
+    ) -> None:
         self.device = model.device
         self._tied = "lm_head.weight" if model.config.tie_word_embeddings else None
+        given = dict(weights)
         self._tensors: dict[str, torch.Tensor] = {
-            name: torch.empty(p.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
-            for name, p in model.named_parameters()
+            name: torch.empty(weight.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+            for name, weight in given.items()
         }
-        self.take(model.named_parameters())
+        self.take(given.items())
 
     @torch.no_grad()
     def take(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
@@ -69,7 +72,10 @@ class Weights:
                     f"the model has {tuple(held.shape)}"
                 )
         for name, held in self._tensors.items():
-            held.copy_(given[name], non_blocking=True)
+            tensor = given[name]
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()
+            held.copy_(tensor, non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 

@@ -1,0 +1,162 @@
+"""Low-rank adapters (LoRA) through peft: the base is frozen, two small factors a layer are trained.
+
+A layer of weight W computes x (W + scale B A)ᵀ with A `[r, in]`, B `[out, r]`, scale = alpha / r.
+
+Invariants: the base lies in the compute dtype, once, and nobody writes to it; adapters are float32
+master weights; B starts at 0, so that a fresh policy is the base model; A follows from the seed.
+Engines know nothing of adapters: `named_weights` gives them the base model's names, and merges one
+weight when it is read.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from elpo_kernels import LoRA
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from elpo_fast.config import ConfigError, LoraConfig
+
+_ADAPTER = "default"
+_FACTORS = ("lora_A", "lora_B")
+_FILE = "adapter_model.safetensors"
+
+
+class Merged:
+    """The weight W + scale B A of an adapted layer, computed when `full_tensor` is called.
+
+    Where the three are sharded over processes, all processes have to call it.
+    """
+
+    def __init__(self, base: torch.Tensor, lora: LoRA) -> None:
+        self.shape = base.shape
+        self._base, self._lora = base, lora
+
+    def detach(self) -> Merged:
+        return self
+
+    @torch.no_grad()
+    def full_tensor(self) -> torch.Tensor:
+        """`[out, in]`, float32 unless a part is more precise; a new tensor."""
+        base, a, b = (_whole(tensor) for tensor in (self._base, *self._lora[:2]))
+        return base + self._lora.scale * (b @ a)
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
+    """Freeze `model` and give its layers fresh adapters, in place. Raises `ConfigError` where peft
+    is missing or the targets do not fit."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "model.lora needs peft, which is not installed; run `pip install 'elpo-fast[lora]'`"
+        ) from None
+    targets = config.targets
+    if not isinstance(targets, str):
+        _check_targets(model, targets)
+    described = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,  # an importance ratio compares one policy with itself
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # peft fills them at random, before we do
+        model.add_adapter(described, _ADAPTER)
+    for parameter in adapters(model).values():
+        parameter.data = parameter.data.float()
+    initialise(model, seed)
+
+
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """A uniform as peft's, each from a generator of its own, B zero; also of sharded adapters."""
+    for name, parameter in adapters(model).items():
+        if parameter.is_meta:
+            continue
+        whole = torch.zeros(parameter.shape)
+        if "lora_A" in name:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            parameter.copy_(whole)
+
+
+def load_adapters(model: PreTrainedModel, folder: Path) -> None:
+    """Take the adapters of a folder in peft's layout, as `save_pretrained` writes it."""
+    stored = load_file(folder / _FILE)
+    own = adapters(model)
+    names = {name: f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}" for name in own}
+    if set(names.values()) != stored.keys():
+        raise ConfigError(
+            f"model.lora: the adapters in {folder} are of other layers than model.lora.targets; "
+            "use the targets that they were trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(stored[names[name]])
+
+
+def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of all adapters by name; none of a model without."""
+    return {name: p for name, p in model.named_parameters() if _factor(name)}
+
+
+def lora_of(layer: nn.Module) -> LoRA | None:
+    """The adapter of a layer; `None` of one without."""
+    if not hasattr(layer, "lora_A"):
+        return None
+    a, b = (getattr(layer, factor)[_ADAPTER].weight for factor in _FACTORS)
+    scaling: Any = layer.scaling
+    return LoRA(a, b, scaling[_ADAPTER])
+
+
+def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """What the model computes with, by the names that it has without adapters: its own parameters,
+    and a `Merged` for every adapted weight."""
+    for name, parameter in model.named_parameters():
+        if _factor(name):
+            continue
+        layer, base, rest = name.partition(".base_layer.")
+        lora = lora_of(model.get_submodule(layer)) if base and rest == "weight" else None
+        plain = f"{layer}.{rest}" if base else name
+        yield plain, parameter if lora is None else Merged(parameter, lora)
+
+
+def _factor(name: str) -> bool:
+    return any(f".{factor}." in name for factor in _FACTORS)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    """Every target is a linear layer, and one whose merged weight is nobody else's."""
+    linear: Mapping[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in linear):
+            known = sorted({name.rpartition(".")[2] for name in linear})
+            raise ConfigError(
+                f"model.lora.targets: this model has no linear layer {target!r}; "
+                f"known: {', '.join(known)}"
+            )
+    head = model.get_output_embeddings()
+    if head.weight is model.get_input_embeddings().weight and any(
+        module is head and f".{name}".endswith(f".{target}")
+        for name, module in linear.items()
+        for target in targets
+    ):
+        raise ConfigError(
+            "model.lora.targets: this model's head is its embedding, which an adapter of the head "
+            "would change as well; leave the head out"
+        )
