@@ -78,6 +78,7 @@ async def assembled(
                 loaded.model,
                 lr=config.train.lr,
                 betas=config.train.betas,
+                optimizer=config.train.optimizer,
                 weight_decay=config.train.weight_decay,
                 grad_clip=config.train.grad_clip,
                 temperature=config.rollout.temperature,

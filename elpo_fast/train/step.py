@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import lora_of
+from elpo_fast.train import adamw
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
@@ -110,6 +111,7 @@ class PolicyOptimizer:
         grad_clip: float = 1.0,
         temperature: float = 1.0,
         dtype: torch.dtype = torch.float32,
+        optimizer: adamw.Kind = "adamw",
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
         ranks: Ranks = ALONE,
@@ -137,12 +139,8 @@ class PolicyOptimizer:
             {"params": [p for p in self._masters if p.ndim >= 2]},
             {"params": [p for p in self._masters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self._optimizer = torch.optim.AdamW(
-            groups,
-            lr=lr,
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=True,
+        self._optimizer = adamw.make_adamw(
+            optimizer, groups, lr=lr, betas=betas, weight_decay=weight_decay
         )
 
     def update(self, batches: Sequence[PackedBatch]) -> StepStats:
@@ -240,20 +238,21 @@ class PolicyOptimizer:
         """
         state = self._optimizer.state_dict()
         state["state"] = {
-            index: {name: self.ranks.whole(value) for name, value in moments.items()}
-            for index, moments in state["state"].items()
+            index: {name: self.ranks.whole(adamw.exact(value)) for name, value in own.items()}
+            for index, own in state["state"].items()
         }
         return {"optimizer": state, "updates": self.updates}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`; the compute copy takes the model's present weights."""
         optimizer = state["optimizer"]
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        moments = {
-            index: {name: self.ranks.part(value, parameters[index]) for name, value in own.items()}
-            for index, own in optimizer["state"].items()
-        }
-        self._optimizer.load_state_dict({**optimizer, "state": moments})
+        saved = {parameters[index]: own for index, own in optimizer["state"].items()}
+        adamw.make_moments(self._optimizer, list(saved))
+        for parameter, own in saved.items():
+            for name, moment in self._optimizer.state[parameter].items():
+                moment.copy_(self.ranks.part(own[name], moment))
         self.updates = int(state["updates"])
         self.refresh()
 
@@ -277,9 +276,7 @@ class PolicyOptimizer:
                 raise NonFiniteError("the gradient", self._culprits(batches, loss_of))
             nn.utils.clip_grads_with_norm_(self._masters, self.grad_clip, norm)
             lr = self.lr * self.schedule(self.updates)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
+            adamw.step(self._optimizer, lr)
         finally:
             self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
