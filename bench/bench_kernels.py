@@ -1,12 +1,14 @@
 """Policy loss over a large vocabulary on CPU, forward and backward, beside other libraries.
 
-`make bench` times this package alone on a small problem. Side by side, every measurement in a
-process of its own, variants interleaved, correctness first:
+`make bench` times this package alone on a small problem. Side by side, correctness first, every
+variant in a process of its own, which measures the three cases, and the variants in turn:
 
-    python -m bench.bench_kernels --rivals DIR --out results.json
+    python -m bench.bench_kernels --rivals DIR --out results.json --minutes 8
 
-`DIR` holds `pip install --no-deps --target DIR liger-kernel==0.8.5 cut-cross-entropy==25.1.1`.
-Memory is the peak of a warm run beyond what was resident before and the gradients it leaves.
+`DIR` holds `pip install --no-deps --target DIR liger-kernel==0.8.5 cut-cross-entropy==25.1.1`. A
+table takes hours: `--minutes` ends a run between two measurements, and the same command goes on
+where the file ends. Ratios are taken within a round, and their median is shown.
+Memory is the peak of a run beyond what was resident before and the gradients it leaves.
 Cases: `dense`, `masked` (half of the tokens carry no weight), `clipped` (half of them have moved
 past their bound).
 """
@@ -18,14 +20,16 @@ import ctypes
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +39,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SEQUENCES, EPSILON = 8, 0.2
+# Tokens of the runs that warm a process up: two lengths, after which compiled variants take any.
+WARM_UP = (256, 512)
 CASES = ("dense", "masked", "clipped")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 RIVALS = ("eager", "liger", "cut-cross-entropy", "torch-chunked")
-OURS = ("fused", "fused-main-grad", "two-pass")
 
 
 @dataclass
@@ -72,8 +77,15 @@ class Problem:
 
 
 def make_problem(
-    tokens: int, width: int, vocabulary: int, dtype: str, case: str, device: str = "cpu"
+    tokens: int,
+    width: int,
+    vocabulary: int,
+    dtype: str,
+    case: str = "dense",
+    device: str = "cpu",
+    cache: Path | None = None,
 ) -> Problem:
+    """`cache`: folder where the log-prob of a problem made before may lie, or is put."""
     torch.manual_seed(0)
     with torch.device(device):
         hidden = torch.randn(tokens, width).to(DTYPES[dtype])
@@ -82,18 +94,37 @@ def make_problem(
             rows.copy_(torch.randn(len(rows), width) * (2 / width**0.5))
         targets = torch.randint(vocabulary, (tokens,))
         advantages = torch.tensor([1.0, -0.5] * (SEQUENCES // 2))
+        noise = 0.02 * torch.randn(tokens)
+        mask = torch.ones(tokens)
+    known = cache and cache / f"{tokens}-{width}-{vocabulary}-{dtype}.pt"
+    if known and known.exists():
+        logprob = torch.load(known)
+    else:
         logprob = linear_logprob(hidden, weight, targets)
-        problem = Problem(hidden, weight, targets, logprob, advantages, torch.ones(tokens))
-        half = torch.arange(tokens) % 2 == 0
-        drift = 0.02 * torch.randn(tokens)
-    if case == "clipped":
-        drift[half] -= problem.token_advantages[half].sign()
-    if case == "masked":
-        problem.mask[half] = 0
-    problem.old_logprob += drift
+        if known:
+            torch.save(logprob, known)
     hidden.requires_grad_()
     weight.requires_grad_()
-    return problem
+    dense = Problem(hidden, weight, targets, logprob + noise, advantages, mask)
+    return in_case(dense, case)
+
+
+def in_case(dense: Problem, case: str) -> Problem:
+    """The same tensors, with half of the tokens masked or past their bound."""
+    half = torch.arange(len(dense.targets), device=dense.targets.device) % 2 == 0
+    if case == "masked":
+        return replace(dense, mask=torch.where(half, 0, dense.mask))
+    if case == "clipped":
+        moved = dense.old_logprob - dense.token_advantages.sign()
+        return replace(dense, old_logprob=torch.where(half, moved, dense.old_logprob))
+    return dense
+
+
+def beginning(p: Problem, tokens: int) -> Problem:
+    """The first tokens alone."""
+    hidden = p.hidden.detach()[:tokens].clone().requires_grad_()
+    per_token = p.targets[:tokens], p.old_logprob[:tokens]
+    return Problem(hidden, p.weight, *per_token, p.advantages, p.mask[:tokens])
 
 
 def from_logprob(p: Problem, logprob: Tensor) -> Tensor:
@@ -190,21 +221,25 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(variant: str, runs: int, *shape: Any) -> dict[str, Any]:
-    """Seconds of every warm run, and the extra memory of the last."""
-    problem = make_problem(*shape)
+def measure(variant: str, cases: list[str], cache: Path, *shape: Any) -> list[dict[str, Any]]:
+    """Seconds and extra memory of one warm run of each case."""
+    dense = make_problem(*shape, cache=cache)
     libc = ctypes.CDLL("libc.so.6")
-    seconds, extra = [], 0
-    for _ in range(runs + 1):
-        problem.hidden.grad = problem.weight.grad = problem.main_grad = None
+    for tokens in WARM_UP:
+        VARIANTS[variant](beginning(dense, tokens)).backward()
+    measured = []
+    for case in cases:
+        problem = in_case(dense, case)
+        problem.hidden.grad = problem.weight.grad = None
         libc.malloc_trim(0)
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         start = time.perf_counter()
         VARIANTS[variant](problem).backward()
-        seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         extra = resident("VmHWM") - before - sum(g.nbytes for g in problem.gradients)
-    return {"seconds": seconds[1:], "extra_mb": extra / 1e6}
+        measured.append({"case": case, "seconds": seconds, "extra_mb": extra / 1e6})
+    return measured
 
 
 def relative(value: Tensor, true: Tensor) -> float:
@@ -231,17 +266,19 @@ def check(variants: list[str], dtypes: list[str]) -> None:
             assert max(errors) <= {"fp32": 1e-4, "bf16": 5e-2}[dtype], (variant, dtype, case)
 
 
-def in_process(arguments: list[str], rivals: str | None) -> dict[str, Any]:
+def in_process(arguments: list[str], rivals: str | None) -> Any:
+    """What a process of its own prints as its last line; `RuntimeError` where it fails."""
     path = os.pathsep.join(filter(None, [rivals, os.environ.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, "-m", "bench.bench_kernels", "--worker", *arguments],
+        [sys.executable, "-m", "bench.bench_kernels", *arguments],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     if run.returncode:
-        return {"failed": run.stderr.strip().splitlines()[-1] if run.stderr else run.returncode}
+        lines = run.stderr.strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"ended with {run.returncode}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -249,28 +286,41 @@ def table(results: list[dict[str, Any]]) -> None:
     """Medians, one block a shape; under them what the goals are about."""
     for key in dict.fromkeys((r["dtype"], r["width"], r["vocabulary"]) for r in results):
         block = [r for r in results if (r["dtype"], r["width"], r["vocabulary"]) == key]
-        medians: dict[tuple[str, str], float] = {}
         print(f"\n{key[0]}  H={key[1]}  V={key[2]}")
         print(f"{'':20}" + "".join(f"{case:>22}" for case in CASES) + f"{'extra MB':>12}")
         for variant in dict.fromkeys(r["variant"] for r in block):
             cells, extra = [], 0.0
             for case in CASES:
                 mine = [r for r in block if r["variant"] == variant and r["case"] == case]
-                seconds = [s for r in mine for s in r.get("seconds", [])]
+                seconds = [r["seconds"] for r in mine if "seconds" in r]
                 extra = max([extra, *(r.get("extra_mb", 0.0) for r in mine)])
                 if seconds:
-                    medians[variant, case] = statistics.median(seconds)
                     spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
-                    cells.append(f"{medians[variant, case]:.2f} ({spread})")
+                    cells.append(f"{statistics.median(seconds):.2f} ({spread})")
                 else:
                     cells.append("failed" if mine else "-")
             print(f"{variant:20}" + "".join(f"{c:>22}" for c in cells) + f"{extra:12.0f}")
         for case in CASES:
-            others = [medians[v, case] for v in RIVALS if (v, case) in medians]
-            if others and ("fused", case) in medians:
-                own, dense = medians["fused", case], medians.get(("fused", "dense"), float("nan"))
-                best, own_dense = own / min(others), own / dense
-                print(f"fused {case}: {best:.2f} x fastest other, {own_dense:.2f} x dense")
+            others = {
+                v: r for v in RIVALS if (r := ratio(block, ("fused", case), (v, case))) is not None
+            }
+            if others:
+                nearest = max(others, key=others.__getitem__)
+                own = ratio(block, ("fused", case), ("fused", "dense"))
+                print(f"fused {case}: {others[nearest]:.2f} x {nearest}, {own:.2f} x dense")
+
+
+def ratio(
+    block: list[dict[str, Any]], one: tuple[str, str], other: tuple[str, str]
+) -> float | None:
+    """Median over the rounds that have both of the time of one (variant, case) over another's."""
+    seconds = {(r["variant"], r["case"], r["round"]): r.get("seconds") for r in block}
+    found = []
+    for number in {r["round"] for r in block}:
+        above, below = seconds.get((*one, number)), seconds.get((*other, number))
+        if above and below:
+            found.append(above / below)
+    return statistics.median(found) if found else None
 
 
 def machine() -> dict[str, Any]:
@@ -285,7 +335,6 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": model or platform.processor(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
         **versions,
     }
 
@@ -297,39 +346,52 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[49152, 151936])
     parser.add_argument("--dtypes", nargs="+", default=["bf16", "fp32"], choices=["bf16", "fp32"])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--variants", nargs="+", default=[*RIVALS, *OURS], choices=list(VARIANTS))
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each measurement")
-    parser.add_argument("--runs", type=int, default=1, help="warm runs in each process")
+    parser.add_argument("--variants", nargs="+", default=[*RIVALS, "fused"], choices=list(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rivals", help="folder with liger-kernel and cut-cross-entropy")
-    parser.add_argument("--out", type=Path, help="file for the results, JSON")
-    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="JSON results, continued where there are any")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing after")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        variant, runs, tokens, width, vocabulary, dtype, case = options.worker
-        if variant == "check":
-            check(options.variants, options.dtypes)
-            print(json.dumps(machine()))
-            return
-        shape = int(tokens), int(width), int(vocabulary), dtype, case
-        print(json.dumps(measure(variant, int(runs), *shape)))
+    if options.check:
+        check(options.variants, options.dtypes)
+        print(json.dumps(machine()))
         return
-    checked = in_process(
-        ["check", *"000000", "--variants", *options.variants, "--dtypes", *options.dtypes],
-        options.rivals,
-    )
-    if "failed" in checked:
-        raise SystemExit(f"correctness: {checked['failed']}")
+    if options.worker:
+        variant, cache, width, vocabulary, tokens, dtype = options.worker
+        shape = int(tokens), int(width), int(vocabulary), dtype
+        print(json.dumps(measure(variant, options.cases, Path(cache), *shape)))
+        return
+    began = time.monotonic()
+    chosen = ["--variants", *options.variants, "--dtypes", *options.dtypes]
+    checked = in_process(["--check", *chosen], options.rivals)
     print(json.dumps(checked), flush=True)
     results: list[dict[str, Any]] = []
-    shapes = itertools.product(options.dtypes, options.widths, options.vocabularies, options.cases)
-    for dtype, width, vocabulary, case in shapes:
-        for _, variant in itertools.product(range(options.rounds), options.variants):
-            numbers = [variant, options.runs, options.tokens, width, vocabulary, dtype, case]
-            one = in_process([str(n) for n in numbers], options.rivals)
-            one |= {"dtype": dtype, "width": width, "vocabulary": vocabulary, "case": case}
-            one |= {"variant": variant, "tokens": options.tokens, "load": os.getloadavg()[0]}
-            results.append(one)
-            print(json.dumps(one), flush=True)
+    if options.out and options.out.exists():
+        known = json.loads(options.out.read_text())
+        if known["machine"] != checked:
+            raise SystemExit(f"{options.out} is of another machine: {known['machine']}")
+        results = known["results"]
+    names = ("round", "dtype", "width", "vocabulary", "tokens", "variant")
+    done = {tuple(r[name] for name in names) for r in results}
+    shapes = options.dtypes, options.widths, options.vocabularies, [options.tokens]
+    with tempfile.TemporaryDirectory() as cache:
+        for key in itertools.product(range(options.rounds), *shapes, options.variants):
+            if key in done:
+                continue
+            if time.monotonic() - began > 60 * options.minutes:
+                break
+            _, dtype, width, vocabulary, tokens, variant = key
+            worker = ["--worker", variant, cache, width, vocabulary, tokens, dtype]
+            load = os.getloadavg()[0]
+            try:
+                rows = in_process([*map(str, worker), "--cases", *options.cases], options.rivals)
+            except RuntimeError as failure:
+                rows = [{"case": case, "failed": str(failure)} for case in options.cases]
+            for row in rows:
+                results.append(dict(zip(names, key, strict=True)) | row | {"load": load})
+                print(json.dumps(results[-1]), flush=True)
             if options.out:
                 options.out.write_text(json.dumps({"machine": checked, "results": results}))
     table(results)
