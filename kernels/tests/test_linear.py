@@ -1,7 +1,8 @@
 """`linear_logprob` and `linear_policy_loss` against float64 autograd: values and all gradients.
 
 bfloat16 is judged by what eager PyTorch makes of the same inputs: no value or gradient may be
-farther from the truth than 1.1 times eager's, plus 2⁻⁹, half of bfloat16's unit roundoff.
+farther from the truth than 1.1 times eager's, plus 2⁻⁹, half of bfloat16's unit roundoff. Both ways
+to multiply bfloat16 are tested, whichever this CPU would choose.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from elpo_kernels import linear_logprob, linear_policy_loss, reference
+from elpo_kernels import (
+    _ops,
+    linear_logprob,
+    linear_policy_loss,
+    logprob_from_logits,
+    policy_loss,
+    reference,
+)
+from elpo_kernels._backend import widens_bfloat16
 from elpo_kernels._head import Tiling
 from elpo_kernels.testing import Case, error, make_case, true_policy, truth
 from torch import Tensor
@@ -25,11 +34,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "far-off-policy": {"drift": 6.0},
 }
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bf16-widened": torch.bfloat16,
+}
 ROUNDING = 2.0**-9
 
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp64", "fp32", "bf16"])
 by_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
+    monkeypatch.setattr(_ops, "widens_bfloat16", lambda: request.param == "bf16-widened")
+    return DTYPES[request.param]
 
 
 def check(
@@ -42,6 +61,15 @@ def check(
         assert found <= allowed, f"result {number}: error {found:.2e}, allowed {allowed:.2e}"
 
 
+def by_eager(case: Case, entropy_coef: float = 0.0) -> list[Tensor]:
+    """Loss, log-prob, entropy and gradients that plain PyTorch makes in the dtype of the case."""
+    plain = case.leaves()
+    values, entropy = truth(plain)
+    loss = reference.policy_loss(values, *case.policy) - entropy_coef * entropy.sum()
+    loss.backward()
+    return [loss.detach(), values.detach(), entropy.detach(), *plain.gradients()]
+
+
 def primitive(case: Case, f: Any, weights: Tensor, **extra: Any) -> tuple[list[Tensor], Case]:
     """Log-prob, entropy and the gradients of a random combination of both."""
     leaves = case.leaves()
@@ -50,7 +78,6 @@ def primitive(case: Case, f: Any, weights: Tensor, **extra: Any) -> tuple[list[T
     return [logprob.detach(), entropy.detach(), *leaves.gradients()], leaves
 
 
-@by_dtype
 @by_variant
 def test_logprob_and_entropy(dtype: torch.dtype, variant: str) -> None:
     case = make_case(dtype=dtype, **VARIANTS[variant])
@@ -66,7 +93,6 @@ def test_logprob_and_entropy(dtype: torch.dtype, variant: str) -> None:
     assert found[0].max() <= 0
 
 
-@by_dtype
 @by_variant
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
 def test_policy_loss(dtype: torch.dtype, variant: str, entropy_coef: float) -> None:
@@ -82,41 +108,35 @@ def test_policy_loss(dtype: torch.dtype, variant: str, entropy_coef: float) -> N
         **leaves.options,
     )
     out.loss.backward()
-    eager = None
-    if dtype == torch.bfloat16:
-        plain = case.leaves()
-        values, entropy = truth(plain)
-        eager_loss = reference.policy_loss(values, *case.policy) - entropy_coef * entropy.sum()
-        eager_loss.backward()
-        eager = [eager_loss.detach(), values.detach(), entropy.detach(), *plain.gradients()]
+    eager = by_eager(case, entropy_coef) if dtype == torch.bfloat16 else None
     assert out.entropy is not None
     results = [out.loss.detach(), out.logprob, out.entropy, *leaves.gradients()]
     truths = [loss, logprob, truth(case)[1], *exact.gradients()]
     check(list(zip(results, truths, strict=True)), eager, dtype)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-widened"], indirect=True)
 @pytest.mark.parametrize(
-    ("tokens", "width", "vocabulary", "dtype"),
-    [
-        (7, 577, 50257, torch.float32),
-        (3, 576, 151936, torch.bfloat16),
-        (5, 3584, 32003, torch.float32),
-        (1, 1, 1, torch.float32),
-    ],
-    ids=lambda value: str(value).removeprefix("torch."),
+    ("tokens", "width", "vocabulary"),
+    [(7, 577, 50257), (3, 576, 151936), (5, 3584, 32003), (1, 1, 1)],
 )
 def test_odd_shapes(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> None:
     case = make_case(tokens, width, vocabulary, dtype)
     exact, loss, logprob = true_policy(case)
-    leaves = case.leaves()
-    out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
-    out.loss.backward()
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-3
-    assert out.loss.item() == pytest.approx(loss.item(), rel=tolerance, abs=tolerance)
-    for found, true in zip(
-        [out.logprob, *leaves.gradients()], [logprob, *exact.gradients()], strict=True
-    ):
-        assert error(found, true) <= tolerance or true.norm() == 0 == found.norm()
+    eager = None
+    if dtype == torch.bfloat16:
+        _, values, _, *gradients = by_eager(case)
+        eager = [values, *gradients]
+    for fused in (True, False):
+        leaves = case.leaves()
+        if fused:
+            out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
+        else:
+            out = policy_loss(linear_logprob(*leaves.linear), *case.policy)
+        out.loss.backward()
+        found = [out.logprob, *leaves.gradients()]
+        check(list(zip(found, [logprob, *exact.gradients()], strict=True)), eager, dtype)
+        assert out.loss.item() == pytest.approx(loss.item(), rel=5e-3 if eager else 1e-5, abs=1e-5)
 
 
 def test_statistics_count_unmasked_tokens_only() -> None:
@@ -135,18 +155,32 @@ def test_statistics_count_unmasked_tokens_only() -> None:
     torch.testing.assert_close(torch.stack(list(stats)), torch.stack(expected).double())
 
 
+@pytest.mark.parametrize("function", ["fused", "primitive", "logits"])
 @pytest.mark.parametrize("kind", ["no-tokens", "all-masked", "all-ignored"])
-def test_nothing_to_learn_gives_zeros(kind: str) -> None:
+def test_nothing_to_learn_gives_zeros(kind: str, function: str) -> None:
     case = make_case(0 if kind == "no-tokens" else 9)
     leaves = case.leaves()
     scale = 0 if kind == "all-masked" else 1
     targets = torch.full_like(case.targets, -100) if kind == "all-ignored" else case.targets
-    out = linear_policy_loss(
-        leaves.hidden, leaves.weight, targets, case.old_logprob, scale * case.pos, scale * case.neg
-    )
+    pair = scale * case.pos, scale * case.neg
+    if function == "fused":
+        out = linear_policy_loss(leaves.hidden, leaves.weight, targets, case.old_logprob, *pair)
+    else:
+        if function == "primitive":
+            logprob = linear_logprob(leaves.hidden, leaves.weight, targets)
+        else:
+            logprob = logprob_from_logits(leaves.hidden @ leaves.weight.t(), targets)
+        if kind == "all-ignored":
+            assert (logprob == 0).all()
+            pair = torch.ones(9), torch.zeros(9)
+        old = logprob.detach() if kind == "all-ignored" else case.old_logprob
+        out = policy_loss(logprob, old, *pair)
     out.loss.backward()
-    values = [out.loss.detach(), out.logprob, *out.stats, *leaves.gradients()]
-    assert all((value == 0).all() for value in values)
+    assert all((gradient == 0).all() for gradient in leaves.gradients())
+    if function == "fused" or kind != "all-ignored":
+        assert all((value == 0).all() for value in [out.loss.detach(), *out.stats])
+    if function == "fused":
+        assert (out.logprob == 0).all()
 
 
 def test_all_clipped_gives_values_but_no_gradient() -> None:
@@ -162,7 +196,6 @@ def test_all_clipped_gives_values_but_no_gradient() -> None:
     assert all((gradient == 0).all() for gradient in leaves.gradients())
 
 
-@by_dtype
 @pytest.mark.parametrize("drift", [-20.0, 20.0, -100.0, 100.0])
 @pytest.mark.parametrize("sign", [1, -1], ids=["positive", "negative"])
 def test_extreme_ratios_stay_finite(dtype: torch.dtype, drift: float, sign: int) -> None:
@@ -182,14 +215,17 @@ def test_extreme_ratios_stay_finite(dtype: torch.dtype, drift: float, sign: int)
         assert error(found, true) <= tolerance or true.norm() == 0 == found.norm()
 
 
-@by_dtype
 @pytest.mark.parametrize("shift", [100.0, -100.0])
-def test_shifted_logits(dtype: torch.dtype, shift: float) -> None:
+@pytest.mark.parametrize("function", ["fused", "primitive"])
+def test_shifted_logits(dtype: torch.dtype, shift: float, function: str) -> None:
     """Every logit moved by ±100: what the dtype can hold of it must stay."""
     case = make_case(dtype=dtype, shift=shift)
     exact, _, logprob = true_policy(case)
     leaves = case.leaves()
-    out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
+    if function == "fused":
+        out = linear_policy_loss(*leaves.linear, *case.policy, logprob_for_all=True)
+    else:
+        out = policy_loss(linear_logprob(*leaves.linear), *case.policy)
     out.loss.backward()
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-3}[dtype]
     assert error(out.logprob, logprob) <= tolerance
@@ -263,18 +299,44 @@ def test_frozen_head_and_frozen_body() -> None:
         assert error(getattr(leaves, other).grad, getattr(exact, other).grad) <= 1e-12
 
 
-def test_small_tiles_and_many_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strips and blocks that divide nothing evenly; the result does not depend on the cut."""
-    case = make_case(dtype=torch.float64)
-    exact, loss, _ = true_policy(case)
-    cut = Tiling(rows=5, strip=19, kept=12, update=50)
+@pytest.mark.parametrize("sums_fit", [True, False], ids=["one-pass", "two-passes"])
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
+def test_small_tiles_and_many_flushes(
+    sums_fit: bool, entropy_coef: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips and blocks that divide nothing evenly; the result does not depend on the cut, nor on
+    whether there is room for the weight's sum."""
+    case = make_case(dtype=dtype)
+    exact, loss, _ = true_policy(case, entropy_coef)
+    cut = Tiling(rows=5, strip=19, kept=12, update=50, sums_fit=sums_fit)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
     leaves = case.leaves()
-    out = linear_policy_loss(*leaves.linear, *case.policy)
+    out = linear_policy_loss(*leaves.linear, *case.policy, entropy_coef=entropy_coef)
     out.loss.backward()
-    assert error(out.loss.detach(), loss) <= 1e-12
-    for found, true in zip(leaves.gradients(), exact.gradients(), strict=True):
-        assert error(found, true) <= 1e-12
+    eager = None
+    if dtype == torch.bfloat16:
+        value, _, _, *gradients = by_eager(case, entropy_coef)
+        eager = [value, *gradients]
+    found = [out.loss.detach(), *leaves.gradients()]
+    check(list(zip(found, [loss, *exact.gradients()], strict=True)), eager, dtype)
+
+
+@pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_cpu_memory_is_bounded(products: torch.dtype) -> None:
+    """What one pass keeps, with sums two bytes a weight wider than bfloat16 results or without."""
+    fits = {}
+    for vocabulary, width in ((49152, 576), (49152, 1536), (151936, 576), (151936, 1536)):
+        for extra in (0, 2 * vocabulary * width):
+            cut = Tiling.of((vocabulary, width), products, torch.device("cpu"), extra)
+            kept = cut.kept * vocabulary * products.itemsize + extra * cut.sums_fit
+            assert kept <= 192 << 20
+            fits[vocabulary, width, extra > 0] = cut.sums_fit
+    assert fits[49152, 1536, True] and fits[151936, 1536, False]
+    assert not fits[151936, 1536, True]
+
+
+def test_the_choice_of_products_is_made_once() -> None:
+    assert widens_bfloat16() is widens_bfloat16()
 
 
 def test_gradients_are_bitwise_repeatable() -> None:

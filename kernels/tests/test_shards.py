@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from elpo_kernels import LoRA, linear_logprob, linear_policy_loss, policy_loss
+from elpo_kernels import LoRA, _ops, linear_logprob, linear_policy_loss, policy_loss
 from elpo_kernels.testing import error, make_case, true_policy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -22,7 +22,7 @@ def run(rank: int, meeting: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     try:
-        for check in (plain_shards, sharded_lora, dtensors):
+        for check in (plain_shards, sharded_lora, dtensors, unlike_processors):
             check(rank)
     finally:
         dist.destroy_process_group()
@@ -104,6 +104,27 @@ def dtensors(rank: int) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             linear_policy_loss(hidden, weight, case.targets, *case.policy)
+
+
+def unlike_processors(rank: int) -> None:
+    """Of which one alone would multiply bfloat16 in float32: both do, or their anchors differ."""
+    rows = slice(0, CUT) if rank == 0 else slice(CUT, 307)
+    chosen = _ops.widens_bfloat16
+    _ops.widens_bfloat16 = lambda: rank == 0
+    for spread in (3.0, 60.0):
+        case = make_case(dtype=torch.bfloat16, spread=spread)
+        exact, _, logprob = true_policy(case)
+        leaves = case.leaves()
+        mine = leaves.weight.detach()[rows].requires_grad_()
+        out = linear_policy_loss(
+            leaves.hidden, mine, case.targets, *case.policy, logprob_for_all=True,
+            vocab_group=dist.group.WORLD, vocab_start=rows.start,
+        )  # fmt: skip
+        out.loss.backward()
+        assert error(out.logprob, logprob) <= 1e-5
+        assert error(leaves.hidden.grad, exact.hidden.grad) <= 5e-3
+        assert error(mine.grad, exact.weight.grad[rows]) <= 5e-3
+    _ops.widens_bfloat16 = chosen
 
 
 def test_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def entropy_coefficient(value: Number, like: Tensor) -> Tensor | None:
     if isinstance(value, Tensor):
         if value.ndim:
             check_per_token("entropy_coef", value, like)
-        return value.detach().expand(like.shape[0])
+        return value.detach().to(accumulation(like.dtype)).expand(like.shape[0])
     if value == 0:
         return None
     return torch.full((like.shape[0],), value, dtype=accumulation(like.dtype), device=like.device)

@@ -44,7 +44,7 @@ ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
 
 # Of a weight's sum: large enough for the allocator to give each piece back to the system.
-PIECE_BYTES = 64 * MIB
+PIECE_BYTES = 40 * MIB
 
 
 class Tiles(Protocol):
@@ -55,6 +55,8 @@ class Tiles(Protocol):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor: ...
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None: ...
+    def weight(self, i: int, strip: slice) -> Tensor: ...
+    def through_weight(self, kept: Tensor, i: int) -> Tensor: ...
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]: ...
     def powers(
         self, rows: Rows, out: Tensor, position: Tensor | None, want_entropy: bool
@@ -85,8 +87,9 @@ class Wanted:
 
 
 class Gradients:
-    """Sums of the gradients. A weight's is summed piece by piece in the accumulation dtype, written
-    to its result with the last rows, and freed: with all rows at once there is no sum to keep."""
+    """Sums of the gradients. A weight's is summed in its result where that has the accumulation
+    dtype. Else it is summed piece by piece, written to its result with the last rows, and freed:
+    with all rows at once there is no sum to keep."""
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class Gradients:
         for i, x in enumerate(self.inputs):
             gradient = self.xs[i]
             if gradient is not None:
-                product = self.tiles.product(kept, self.head.weights[i])
+                product = self.tiles.through_weight(kept, i)
                 gradient[index] = (product * alpha[:, None]).to(gradient.dtype)
             if self.weights[i] is not None:
                 scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
@@ -148,14 +151,16 @@ class Gradients:
             total = sums.pop(piece.start, None)
             first = total is None
             if total is None:
-                total = result[piece] if last else torch.empty_like(result[piece], dtype=tiles.acc)
+                total = result[piece]
+                if total.dtype != tiles.acc and not last:
+                    total = torch.empty_like(total, dtype=tiles.acc)
             for rows in cut(piece.start, piece.stop, self.head.tiling.update):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
                 if first:
                     part.copy_(tiles.product(kept[:, rows].t(), x))
                 else:
                     tiles.accumulate(part, kept[:, rows].t(), x)
-                    if last:
+                    if last and part.dtype != result.dtype:
                         result[rows] = part
             if not last:
                 sums[piece.start] = total
@@ -264,7 +269,7 @@ def backward(
             )
         for i, x in enumerate(rows.xs):
             if (total := sums[i]) is not None:
-                tiles.accumulate(total, tile, head.weights[i][strip])
+                tiles.accumulate(total, tile, tiles.weight(i, strip))
             if (result := gradients.weights[i]) is not None:
                 result[strip] = tiles.product(tile.t(), x)
         if gradients.bias is not None:

@@ -1,5 +1,8 @@
 """The policy loss and its gradients in one pass over the vocabulary: see `_engine` for the algebra.
 
+Two passes are made where the weight's gradient is narrower than its sum, which would have to be
+kept from the first block of tokens to the last, and there is no room for it: see `Tiling`.
+
 Tokens are dropped twice: those without a coefficient before they meet the head, those whose
 gradient turns out to be zero (clipped) before the backward products. The powers E of the remaining
 rows are packed into one buffer, and whenever it is full both backward products run over all of it;
@@ -20,6 +23,7 @@ from elpo_kernels._engine import (
     Gradients,
     Tiles,
     Wanted,
+    backward,
     forward,
     measured,
 )
@@ -28,7 +32,6 @@ from elpo_kernels._head import (
     Head,
     Rows,
     anchored,
-    blocks,
     column,
     gather_rows,
     subset,
@@ -87,22 +90,34 @@ def fused(
 ) -> Fused:
     """Loss, statistics and gradients over the tokens `index` (distinct, ascending)."""
     want_entropy = want_entropy or policy.entropy_coef is not None
-    gradients = Gradients(head, xs, wanted, tiles, like, main_grad)
-    if wanted.any:
-        logprob, entropy = _one_pass(
-            head, xs, targets, tiles, policy, index, want_entropy, gradients
-        )
+    room = head.tiling.sums_fit or len(index) <= head.tiling.kept or main_grad is not None
+    gradients = None
+    if wanted.any and room:
+        sums = Gradients(head, xs, wanted, tiles, like, main_grad)
+        logprob, entropy = _one_pass(head, xs, targets, tiles, policy, index, want_entropy, sums)
+        gradients = sums.finish()
     else:
         logprob, entropy = forward(head, xs, targets, tiles, index, want_entropy)
     loss = torch.zeros_like(logprob)
     log_ratio = torch.zeros_like(logprob)
     flags = torch.zeros(len(targets), dtype=torch.int8, device=targets.device)
-    loss[index], _, log_ratio[index], flags[index] = policy.surrogate(logprob[index], index)
+    slope = torch.zeros_like(logprob)
+    loss[index], slope[index], log_ratio[index], flags[index] = policy.surrogate(
+        logprob[index], index
+    )
+    if gradients is None:
+        pull = None if policy.entropy_coef is None else -policy.entropy_coef
+        live = slope != 0 if pull is None else (slope != 0) | (pull != 0)
+        live &= wanted.any
+        gradients = backward(
+            head, xs, targets, tiles, wanted, logprob, entropy, slope, pull,
+            live.nonzero()[:, 0], like,
+        )  # fmt: skip
     total = loss.sum()
     if policy.entropy_coef is not None:
         total = total - (policy.entropy_coef * entropy).sum()
     stats = statistics(log_ratio, flags, policy.pos, policy.neg)
-    return Fused(total, logprob, entropy, stats, gradients.finish())
+    return Fused(total, logprob, entropy, stats, gradients)
 
 
 def _one_pass(
@@ -130,9 +145,12 @@ def _one_pass(
         pending.clear()
         filled = 0
 
-    for block in blocks(index, head.tiling.rows):
-        if filled + len(block) > capacity:
+    start = 0
+    while start < len(index):
+        if capacity - filled < min(head.tiling.rows // 2, len(index) - start):
             flush(last=False)
+        block = index[start : start + min(head.tiling.rows, capacity - filled)]
+        start += len(block)
         place = kept[filled : filled + len(block)]
         rows = anchored(head, gather_rows(head, xs, targets, block), policy.guess(block))
         rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)

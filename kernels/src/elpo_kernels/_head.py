@@ -25,24 +25,33 @@ MIB = 1 << 20
 class Tiling:
     """How the `[T, V]` matrix is cut. `rows * strip` is the tile of one matrix product, `kept`
     the number of rows whose whole vocabulary is held between the forward and the backward,
-    `update` the rows of the weight's gradient that are brought up to date at once."""
+    `update` the rows of the weight's gradient that are brought up to date at once. `sums_fit`:
+    beside `kept` there is room for sums of the weights' gradients wider than their results."""
 
     rows: int
     strip: int
     kept: int
     update: int
+    sums_fit: bool = True
 
     @staticmethod
-    def of(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tiling:
-        """For a weight `[V, H]`. Measured: a CPU wants tiles in its last-level cache, updates in
-        its second-level cache and at most 192 MiB kept; a GPU wants products that fill it
-        and at most 1 GiB kept."""
+    def of(
+        shape: tuple[int, int], dtype: torch.dtype, device: torch.device, extra: int = 0
+    ) -> Tiling:
+        """For a weight `[V, H]` and products in `dtype`; `extra`: bytes that sums of gradients take
+        beyond their results. Measured: a CPU wants tiles in its last-level cache and, of bfloat16,
+        updates in its second-level cache; it keeps at most 192 MiB, those sums included. A GPU
+        wants products that fill it and keeps at most 1 GiB without them."""
         vocabulary, width = shape
         row_bytes = max(1, vocabulary * dtype.itemsize)
         if device.type == "cpu":
-            kept = min(1024, max(64, 192 * MIB // row_bytes))
+            room = (192 * MIB - extra) // row_bytes
+            sums_fit = not extra or room >= 256
+            kept = min(1024, max(64, room if sums_fit else 192 * MIB // row_bytes))
+            if dtype != torch.bfloat16:
+                return Tiling(kept, 2048, kept, 1024, sums_fit)
             update = max(128, 400_000 // max(1, width) // 32 * 32)
-            return Tiling(rows=max(64, min(256, kept // 2)), strip=4096, kept=kept, update=update)
+            return Tiling(max(64, min(256, kept // 2)), 4096, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
         return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=4096)
 
@@ -55,7 +64,8 @@ class Head:
     A vocabulary-sharded head holds rows `first … first + V` of the whole; `group` connects the
     shards."""
 
-    weights: tuple[Tensor, ...]  # each [V, H_i], in the dtype of the matrix products
+    weights: tuple[Tensor, ...]  # each [V, H_i]
+    dtype: torch.dtype  # of the matrix products; weights of another are converted strip by strip
     bias: Tensor | None  # [V], accumulation dtype
     softcap: float  # 0: none
     inv_temperature: float | Tensor  # Tensor: [T, 1]
@@ -66,10 +76,6 @@ class Head:
     @property
     def vocabulary(self) -> int:
         return self.weights[0].shape[0]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights[0].dtype
 
     @property
     def plain(self) -> bool:
@@ -124,16 +130,13 @@ class Rows:
     target: Tensor  # [R] L of the target
 
 
-def gather_rows(
-    head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor | None = None
-) -> Rows:
-    """Rows `index` (all by default) of the flat arrays with their target logits, exact in the
+def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor) -> Rows:
+    """Rows `index` of the flat arrays with their target logits, exact in the
     accumulation dtype, anchored at the target's logit. Collective over the head's group."""
     inv_temperature = head.inv_temperature
-    if index is not None:
-        xs, targets = tuple(x[index] for x in xs), targets[index]
-        if isinstance(inv_temperature, Tensor):
-            inv_temperature = inv_temperature[index]
+    xs, targets = tuple(x[index].to(head.dtype) for x in xs), targets[index]
+    if isinstance(inv_temperature, Tensor):
+        inv_temperature = inv_temperature[index]
     column = targets - head.first
     mine = (column >= 0) & (column < head.vocabulary)
     safe = torch.where(mine, column, 0)

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, library
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from elpo_kernels._backend import resolve_backend
+from elpo_kernels._backend import resolve_backend, widens_bfloat16
 from elpo_kernels._checks import accumulation, check_signs, valid_targets
 from elpo_kernels._engine import Tiles, Wanted, backward, forward
 from elpo_kernels._fused import Policy, fused
@@ -33,22 +34,41 @@ def _head(
     softcap: float,
     first: int,
     group: str,
+    backend: str,
+    extra: int = 0,
 ) -> tuple[Head, tuple[Tensor, ...]]:
-    dtype = xs[0].dtype
+    """The head and xs of one dtype. `extra`: see `Tiling.of`."""
+    device, dtype = xs[0].device, xs[0].dtype
     acc = accumulation(dtype)
+    shards = _resolve_process_group(GroupName(group)) if group else None
+    widened = False
+    on_cpu = device.type == "cpu" and resolve_backend(backend, device, dtype) == "torch"
+    if dtype == torch.bfloat16 and on_cpu:
+        widened = _agreed(widens_bfloat16(), shards)
+    products = acc if widened else dtype
     scale: float | Tensor = 1 / temperature
     if token_temperature is not None:
         scale = (1 / token_temperature.to(acc))[:, None]
     head = Head(
-        weights=tuple(weight.to(dtype) for weight in weights),
+        weights=tuple(weight if widened else weight.to(dtype) for weight in weights),
+        dtype=products,
         bias=None if bias is None else bias.to(acc),
         softcap=softcap,
         inv_temperature=scale,
         first=first,
-        group=_resolve_process_group(GroupName(group)) if group else None,
-        tiling=Tiling.of((weights[0].shape[0], weights[0].shape[1]), dtype, weights[0].device),
+        group=shards,
+        tiling=Tiling.of((weights[0].shape[0], weights[0].shape[1]), products, device, extra),
     )
     return head, tuple(x.to(dtype) for x in xs)
+
+
+def _agreed(choice: bool, group: dist.ProcessGroup | None) -> bool:
+    """True where any of the group's processes chose so: shards must share their anchors."""
+    if group is not None:
+        flag = torch.tensor(int(choice))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+        return bool(flag)
+    return choice
 
 
 def _tiles(head: Head, backend: str) -> Tiles:
@@ -111,7 +131,9 @@ def linear_logprob_op(
     want_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy `[T]`."""
-    head, xs = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    head, xs = _head(
+        xs, weights, bias, token_temperature, temperature, softcap, first, group, backend
+    )
     index = _valid(head, targets, ignore_index).nonzero()[:, 0]
     return forward(head, xs, targets, _tiles(head, backend), index, want_entropy)
 
@@ -142,7 +164,9 @@ def linear_logprob_backward_op(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of xs, weights and bias."""
-    head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    head, cast = _head(
+        xs, weights, bias, token_temperature, temperature, softcap, first, group, backend
+    )
     live = grad_logprob != 0
     if grad_entropy is not None:
         live |= grad_entropy != 0
@@ -227,23 +251,27 @@ def linear_policy_op(
     """Loss, log-prob `[T]`, entropy `[T]`, statistics `[7]` and five gradients, the last ones empty
     where there are fewer inputs (an operator that writes to an input cannot return a list). The
     weight's gradient is added to `main_grad` where one is given."""
-    head, cast = _head(xs, weights, bias, token_temperature, temperature, softcap, first, group)
+    wanted = _wanted(needs, len(xs))
+    narrow = [
+        weight
+        for i, (weight, want) in enumerate(zip(weights, wanted.weights, strict=True))
+        if want and (i or main_grad is None)
+    ]
+    acc = accumulation(xs[0].dtype)
+    extra = sum(w.numel() * max(0, acc.itemsize - w.itemsize) for w in narrow)
+    head, cast = _head(
+        xs, weights, bias, token_temperature, temperature, softcap, first, group, backend, extra
+    )
     tiles = _tiles(head, backend)
     valid = _valid(head, targets, ignore_index)
     check_signs(pos, neg)
-
-    def per_token(values: Tensor) -> Tensor:
-        return values.to(tiles.acc)
-
     policy = Policy(
-        old_logprob=None if old_logprob is None else per_token(old_logprob),
-        pos=torch.where(valid, per_token(pos), 0),
-        neg=torch.where(valid, per_token(neg), 0),
-        eps_low=per_token(eps_low),
-        eps_high=per_token(eps_high),
-        entropy_coef=None
-        if entropy_coef is None
-        else torch.where(valid, per_token(entropy_coef), 0),
+        old_logprob=old_logprob,
+        pos=torch.where(valid, pos, 0),
+        neg=torch.where(valid, neg, 0),
+        eps_low=eps_low,
+        eps_high=eps_high,
+        entropy_coef=None if entropy_coef is None else torch.where(valid, entropy_coef, 0),
         ratio_cap=ratio_cap,
         backend=backend,
     )
@@ -256,7 +284,7 @@ def linear_policy_op(
         cast,
         targets,
         tiles,
-        _wanted(needs, len(xs)),
+        wanted,
         policy,
         index,
         want_entropy,

@@ -30,6 +30,7 @@ class TorchTiles:
         # Products are rounded to the operands' dtype: see `Rows`.
         self.rounds_logits = head.dtype != self.acc
         self._held: dict[torch.dtype, Tensor] = {}
+        self._converted: dict[int, tuple[slice, Tensor]] = {}
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a·b, perhaps rounded to the operands' dtype."""
@@ -41,6 +42,32 @@ class TorchTiles:
             total.addmm_(a, b)
         else:
             total += torch.mm(a, b)
+
+    def weight(self, i: int, strip: slice) -> Tensor:
+        """Rows `strip` of a weight in the dtype of the products, valid until the next strip."""
+        weight = self.head.weights[i]
+        if weight.dtype == self.head.dtype:
+            return weight[strip]
+        known = self._converted.get(i)
+        if known is None:
+            shape = min(len(weight), self.head.tiling.strip), weight.shape[1]
+            memory = torch.empty(shape, dtype=self.head.dtype, device=weight.device)
+        elif known[0] == strip:
+            return known[1][: strip.stop - strip.start]
+        else:
+            memory = known[1]
+        self._converted[i] = strip, memory
+        return memory[: strip.stop - strip.start].copy_(weight[strip])
+
+    def through_weight(self, kept: Tensor, i: int) -> Tensor:
+        """kept · W_i, perhaps rounded to the operands' dtype."""
+        weight = self.head.weights[i]
+        if weight.dtype == kept.dtype:
+            return torch.mm(kept, weight)
+        total = torch.zeros(len(kept), weight.shape[1], dtype=kept.dtype, device=kept.device)
+        for strip in self.head.strips():
+            total.addmm_(kept[:, strip], self.weight(i, strip))
+        return total
 
     def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         held = self._held.get(dtype)
@@ -54,9 +81,9 @@ class TorchTiles:
         and the soft cap's derivative."""
         head = self.head
         factor = LOG2E * float(rows.inv_temperature) if head.plain else 1.0
-        for i, (x, weight) in enumerate(zip(rows.xs, head.weights, strict=True)):
+        for i, x in enumerate(rows.xs):
             before = rows.anchor.expand_as(out) if i == 0 else out
-            torch.addmm(before, x, weight[strip].t(), alpha=factor, out=out)
+            torch.addmm(before, x, self.weight(i, strip).t(), alpha=factor, out=out)
         tile = (
             out
             if out.dtype == self.acc

@@ -43,6 +43,12 @@ class TritonTiles:
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, **self._out(a), out=total)
 
+    def weight(self, i: int, strip: slice) -> Tensor:
+        return self.head.weights[i][strip]
+
+    def through_weight(self, kept: Tensor, i: int) -> Tensor:
+        return self.product(kept, self.head.weights[i])
+
     def _logits(self, rows: Rows, strip: slice) -> Tensor:
         """Raw logits `[R, strip]`, float32, in scratch memory."""
         shape = len(rows.column), strip.stop - strip.start

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from elpo_kernels._checks import (
     Number,
-    bound,
     check_device,
     check_dtype,
-    check_per_token,
-    check_ratio_cap,
     check_softcap,
     check_targets,
     entropy_coefficient,
@@ -28,7 +25,7 @@ from elpo_kernels._checks import (
 )
 from elpo_kernels._ops import linear_logprob_op, linear_policy_op, with_gradients_op
 from elpo_kernels._shards import local_head
-from elpo_kernels.policy import PolicyLossOutput, PolicyStats, coefficients, policy_loss
+from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_inputs, policy_loss
 
 
 class LoRA(NamedTuple):
@@ -133,19 +130,18 @@ def linear_policy_loss(
         hidden, weight, targets, bias, temperature, softcap, lora,
         vocab_group, vocab_start, ignore_index, backend,
     )  # fmt: skip
-    like = head.xs[0]
-    pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
-    for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
-        check_per_token(name, values, like)
-    low, high = bound("eps_low", eps_low, like), bound("eps_high", eps_high, like)
-    entropy_weight = entropy_coefficient(entropy_coef, like)
+    given = policy_inputs(
+        head.xs[0], old_logprob, pos_coef, neg_coef, eps_low, eps_high,
+        advantages, weights, is_weight, ratio_cap,
+    )  # fmt: skip
+    entropy_weight = entropy_coefficient(entropy_coef, head.xs[0])
     _check_main_grad(main_grad, head.weights[0])
     if head.softcap and entropy_weight is not None:
         # The kept powers carry the soft cap's derivative and no longer tell the entropy's.
         if main_grad is not None:
             raise ValueError("main_grad cannot be combined with softcap and entropy_coef together")
         valid = targets != ignore_index
-        pos, neg = torch.where(valid, pos, 0), torch.where(valid, neg, 0)
+        pos, neg = torch.where(valid, given.pos, 0), torch.where(valid, given.neg, 0)
         live = logprob_for_all | (pos != 0) | (neg != 0) | (entropy_weight != 0)
         values, spread = linear_logprob_op(
             head.xs,
@@ -157,8 +153,8 @@ def linear_policy_loss(
             True,
         )
         composed = policy_loss(
-            values, old_logprob, pos, neg, low, high, ratio_cap=ratio_cap,
-            entropy=spread, entropy_coef=entropy_weight, backend=backend,
+            values, given.old_logprob, pos, neg, given.eps_low, given.eps_high,
+            ratio_cap=ratio_cap, entropy=spread, entropy_coef=entropy_weight, backend=backend,
         )  # fmt: skip
         return composed if return_entropy else composed._replace(entropy=None)
     tensors = [*head.xs, *head.weights, head.bias]
@@ -172,14 +168,10 @@ def linear_policy_loss(
         None if head.bias is None else head.bias.detach(),
         head.temperatures,
         targets,
-        None if old_logprob is None else old_logprob.detach(),
-        pos,
-        neg,
-        low,
-        high,
+        *given[:-1],
         entropy_weight,
         main_grad,
-        check_ratio_cap(ratio_cap),
+        given.ratio_cap,
         *head.scalars,
         return_entropy,
         logprob_for_all,

@@ -17,10 +17,7 @@ from elpo_kernels._backend import resolve_backend
 from elpo_kernels._checks import (
     Number,
     accumulation,
-    bound,
     check_dtype,
-    check_per_token,
-    check_ratio_cap,
     check_softcap,
     check_targets,
     entropy_coefficient,
@@ -31,7 +28,7 @@ from elpo_kernels._engine import measured
 from elpo_kernels._head import LN2, LOG2E, blocks
 from elpo_kernels._ops import with_gradients_op
 from elpo_kernels._torch_rows import add_sums, closed, levels, to_gradient
-from elpo_kernels.policy import PolicyLossOutput, PolicyStats, coefficients, policy_loss_op
+from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_inputs, policy_loss_op
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -316,13 +313,16 @@ def logits_policy_loss(
     With `in_place` it is written over the logits at once; nothing may read them afterwards.
     """
     scalars, temperatures = _arguments(logits, targets, temperature, softcap, ignore_index, backend)
-    pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
-    for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
-        check_per_token(name, values, logits)
+    given = policy_inputs(
+        logits, old_logprob, pos_coef, neg_coef, eps_low, eps_high,
+        advantages, weights, is_weight, ratio_cap,
+    )  # fmt: skip
     pull = entropy_coefficient(entropy_coef, logits)
     valid = targets != ignore_index
-    pos, neg = torch.where(valid, pos, 0), torch.where(valid, neg, 0)
-    live = (pos != 0) | (neg != 0)
+    given = given._replace(
+        pos=torch.where(valid, given.pos, 0), neg=torch.where(valid, given.neg, 0)
+    )
+    live = (given.pos != 0) | (given.neg != 0)
     if pull is not None:
         pull = torch.where(valid, pull, 0)
         live = live | (pull != 0)
@@ -333,16 +333,7 @@ def logits_policy_loss(
     logprob, entropy = logits_logprob_op(
         plain, temperatures, targets, *scalars, want_entropy, False
     )
-    loss, slope, stats = policy_loss_op(
-        logprob,
-        None if old_logprob is None else old_logprob.detach().to(logprob.dtype),
-        pos.to(logprob.dtype),
-        neg.to(logprob.dtype),
-        bound("eps_low", eps_low, logits),
-        bound("eps_high", eps_high, logits),
-        check_ratio_cap(ratio_cap),
-        scalars[-1],
-    )
+    loss, slope, stats = policy_loss_op(logprob, *given, scalars[-1])
     if pull is not None:
         loss = loss - (pull * entropy).sum()
     if torch.is_grad_enabled() and logits.requires_grad:

@@ -24,7 +24,14 @@ import torch
 from torch import Tensor, library
 
 from elpo_kernels._backend import resolve_backend
-from elpo_kernels._checks import Number, bound, check_per_token, check_ratio_cap, check_signs
+from elpo_kernels._checks import (
+    Number,
+    accumulation,
+    bound,
+    check_per_token,
+    check_ratio_cap,
+    check_signs,
+)
 
 LOG_RATIO_LIMIT = 40.0
 
@@ -74,6 +81,44 @@ def coefficients(
         pos_coef = torch.where(pos_coef == 0, 0, pos_coef * is_weight)
         neg_coef = torch.where(neg_coef == 0, 0, neg_coef * is_weight)
     return pos_coef.detach(), neg_coef.detach()
+
+
+class PolicyInputs(NamedTuple):
+    """What the loss takes beside log-probs, checked, detached and in the accumulation dtype."""
+
+    old_logprob: Tensor | None  # [T]
+    pos: Tensor  # [T]
+    neg: Tensor  # [T]
+    eps_low: Tensor  # [T] or 0-dimensional
+    eps_high: Tensor  # [T] or 0-dimensional
+    ratio_cap: float
+
+
+def policy_inputs(
+    like: Tensor,
+    old_logprob: Tensor | None,
+    pos_coef: Tensor | None,
+    neg_coef: Tensor | None,
+    eps_low: Number,
+    eps_high: Number,
+    advantages: Tensor | None,
+    weights: Tensor | None,
+    is_weight: Tensor | None,
+    ratio_cap: float,
+) -> PolicyInputs:
+    """The public functions' arguments, one value for each row of `like`."""
+    pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
+    for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
+        check_per_token(name, values, like)
+    acc = accumulation(like.dtype)
+    return PolicyInputs(
+        None if old_logprob is None else old_logprob.detach().to(acc),
+        pos.to(acc),
+        neg.to(acc),
+        bound("eps_low", eps_low, like),
+        bound("eps_high", eps_high, like),
+        check_ratio_cap(ratio_cap),
+    )
 
 
 def surrogate(
@@ -191,19 +236,11 @@ def policy_loss(
         raise ValueError(
             f"logprob must be float32 or float64 [T], got {logprob.dtype} {list(logprob.shape)}"
         )
-    pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
-    for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
-        check_per_token(name, values, logprob)
-    loss, _, stats = policy_loss_op(
-        logprob,
-        None if old_logprob is None else old_logprob.detach().to(logprob.dtype),
-        pos.to(logprob.dtype),
-        neg.to(logprob.dtype),
-        bound("eps_low", eps_low, logprob),
-        bound("eps_high", eps_high, logprob),
-        check_ratio_cap(ratio_cap),
-        backend,
-    )
+    given = policy_inputs(
+        logprob, old_logprob, pos_coef, neg_coef, eps_low, eps_high,
+        advantages, weights, is_weight, ratio_cap,
+    )  # fmt: skip
+    loss, _, stats = policy_loss_op(logprob, *given, backend)
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)
         loss = loss - (entropy_coef * entropy).sum()
