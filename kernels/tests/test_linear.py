@@ -329,10 +329,11 @@ def test_cpu_memory_is_bounded(products: torch.dtype) -> None:
         for extra in (0, 2 * vocabulary * width):
             cut = Tiling.of((vocabulary, width), products, torch.device("cpu"), extra)
             kept = cut.kept * vocabulary * products.itemsize + extra * cut.sums_fit
-            assert kept <= 192 << 20
+            assert kept <= 200 << 20
             fits[vocabulary, width, extra > 0] = cut.sums_fit
-    assert fits[49152, 1536, True] and fits[151936, 1536, False]
-    assert not fits[151936, 1536, True]
+    assert fits[49152, 576, True] and fits[151936, 1536, False]
+    assert fits[49152, 1536, True] == (products == torch.bfloat16)
+    assert not fits[151936, 576, True] and not fits[151936, 1536, True]
 
 
 def test_the_choice_of_products_is_made_once() -> None:

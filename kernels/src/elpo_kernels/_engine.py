@@ -43,8 +43,8 @@ from elpo_kernels._head import (
 ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
 
-# Of a weight's sum: large enough for the allocator to give each piece back to the system.
-PIECE_BYTES = 40 * MIB
+# Least size of a piece of a weight's sum: from 32 MiB on, glibc gives each back to the system.
+PIECE_BYTES = 34 * MIB
 
 
 class Tiles(Protocol):
@@ -147,7 +147,8 @@ class Gradients:
             for rows in cut(0, len(result), self.head.tiling.update):
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
-        for piece in cut(0, len(result), max(1, PIECE_BYTES // (4 * result.shape[1]))):
+        pieces = max(1, result.numel() * tiles.acc.itemsize // PIECE_BYTES)
+        for piece in cut(0, len(result), -(-len(result) // pieces)):
             total = sums.pop(piece.start, None)
             first = total is None
             if total is None:
@@ -156,12 +157,14 @@ class Gradients:
                     total = torch.empty_like(total, dtype=tiles.acc)
             for rows in cut(piece.start, piece.stop, self.head.tiling.update):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
-                if first:
+                if part.dtype != tiles.acc:  # all rows at once
                     part.copy_(tiles.product(kept[:, rows].t(), x))
-                else:
-                    tiles.accumulate(part, kept[:, rows].t(), x)
-                    if last and part.dtype != result.dtype:
-                        result[rows] = part
+                    continue
+                if first:
+                    part.zero_()
+                tiles.accumulate(part, kept[:, rows].t(), x)
+                if last and result.dtype != tiles.acc:
+                    result[rows] = part
             if not last:
                 sums[piece.start] = total
 

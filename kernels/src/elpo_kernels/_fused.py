@@ -147,7 +147,7 @@ def _one_pass(
 
     start = 0
     while start < len(index):
-        if capacity - filled < min(head.tiling.rows // 2, len(index) - start):
+        if capacity - filled < min(head.tiling.rows // 2, capacity // 2, len(index) - start):
             flush(last=False)
         block = index[start : start + min(head.tiling.rows, capacity - filled)]
         start += len(block)
@@ -175,12 +175,9 @@ def _one_pass(
             at_target *= column(rows.inv_temperature)
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
-        alive = live.nonzero()[:, 0]
-        if len(alive) < len(block):
-            for strip in head.strips():
-                place[: len(alive), strip] = place[alive, strip]
-        pending.append((block[alive], factor[alive]))
-        filled += len(alive)
+        order = _compacted(head, place, live)
+        pending.append((block[order], factor[order]))
+        filled += len(order)
     if pending:
         flush(last=True)
     return logprob, entropy
@@ -207,6 +204,19 @@ def _powers(
         rows.anchor[far], rows.target[far] = nearer.anchor, nearer.target
         log_total = torch.logaddexp2(rows.target, sums[0].log2())
     return rows, sums[0], sums[1], log_total
+
+
+def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
+    """Move the last live rows of `place` onto the dead ones among the first, so that the live ones
+    come first; the rows they were, in their new order. As little is moved as can be."""
+    count = int(live.sum())
+    order = torch.arange(count, device=live.device)
+    holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
+    if len(holes):
+        for strip in head.strips():
+            place[holes, strip] = place[movers, strip]
+        order[holes] = movers
+    return order
 
 
 def _write_targets(head: Head, rows: Rows, place: Tensor, values: Tensor) -> None:

@@ -40,16 +40,17 @@ class Tiling:
     ) -> Tiling:
         """For a weight `[V, H]` and products in `dtype`; `extra`: bytes that sums of gradients take
         beyond their results. Measured: a CPU wants tiles in its last-level cache and, of bfloat16,
-        updates in its second-level cache; it keeps at most 192 MiB, those sums included. A GPU
-        wants products that fill it and keeps at most 1 GiB without them."""
+        updates in its second-level cache; it keeps at most 192 MiB, 200 with those sums, beside
+        which fewer than 512 rows cost more than a second pass. A GPU wants products that fill it
+        and keeps at most 1 GiB without them."""
         vocabulary, width = shape
         row_bytes = max(1, vocabulary * dtype.itemsize)
         if device.type == "cpu":
-            room = (192 * MIB - extra) // row_bytes
-            sums_fit = not extra or room >= 256
+            room = min(192 * MIB, 200 * MIB - extra) // row_bytes
+            sums_fit = not extra or room >= 512
             kept = min(1024, max(64, room if sums_fit else 192 * MIB // row_bytes))
             if dtype != torch.bfloat16:
-                return Tiling(kept, 2048, kept, 1024, sums_fit)
+                return Tiling(1024, 4096 if width <= 1024 else 2048, kept, 1024, sums_fit)
             update = max(128, 400_000 // max(1, width) // 32 * 32)
             return Tiling(max(64, min(256, kept // 2)), 4096, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
