@@ -131,10 +131,11 @@ class Gradients:
         for i, x in enumerate(self.inputs):
             gradient = self.xs[i]
             if gradient is not None:
-                product = self.tiles.through_weight(kept, i)
-                gradient[index] = (product * alpha[:, None]).to(gradient.dtype)
+                product = self.tiles.through_weight(kept, i).to(alpha.dtype)
+                gradient[index] = product.mul_(alpha[:, None]).to(gradient.dtype)
+                del product
             if self.weights[i] is not None:
-                scaled = (x[index] * alpha[:, None]).to(self.head.dtype)
+                scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(self.head.dtype)
                 self._add_weight(i, kept, scaled, last)
         if self.bias is not None:
             for strip in self.head.strips():
@@ -147,13 +148,14 @@ class Gradients:
             for rows in cut(0, len(result), self.head.tiling.update):
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
-        pieces = max(1, result.numel() * tiles.acc.itemsize // PIECE_BYTES)
+        wider = result.dtype != tiles.acc
+        pieces = max(1, result.numel() * tiles.acc.itemsize // PIECE_BYTES) if wider else 1
         for piece in cut(0, len(result), -(-len(result) // pieces)):
             total = sums.pop(piece.start, None)
             first = total is None
             if total is None:
                 total = result[piece]
-                if total.dtype != tiles.acc and not last:
+                if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
             for rows in cut(piece.start, piece.stop, self.head.tiling.update):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
@@ -163,7 +165,7 @@ class Gradients:
                 if first:
                     part.zero_()
                 tiles.accumulate(part, kept[:, rows].t(), x)
-                if last and result.dtype != tiles.acc:
+                if last and wider:
                     result[rows] = part
             if not last:
                 sums[piece.start] = total
@@ -240,8 +242,8 @@ def backward(
         return gradients.finish()
     rows = gather_rows(head, xs, targets, index)
     logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
-    rows = anchored(head, rows, logprob)
-    off = rows.target * LN2 - logprob  # what rounding the anchor left between ln 2^L and ln p
+    rows = anchored(head, rows, logprob, loose=grad_entropy is None)
+    off = rows.target * LN2 - logprob  # what the anchor left between ln 2^L and ln p
     scale = torch.exp(-off) * column(rows.inv_temperature)
     at_target = -g * torch.expm1(logprob)
     alpha, beta = -g * scale, None

@@ -132,7 +132,8 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor]:
     logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
     entropy = torch.zeros_like(logprob)
-    capacity = min(head.tiling.kept, len(index))
+    rounds = -(-len(index) // head.tiling.kept)  # of equal size: a short last one is inefficient
+    capacity = -(-len(index) // max(1, rounds))
     kept = torch.empty(capacity, head.vocabulary, dtype=head.dtype, device=targets.device)
     pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
     filled = 0
@@ -152,7 +153,9 @@ def _one_pass(
         block = index[start : start + min(head.tiling.rows, capacity - filled)]
         start += len(block)
         place = kept[filled : filled + len(block)]
-        rows = anchored(head, gather_rows(head, xs, targets, block), policy.guess(block))
+        rows = gather_rows(head, xs, targets, block)
+        # With anchors far from the log-sum-exp the entropy's sums would cancel.
+        rows = anchored(head, rows, policy.guess(block), loose=not want_entropy)
         rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)
         odds = (total.log2() - rows.target) * LN2
         found = -torch.logaddexp(torch.zeros_like(odds), odds)
@@ -175,7 +178,7 @@ def _one_pass(
             at_target *= column(rows.inv_temperature)
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
-        order = _compacted(head, place, live)
+        order = _compacted(place, live)
         pending.append((block[order], factor[order]))
         filled += len(order)
     if pending:
@@ -201,20 +204,20 @@ def _powers(
         logprob, _ = measured(lost.target, *tiles.sums(lost, False))
         nearer = anchored(head, lost, logprob)
         sums[:, far] = fill(nearer, far)
-        rows.anchor[far], rows.target[far] = nearer.anchor, nearer.target
+        rows.target[far] = nearer.target
         log_total = torch.logaddexp2(rows.target, sums[0].log2())
     return rows, sums[0], sums[1], log_total
 
 
-def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
+def _compacted(place: Tensor, live: Tensor) -> Tensor:
     """Move the last live rows of `place` onto the dead ones among the first, so that the live ones
     come first; the rows they were, in their new order. As little is moved as can be."""
     count = int(live.sum())
     order = torch.arange(count, device=live.device)
     holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
     if len(holes):
-        for strip in head.strips():
-            place[holes, strip] = place[movers, strip]
+        rows = place.unbind()
+        torch._foreach_copy_([rows[i] for i in holes.tolist()], [rows[i] for i in movers.tolist()])
         order[holes] = movers
     return order
 

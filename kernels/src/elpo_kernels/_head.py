@@ -20,6 +20,8 @@ LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 MIB = 1 << 20
 
+LOOSE_LIMIT = 32.0  # powers of two, of anchors that float32 can do without
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
@@ -41,16 +43,18 @@ class Tiling:
         """For a weight `[V, H]` and products in `dtype`; `extra`: bytes that sums of gradients take
         beyond their results. Measured: a CPU wants tiles in its last-level cache and, of bfloat16,
         updates in its second-level cache; it keeps at most 192 MiB, 200 with those sums, beside
-        which fewer than 512 rows cost more than a second pass. A GPU wants products that fill it
+        which fewer than 384 rows cost more than a second pass. A GPU wants products that fill it
         and keeps at most 1 GiB without them."""
         vocabulary, width = shape
         row_bytes = max(1, vocabulary * dtype.itemsize)
         if device.type == "cpu":
+            row_bytes += 24 * width  # hidden state, target's weight, gradient and their products
             room = min(192 * MIB, 200 * MIB - extra) // row_bytes
-            sums_fit = not extra or room >= 512
+            sums_fit = not extra or room >= 384
             kept = min(1024, max(64, room if sums_fit else 192 * MIB // row_bytes))
             if dtype != torch.bfloat16:
-                return Tiling(1024, 4096 if width <= 1024 else 2048, kept, 1024, sums_fit)
+                strip = 4096 if width <= 1024 else 2048
+                return Tiling(1024, strip, kept, max(1, vocabulary), sums_fit)
             update = max(128, 400_000 // max(1, width) // 32 * 32)
             return Tiling(max(64, min(256, kept // 2)), 4096, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
@@ -127,7 +131,7 @@ class Rows:
     raw: Tensor  # [R] target's logit before bias, soft cap and temperature
     logit: Tensor  # [R] target's logit
     inv_temperature: float | Tensor  # Tensor: [R, 1]
-    anchor: Tensor  # [R, 1] added inside the product, in its dtype
+    anchor: Tensor | None  # [R, 1] added inside the product, in its dtype; None: 0 for all
     target: Tensor  # [R] L of the target
 
 
@@ -155,22 +159,28 @@ def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tens
     else:
         logit = logit * inv_temperature
     rows = Rows(xs, torch.where(mine, column, -1), raw, logit, inv_temperature, raw[:, None], raw)
-    return anchored(head, rows, torch.zeros_like(logit))
+    return anchored(head, rows, torch.zeros_like(logit), loose=True)
 
 
-def anchored(head: Head, rows: Rows, guess: Tensor) -> Rows:
+def anchored(head: Head, rows: Rows, guess: Tensor, *, loose: bool = False) -> Rows:
     """The same rows anchored so that a target of log-prob `guess` [R] has the anchor at the
-    row's log-sum-exp."""
+    row's log-sum-exp. `loose`: where products are not rounded and every anchor is small, none is
+    added, which saves a sweep over the tile."""
+    anchor: Tensor | None
     if head.plain:
         scale = LOG2E * rows.inv_temperature
         anchor = (LOG2E * guess - scale * rows.raw).to(head.dtype)
-        target = scale * rows.raw + anchor.to(rows.raw.dtype)
+        target = scale * rows.raw
+        if loose and anchor.dtype == target.dtype and not (anchor.abs() > LOOSE_LIMIT).any():
+            anchor = None
+        else:
+            target = target + anchor.to(target.dtype)
     else:
         anchor = (guess / column(rows.inv_temperature) - rows.raw).to(head.dtype)
         target = LOG2E * guess
-    return Rows(
-        rows.xs, rows.column, rows.raw, rows.logit, rows.inv_temperature, anchor[:, None], target
-    )
+    if anchor is not None:
+        anchor = anchor[:, None]
+    return Rows(rows.xs, rows.column, rows.raw, rows.logit, rows.inv_temperature, anchor, target)
 
 
 def subset(rows: Rows, index: Tensor) -> Rows:
@@ -182,6 +192,6 @@ def subset(rows: Rows, index: Tensor) -> Rows:
         rows.raw[index],
         rows.logit[index],
         scale[index] if isinstance(scale, Tensor) else scale,
-        rows.anchor[index],
+        None if rows.anchor is None else rows.anchor[index],
         rows.target[index],
     )
