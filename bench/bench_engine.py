@@ -5,8 +5,9 @@ with `transformers.generate` on the same batch, interleaved, correctness first:
 
     OMP_WAIT_POLICY=passive python bench/bench_engine.py --rounds 3
 
-The floor of a step is the larger of weight bytes over memory bandwidth and FLOPs over GEMM rate,
-both measured in the same round. Tokens per CPU-second, all threads together, say the same on a
+The floor of a step is the larger of weight bytes (bfloat16) over memory bandwidth and FLOPs over
+GEMM rate, both measured in the same round; the rate is the best of bfloat16 and fp32, with plain
+and with prepacked weights. Tokens per CPU-second, all threads together, say the same on a
 machine that others use too.
 """
 
@@ -14,23 +15,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Coroutine
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elpo_fast.config import ModelConfig
 from elpo_fast.model.load import load_model
+from elpo_fast.rollout.decoder import _product, products_dtype
 from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.types import Completion, Sampling
 
@@ -112,7 +117,8 @@ def products(engine: LocalEngine) -> Callable[[], None]:
     decoder = engine._decoder
     linears = [linear for layer in decoder.layers for linear in layer.linears] + [decoder.head]
     shapes = {n: p.shape for n, p in exact_model().state_dict().items()}
-    inputs = [torch.randn(ROWS, shapes[f"{x.names[0]}.weight"][1]).bfloat16() for x in linears]
+    widths = [shapes[f"{linear.names[0]}.weight"][1] for linear in linears]
+    inputs = [torch.randn(ROWS, width).to(decoder.products) for width in widths]
 
     def run() -> None:
         for linear, x in zip(linears, inputs, strict=True):
@@ -130,14 +136,22 @@ def best_of(run: Callable[[], Any], times: int) -> float:
     return min(seconds)
 
 
+def gemm_rate(dtype: torch.dtype) -> float:
+    """FLOPs per second of `ROWS` rows by a square matrix."""
+    x, weight = torch.randn(ROWS, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+    with torch.inference_mode():
+        packed = _product(weight, None)
+        seconds = min(best_of(lambda: f(x), 50) for f in (packed, partial(F.linear, weight=weight)))
+    return 2 * ROWS * 2048**2 / seconds
+
+
 def floor() -> dict[str, float]:
     """Seconds of one step from measured bandwidth and GEMM rate, and how they came about."""
     parameters = sum(p.numel() for n, p in exact_model().named_parameters() if p.ndim == 2)
     flops, weight_bytes = 2 * parameters * ROWS, 2 * parameters
     block = torch.zeros(64 << 20, dtype=torch.float32)
     bandwidth = block.nbytes / best_of(block.sum, 5)
-    x, weight = torch.randn(ROWS, 2048).bfloat16(), torch.randn(2048, 2048).bfloat16()
-    rate = 2 * ROWS * 2048**2 / best_of(lambda: torch.nn.functional.linear(x, weight), 50)
+    rate = max(gemm_rate(dtype) for dtype in (torch.bfloat16, torch.float32))
     return {
         "step": max(weight_bytes / bandwidth, flops / rate),
         "gigaflops": flops / 1e9,
@@ -200,6 +214,14 @@ def test_matrix_products_of_a_step(benchmark) -> None:
     asyncio.run(engine.close())
 
 
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):  # Linux alone has it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(": ")[2]
+    return platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -231,9 +253,10 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "cpu": platform.processor() or platform.machine(),
+                "cpu": cpu_name(),
                 "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(),
+                "products": str(products_dtype(torch.device("cpu"), torch.bfloat16)),
                 "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,

@@ -4,9 +4,11 @@ The unit of work is one *node*: a token at the end of a path of cache slots. A n
 cached or in the same step, and each layer stores all new keys and values before any node attends;
 so prompts, branches and decoded tokens of any length go through one batch, without padding.
 
-The decoder keeps its own copy of the weights in the layout it computes with (query, key and value
-fused, gate and up fused, for bfloat16 on a CPU repacked for its matrix products) and in its own
-dtype, whatever the model's. Residual stream, norms, rotary embedding and softmax are fp32.
+The decoder keeps its own copy of the weights, rounded to its own dtype whatever the model's, in the
+layout it computes with: query, key and value fused, gate and up fused, on a CPU repacked for its
+matrix products. Keys and values are kept in this dtype too. Residual stream, norms, rotary
+embedding and softmax are fp32; so are, at the price of twice the memory for weights, the products
+of a bfloat16 decoder on CPUs that multiply bfloat16 no faster (`products_dtype`).
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import torch
+from llvmlite import binding
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -23,6 +27,7 @@ from elpo_fast.rollout import decoder_cpu, decoder_torch
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+_WORTH_WAKING = 200_000  # numbers; waking a thread takes as long as some ten thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +48,14 @@ class _Linear:
     def __init__(self, *names: str) -> None:
         self.names = names
 
-    def load(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
+    def load(
+        self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor, products: torch.dtype
+    ) -> None:
         weight = torch.cat([tensors[f"{n}.weight"].to(like) for n in self.names])
         biases = [tensors[f"{n}.bias"].to(like) for n in self.names if f"{n}.bias" in tensors]
         assert len(biases) in (0, len(self.names))
-        bias = torch.cat(biases) if biases else None
-        self.apply = _product(weight, bias)
+        bias = torch.cat(biases).to(products) if biases else None
+        self.apply = _product(weight.to(products), bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.apply(x)
@@ -57,13 +64,35 @@ class _Linear:
 def _product(
     weight: torch.Tensor, bias: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if on_cpu and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
         # A plain weight would be repacked in every call: 1.2 times slower at 64 rows.
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-        linear = torch.ops.mkldnn._linear_pointwise
+        linear = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: linear(x, packed, bias, "none", [], "")
     return lambda x: F.linear(x, weight, bias)
+
+
+def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In what to multiply for a decoder of `dtype`: fp32 on CPUs where bfloat16 gains nothing.
+
+    Intel's multiply bfloat16 fast with AMX alone: their AVX-512 instructions for it take twice as
+    long as fp32's, and others widen it in software.
+    """
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return dtype
+    features = binding.get_host_cpu_features()
+    amd = binding.get_host_cpu_name().startswith("znver")
+    fast = features.get("amx-bf16") or features.get("bf16") or (features.get("avx512bf16") and amd)
+    return torch.bfloat16 if fast else torch.float32
+
+
+def padded(rows: int) -> int:
+    """`rows` rounded up by at most an eighth, to few different numbers.
+
+    oneDNN compiles and keeps a kernel for every number of rows it meets.
+    """
+    step = 1 << max(0, rows.bit_length() - 4)
+    return -(-rows // step) * step
 
 
 class _Layer:
@@ -82,9 +111,11 @@ class _Layer:
         }
         self.norm: dict[str, torch.Tensor] = {}
 
-    def load(self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor) -> None:
+    def load(
+        self, tensors: Mapping[str, torch.Tensor], like: torch.Tensor, products: torch.dtype
+    ) -> None:
         for linear in self.linears:
-            linear.load(tensors, like)
+            linear.load(tensors, like, products)
         for role, name in self.norms.items():
             weight = tensors.get(name, torch.empty(0))
             self.norm[role] = weight.to(like.device, torch.float32, copy=True)
@@ -117,6 +148,7 @@ class Decoder:
                 f"not {rotary.rope_type!r}"
             )
         self.device, self.dtype, self.slots = model.device, dtype, slots
+        self.products = products_dtype(model.device, dtype)
         self.context: int = min(slots, config.max_position_embeddings)
         self.vocab_size: int = config.vocab_size
         self.heads: int = config.num_attention_heads
@@ -134,8 +166,7 @@ class Decoder:
         self.cos = (angles.cos() * rotary.attention_scaling).to(self.device)
         self.sin = (angles.sin() * rotary.attention_scaling).to(self.device)
         shape = (len(self.layers), slots, self.kv_heads, self.width)
-        self.keys = torch.empty(shape, dtype=dtype, device=self.device)
-        self.values = torch.empty(shape, dtype=dtype, device=self.device)
+        self.keys, self.values = (_untouched(shape, dtype, self.device) for _ in range(2))
 
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -143,23 +174,24 @@ class Decoder:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.embedding = tensors["model.embed_tokens.weight"].to(like, copy=True)
         for layer in self.layers:
-            layer.load(tensors, like)
+            layer.load(tensors, like, self.products)
         self.norm = tensors["model.norm.weight"].to(self.device, torch.float32, copy=True)
-        self.head.load(tensors, like)
+        self.head.load(tensors, like, self.products)
 
     @torch.inference_mode()
     def forward(self, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
         """Compute the batch's keys and values; logits `[F, V]` of the nodes `ends` `int64 [F]`."""
         step = (_CpuStep if self.device.type == "cpu" else _TorchStep)(self, batch)
         residual = F.embedding(step.tokens, self.embedding).float()
-        delta = torch.zeros_like(residual, dtype=self.dtype)
+        delta = torch.zeros_like(residual, dtype=self.products)
         for index, layer in enumerate(self.layers):
             hidden = step.add_norm(residual, delta, layer.norm["before_attention"])
             hidden = step.attend(layer.qkv(hidden), index)
             hidden = step.add_norm(residual, layer.out(hidden), layer.norm["before_mlp"])
             delta = layer.down(step.silu_mul(layer.gate_up(hidden)))
         chosen = torch.from_numpy(ends).to(self.device)
-        return self.head(step.add_norm(residual[chosen], delta[chosen], self.norm))
+        logits = self.head(step.add_norm(residual[chosen], delta[chosen], self.norm))
+        return logits[: len(chosen)]
 
 
 class _TorchStep:
@@ -195,7 +227,7 @@ class _TorchStep:
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        eps, dtype = self.decoder.eps, self.decoder.dtype
+        eps, dtype = self.decoder.eps, self.decoder.products
         return decoder_torch.add_norm(residual, delta, weight, eps, dtype)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
@@ -213,15 +245,20 @@ class _TorchStep:
         keys, values = d.keys[index], d.values[index]
         keys[self.slots] = decoder_torch.rotate(key, self.cos, self.sin).to(d.dtype)
         values[self.slots] = value.to(d.dtype)
-        out = torch.empty(len(query), d.heads * d.width, dtype=d.dtype, device=d.device)
+        out = torch.empty(len(query), d.heads * d.width, dtype=d.products, device=d.device)
         for nodes, paths, positions in self.runs:
             batched = query[nodes].view(*positions.shape, d.heads, d.width)
-            out[nodes] = decoder_torch.attend(batched, keys, values, paths, positions).flatten(0, 1)
+            mean = decoder_torch.attend(batched, keys, values, paths, positions)
+            out[nodes] = mean.flatten(0, 1).to(d.products)
         return out
 
 
 class _CpuStep:
-    """The same by the fused CPU kernels."""
+    """The same by the fused CPU kernels.
+
+    Results have `padded` rows, zeros at the end, and are overwritten by later ones of their shape:
+    each is read by one product, before the next operation.
+    """
 
     def __init__(self, decoder: Decoder, batch: NodeBatch) -> None:
         self.decoder, self.batch = decoder, batch
@@ -229,49 +266,77 @@ class _CpuStep:
         self.eps = np.float32(decoder.eps)
         shape = (len(batch.tokens), decoder.heads, decoder.width)
         self.queries = np.empty(shape, np.float32)
+        self.heads = _elements(
+            self.queries, decoder_cpu.query_heads(decoder.heads // decoder.kv_heads, decoder.width)
+        )
+        self.head = decoder_cpu.head(as_numpy(decoder.keys).dtype, decoder.width)
+        self.cos, self.sin = decoder.cos.numpy(), decoder.sin.numpy()
+        self.threads = numba.get_num_threads()
+        self.results: dict[tuple[int, int], tuple[torch.Tensor, np.ndarray]] = {}
+
+    def _result(self, rows: int, width: int) -> tuple[torch.Tensor, np.ndarray]:
+        """`[padded(rows), width]`, and a view of its first `rows`."""
+        if (rows, width) not in self.results:
+            out = torch.zeros(padded(rows), width, dtype=self.decoder.products)
+            self.results[rows, width] = out, as_numpy(out[:rows])
+        return self.results[rows, width]
+
+    def _parallel(self, numbers: int) -> None:
+        """Use all threads for `numbers` numbers, or one where waking others takes longer."""
+        numba.set_num_threads(self.threads if numbers >= _WORTH_WAKING else 1)
 
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.empty_like(delta)
-        decoder_cpu.add_norm(
-            residual.numpy(), as_numpy(delta), weight.numpy(), self.eps, as_numpy(out)
-        )
+        out, view = self._result(*residual.shape)
+        self._parallel(view.size)
+        decoder_cpu.add_norm(residual.numpy(), as_numpy(delta), weight.numpy(), self.eps, view)
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-        decoder_cpu.silu_mul(as_numpy(gate_up), as_numpy(out))
+        out, view = self._result(len(self.queries), gate_up.shape[1] // 2)
+        self._parallel(3 * view.size)
+        decoder_cpu.silu_mul(as_numpy(gate_up), view)
         return out
 
     def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
         d, b = self.decoder, self.batch
         norm = d.layers[index].norm
         keys, values = as_numpy(d.keys[index]), as_numpy(d.values[index])
+        self._parallel(2 * self.queries.size)
         decoder_cpu.rope_store(
             as_numpy(qkv),
             norm["query"].numpy(),
             norm["key"].numpy(),
             self.eps,
-            d.cos.numpy(),
-            d.sin.numpy(),
+            self.cos,
+            self.sin,
             b.positions,
             b.slots,
             self.queries,
             keys,
             values,
         )
-        out = qkv.new_empty(len(qkv), d.heads * d.width)
+        out, view = self._result(len(self.queries), d.heads * d.width)
+        numba.set_num_threads(self.threads)
         decoder_cpu.attend(
-            _elements(self.queries, decoder_cpu.query_heads(d.heads // d.kv_heads, d.width)),
-            _elements(keys, decoder_cpu.head(keys.dtype, d.width)),
-            _elements(values, decoder_cpu.head(keys.dtype, d.width)),
+            self.heads,
+            _elements(keys, self.head),
+            _elements(values, self.head),
             b.table,
             b.first,
             b.positions,
-            as_numpy(out),
+            view,
         )
         return out
+
+
+def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    # NumPy asks for huge pages, without which every key of a path costs a page table walk.
+    bits = np.empty(shape, {2: np.uint16, 4: np.float32}[dtype.itemsize])
+    return torch.from_numpy(bits).view(dtype)
 
 
 def _elements(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

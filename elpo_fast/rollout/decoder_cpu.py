@@ -24,7 +24,7 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, overload, register_jitable
 
 _OPTIONS = {"cache": True, "fastmath": True, "error_model": "numpy", "nogil": True}
 _LOWEST = np.float32(-3e38)  # fastmath knows no infinities
@@ -33,6 +33,7 @@ _BLOCK = 256  # tokens of the vocabulary summed in fp32
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
 _FAST = ("fast",)
+_POLYNOMIAL = (1.5353359e-4, 1.3398875e-3, 9.6184374e-3, 5.5503323e-2, 2.4022648e-1, 0.6931472, 1.0)
 
 
 @cache
@@ -102,20 +103,40 @@ def _not_finite(x):
     return lambda x: np.uint32((_to_bits(x) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
 
 
-@njit(inline="always", **_OPTIONS)
-def exp(z):
-    """e^z for z <= 0, by a minimax polynomial that vectorises; relative error 1e-7 (1 + |z|)."""
-    t = max(z, np.float32(-87.0)) * np.float32(1.44269504)
-    n = np.rint(t)
-    f = t - n
-    p = np.float32(1.5353359e-4)
-    p = p * f + np.float32(1.3398875e-3)
-    p = p * f + np.float32(9.6184374e-3)
-    p = p * f + np.float32(5.5503323e-2)
-    p = p * f + np.float32(2.4022648e-1)
-    p = p * f + np.float32(6.9314720e-1)
-    p = p * f + np.float32(1.0)
-    return p * _to_float(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23))
+def _exponential(builder, z):
+    """e^z for z <= 0, of a number or a vector, by a minimax polynomial; relative error
+    1e-7 (1 + |z|)."""
+    kind = z.type
+    many = isinstance(kind, ir.VectorType)
+    whole = ir.VectorType(ir.IntType(32), kind.count) if many else ir.IntType(32)
+
+    def number(value, kind=kind):
+        return _vector(kind, value) if many else kind(value)
+
+    b = builder
+    bounded = b.select(b.fcmp_ordered(">", z, number(-87.0), flags=_FAST), z, number(-87.0))
+    t = b.fmul(bounded, number(_single(1.44269504)), flags=_FAST)
+    suffix = f"v{kind.count}f32" if many else "f32"
+    rint = cgutils.get_or_insert_function(
+        b.module, ir.FunctionType(kind, [kind]), f"llvm.rint.{suffix}"
+    )
+    n = b.call(rint, [t], fastmath=_FAST)
+    f = b.fsub(t, n, flags=_FAST)
+    p = number(_single(_POLYNOMIAL[0]))
+    for coefficient in _POLYNOMIAL[1:]:
+        p = b.fadd(b.fmul(p, f, flags=_FAST), number(_single(coefficient)), flags=_FAST)
+    power = b.shl(b.add(b.fptosi(n, whole), number(127, whole)), number(23, whole))
+    return b.fmul(p, b.bitcast(power, kind), flags=_FAST)
+
+
+@intrinsic
+def exp(typing_context, z):
+    """`_exponential` of one number, which vectorises."""
+
+    def generate(context, builder, signature, args):
+        return _exponential(builder, args[0])
+
+    return types.float32(types.float32), generate
 
 
 class _Shapes:
@@ -163,78 +184,195 @@ class _Shapes:
         return loaded
 
 
+    def store(self, vector, array: int, dtype, *index) -> None:
+        """fp32 numbers at `index`, rounded to nearest even where the array is of bfloat16."""
+        b, lanes = self.builder, vector.type.count
+        if dtype == types.uint16:
+            bits = ir.VectorType(ir.IntType(32), lanes)
+            x = b.bitcast(vector, bits)
+            odd = b.and_(b.lshr(x, _vector(bits, 16)), _vector(bits, 1))
+            x = b.lshr(b.add(x, b.add(odd, _vector(bits, 0x7FFF))), _vector(bits, 16))
+            vector = b.trunc(x, ir.VectorType(ir.IntType(16), lanes))
+        pointer = self.pointer(array, vector.type.element, *index)
+        b.store(vector, b.bitcast(pointer, vector.type.as_pointer()), align=2)
+
+
+def _vector(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def _permuted(builder, x, lanes, other=None):
+    """Lane `i` becomes lane `lanes[i]` of `x` followed by `other`."""
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
+    return builder.shuffle_vector(x, x if other is None else other, mask)
+
+
+def _sums(builder, vectors):
+    """The sum of each of `lanes` vectors of `lanes` numbers, as one vector.
+
+    Halves of two vectors are added into one until one is left: 15 additions for 16 sums. Sum `i`
+    comes out in lane `_lane(i, lanes)`, so that vectors next to each other are added first and few
+    are alive at a time.
+    """
+    half = len(vectors) // 2
+    while half:
+        lanes = range(vectors[0].type.count)
+        count = len(lanes)
+        pairs = []
+        for x, y in zip(vectors[::2], vectors[1::2], strict=True):
+            stay = [i if i % (2 * half) < half else count + i for i in lanes]
+            cross = [i + half if i % (2 * half) < half else count + i - half for i in lanes]
+            pairs.append(
+                builder.fadd(
+                    _permuted(builder, x, stay, y), _permuted(builder, x, cross, y), flags=_FAST
+                )
+            )
+        vectors, half = pairs, half // 2
+    return vectors[0]
+
+
+def _lane(i, lanes):
+    """`i` with its bits reversed."""
+    return int(f"{i:0{lanes.bit_length() - 1}b}"[::-1], 2) if lanes > 1 else 0
+
+
 def _sizes(queries, keys):
     group, width = queries.dtype.fields["x"].type.shape
     return group, width, gcd(width, 16), keys.dtype.fields["x"].type.dtype
 
 
+@register_jitable
+def block_sizes(group, width):
+    """Tokens of a block of `_attend`, and room for its scores."""
+    lanes = gcd(width, 16)
+    room = lanes * -(-group // lanes)
+    return room // group, room
+
+
 @intrinsic
-def _scores(typing_context, queries, row, head, keys, path, out):
-    """`out[g, t] = queries[row, head].x[g] . keys[path[t], head].x`, `out` `[group, len(path)]`."""
+def _attend(typing_context, queries, row, head, keys, values, path, scores, out, start):
+    """`out[row, start:]`: attention of `queries[row, head]` over the slots `path`.
+
+    Goes twice over blocks of as many tokens as give one vector of scores, lane
+    `_lane(token * group + query head)`; `scores` `[blocks, room]` keeps them in between.
+    """
     group, width, lanes, dtype = _sizes(queries, keys)
+    tokens, room = block_sizes(group, width)
+    parts = room // lanes  # vectors of scores in a block; if several, it is of one token
 
     def generate(context, builder, signature, args):
         b, a = builder, _Shapes(context, builder, signature, args)
-        _, row, head, _, _, _ = args
-        length = a.size(4, 0)
-        vector = ir.VectorType(_FLOAT, lanes)
-        add_up = cgutils.get_or_insert_function(
-            b.module,
-            ir.FunctionType(_FLOAT, [_FLOAT, vector]),
-            f"llvm.vector.reduce.fadd.v{lanes}f32",
-        )
+        _, row, head, _, _, _, _, _, first = args
+        length = a.size(5, 0)
+        last = b.sub(length, _INDEX(1))
+        blocks = b.udiv(b.add(length, _INDEX(tokens - 1)), _INDEX(tokens))
+        vector, whole = ir.VectorType(_FLOAT, lanes), ir.VectorType(ir.IntType(32), lanes)
+        zero = _vector(vector, 0.0)
+        per_head = width // lanes
+        # Token of every lane of a block; none for lanes that hold no score.
+        owner = np.full(room, 1 << 20)
+        for i in range(tokens * group):
+            owner[i // lanes * lanes + _lane(i % lanes, lanes)] = i // group
+        owner = owner.reshape(parts, lanes)
+
+        def zeros(count):
+            cells = [cgutils.alloca_once(b, vector) for _ in range(count)]
+            for cell in cells:
+                b.store(zero, cell)
+            return cells
+
+        def spread(x):
+            """`x` combined over a block's tokens: lanes of one query head become equal."""
+            turned = []
+            for step in range(1, tokens):
+                mask = list(range(lanes))
+                for i in range(tokens * group):
+                    mask[_lane(i, lanes)] = _lane((i + step * group) % (tokens * group), lanes)
+                turned.append(_permuted(b, x, mask))
+            return turned
+
+        def slots(block):
+            start = b.mul(block, _INDEX(tokens))
+            for j in range(tokens):
+                t = b.add(start, _INDEX(j))
+                t = b.select(b.icmp_signed("<", t, last), t, last)
+                yield a.scalar(5, _INDEX, t)
+
+        # Scores and their maxima.
         start = a.element(0, row, head, group * width)
         query = a.vectors(0, start, group * width, lanes, types.float32)
-        with cgutils.for_range(b, length, intp=_INDEX) as loop:
-            slot = a.scalar(4, _INDEX, loop.index)
-            key = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
-            for g in range(group):
-                total = ir.Constant(vector, [0.0] * lanes)
-                for i, x in enumerate(key):
-                    product = b.fmul(query[g * len(key) + i], x, flags=_FAST)
-                    total = b.fadd(total, product, flags=_FAST)
-                score = b.call(add_up, [_FLOAT(0.0), total], fastmath=_FAST)
-                b.store(score, a.pointer(5, _FLOAT, b.mul(_INDEX(g), length), loop.index))
+        highest = zeros(parts)
+        for cell in highest:
+            b.store(_vector(vector, _single(_LOWEST)), cell)
+        with cgutils.for_range(b, blocks, intp=_INDEX) as loop:
+            products = []
+            for slot in slots(loop.index):
+                key = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
+                for g in range(group):
+                    total = b.fmul(query[g * per_head], key[0], flags=_FAST)
+                    for i in range(1, per_head):
+                        product = b.fmul(query[g * per_head + i], key[i], flags=_FAST)
+                        total = b.fadd(total, product, flags=_FAST)
+                    products.append(total)
+            products += [zero] * (room - len(products))
+            left = b.trunc(b.sub(length, b.mul(loop.index, _INDEX(tokens))), ir.IntType(32))
+            left = b.insert_element(_vector(whole, 0), left, ir.IntType(32)(0))
+            left = _permuted(b, left, [0] * lanes)
+            for part in range(parts):
+                score = _sums(b, products[part * lanes : (part + 1) * lanes])
+                inside = b.icmp_signed("<", ir.Constant(whole, owner[part].tolist()), left)
+                score = b.select(inside, score, _vector(vector, _single(_LOWEST)))
+                a.store(score, 6, types.float32, b.mul(loop.index, _INDEX(room)), _INDEX(part * lanes))
+                b.store(_larger(b, b.load(highest[part]), score), highest[part])
+        top = [b.load(cell) for cell in highest]
+        for x in spread(top[0]):
+            top[0] = _larger(b, top[0], x)
+
+        # Weights, their sums and the weighted sum of the values.
+        totals, sums = zeros(parts), zeros(group * per_head)
+        with cgutils.for_range(b, blocks, intp=_INDEX) as loop:
+            start = b.mul(loop.index, _INDEX(room))
+            for part in range(parts):
+                at = b.add(start, _INDEX(part * lanes))
+                (score,) = a.vectors(6, at, lanes, lanes, types.float32)
+                weight = _exponential(b, b.fsub(score, top[part], flags=_FAST))
+                b.store(b.fadd(b.load(totals[part]), weight, flags=_FAST), totals[part])
+                a.store(weight, 6, types.float32, at)
+            for j, slot in enumerate(slots(loop.index)):
+                value = a.vectors(4, a.element(4, slot, head, width), width, lanes, dtype)
+                for g in range(group):
+                    i = j * group + g
+                    lane = i // lanes * lanes + _lane(i % lanes, lanes)
+                    weight = a.scalar(6, _FLOAT, b.add(start, _INDEX(lane)))
+                    weight = b.insert_element(zero, weight, ir.IntType(32)(0))
+                    weight = _permuted(b, weight, [0] * lanes)
+                    for i, x in enumerate(value):
+                        cell = sums[g * per_head + i]
+                        product = b.fmul(weight, x, flags=_FAST)
+                        b.store(b.fadd(b.load(cell), product, flags=_FAST), cell)
+        total = [b.load(cell) for cell in totals]
+        for x in spread(total[0]):
+            total[0] = b.fadd(total[0], x, flags=_FAST)
+        target = b.add(b.mul(row, a.size(7, 1)), first)
+        for g in range(group):
+            scale = _permuted(b, total[g // lanes], [_lane(g % lanes, lanes)] * lanes)
+            scale = b.fdiv(_vector(vector, 1.0), scale, flags=_FAST)
+            for i in range(per_head):
+                mean = b.fmul(b.load(sums[g * per_head + i]), scale, flags=_FAST)
+                at = _INDEX((g * per_head + i) * lanes)
+                a.store(mean, 7, signature.args[7].dtype, target, at)
         return context.get_dummy_value()
 
-    return types.void(queries, row, head, keys, path, out), generate
+    return types.void(queries, row, head, keys, values, path, scores, out, start), generate
 
 
-@intrinsic
-def _weighted_sum(typing_context, weights, queries, head, values, path, out):
-    """`out[g] = sum_t weights[g, t] values[path[t], head].x`, `out` `[group, width]`.
+def _larger(builder, x, y):
+    return builder.select(builder.fcmp_ordered(">", x, y, flags=_FAST), x, y)
 
-    `queries` only tells the sizes.
-    """
-    group, width, lanes, dtype = _sizes(queries, values)
 
-    def generate(context, builder, signature, args):
-        b, a = builder, _Shapes(context, builder, signature, args)
-        head = args[2]
-        length = a.size(4, 0)
-        vector = ir.VectorType(_FLOAT, lanes)
-        zero = ir.Constant(vector, [0.0] * lanes)
-        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        sums = [cgutils.alloca_once(b, vector) for _ in range(group * width // lanes)]
-        for s in sums:
-            b.store(zero, s)
-        with cgutils.for_range(b, length, intp=_INDEX) as loop:
-            slot = a.scalar(4, _INDEX, loop.index)
-            value = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
-            for g in range(group):
-                weight = a.scalar(0, _FLOAT, b.add(b.mul(_INDEX(g), length), loop.index))
-                weight = b.insert_element(zero, weight, ir.IntType(32)(0))
-                weight = b.shuffle_vector(weight, zero, first_lane)
-                for i, x in enumerate(value):
-                    s = sums[g * len(value) + i]
-                    product = b.fmul(weight, x, flags=_FAST)
-                    b.store(b.fadd(b.load(s), product, flags=_FAST), s)
-        for i, s in enumerate(sums):
-            target = a.pointer(5, _FLOAT, _INDEX(i * lanes))
-            b.store(b.load(s), b.bitcast(target, vector.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(weights, queries, head, values, path, out), generate
+def _single(value):
+    """The nearest float32: LLVM takes no other constant as one."""
+    return float(np.float32(value))
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -309,7 +447,7 @@ def rope_store(qkv, query_norm, key_norm, eps, cos, sin, positions, slots, queri
             _rotate(x, key_norm, eps, c, s, one, keys[slot, h])
             start += kv_heads * width
             for i in range(width):
-                values[slot, h, i] = qkv[r, start + i]
+                values[slot, h, i] = narrow(widen(qkv[r, start + i]), values)
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -321,30 +459,13 @@ def attend(queries, keys, values, table, first, positions, out):
     """
     nodes, kv_heads = queries.shape
     group, width = queries[0, 0].x.shape
+    tokens, room = block_sizes(group, width)
     for item in prange(nodes * kv_heads):
         q, h = item // kv_heads, item % kv_heads
         length = positions[q] + 1
         path = table[first[q] : first[q] + length]
-        weights = np.empty((group, length), np.float32)
-        mean = np.empty((group, width), np.float32)
-        _scores(queries, q, h, keys, path, weights)
-        for g in range(group):
-            line = weights[g]
-            highest = _LOWEST
-            for t in range(length):
-                highest = max(highest, line[t])
-            total = np.float32(0)
-            for t in range(length):
-                p = exp(line[t] - highest)
-                line[t] = p
-                total += p
-            scale = np.float32(1) / total
-            for t in range(length):
-                line[t] *= scale
-        _weighted_sum(weights, queries, h, values, path, mean)
-        for g in range(group):
-            for i in range(width):
-                out[q, (h * group + g) * width + i] = narrow(mean[g, i], out)
+        scores = np.empty(((length + tokens - 1) // tokens, room), np.float32)
+        _attend(queries, q, h, keys, values, path, scores, out, h * group * width)
 
 
 @njit(**_OPTIONS)

@@ -6,7 +6,9 @@ a prefix shares its keys and values and nothing is ever copied. Invariants:
 - a slot's parent is allocated as long as the slot is (paths are closed under ancestors);
 - a pinned slot, i.e. one on the path of a running row, is never evicted; pins count rows;
 - a node was last used no later than its parent, so evicting by (last use, deepest first) removes
-  leaves before their parents.
+  leaves before their parents;
+- a path goes through consecutive slots as far as it can: it gets runs of `_RUN` slots while any run
+  is empty. Attention reads a path's keys in order, and much faster where they lie side by side.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 
 ROOT = -1
 _DEPTH_BITS = 24  # deeper paths than 16.7 M tokens do not occur
+_RUN = 16  # slots; longer ones are hardly faster
 
 
 class CacheFull(Exception):
@@ -42,11 +45,15 @@ class PrefixCache:
         self._used = np.zeros(self.capacity, np.int64)
         self._allocated = np.zeros(self.capacity, bool)
         self._clock = 0
+        runs = -(-self.capacity // _RUN)
+        self._in_use = np.zeros(runs, np.int64)  # slots of every run
         # Popped from the end: low slots first, so untouched memory stays untouched.
-        self._free = list(range(self.capacity - 1, -1, -1))
+        self._empty = list(range(runs - 1, -1, -1))
+        self._gaps: list[int] = []  # slots that were free between others when last looked for
+        self._size = 0
 
     def __len__(self) -> int:
-        return self.capacity - len(self._free)
+        return self._size
 
     def match(self, node: int, tokens: np.ndarray) -> np.ndarray:
         """Slots `int32 [m]`, `m <= len(tokens)`, of the longest known path below `node`; pinned."""
@@ -70,17 +77,19 @@ class PrefixCache:
         pinned slots leave too little room.
         """
         count = len(tokens)
-        if count > len(self._free):
-            self._evict(count - len(self._free))
+        if count > self.capacity - self._size:
+            self._evict(count - (self.capacity - self._size))
         depth = 0 if node == ROOT else int(self._depth[node]) + 1
         if count == 1:  # what every decoding row does in every step: scalars are faster
-            slot = self._free.pop()
+            slot = self._follow(node)
             key = (node + 1) * self.vocab_size + int(tokens[0])
             self._children[key] = slot
             self._place(slot, key, depth)
             return np.array([slot], np.int32)
-        slots = np.array(self._free[: -count - 1 : -1], np.int32)
-        del self._free[-count:]
+        slots = np.empty(count, np.int32)
+        for i in range(count):
+            slots[i] = last = self._follow(last if i else node)
+            self._allocated[last] = True
         parents = np.empty(count, np.int64)
         parents[0], parents[1:] = node, slots[:-1]
         keys = (parents + 1) * self.vocab_size + tokens
@@ -94,6 +103,20 @@ class PrefixCache:
         self._pins[path] -= 1
         self._used[path] = self._clock
 
+    def _follow(self, node: int) -> int:
+        """A free slot for a child of `node`, next to it if it can be."""
+        slot = node + 1
+        if slot % _RUN and slot < self.capacity and not self._allocated[slot]:
+            return slot
+        if self._empty:
+            return self._empty.pop() * _RUN
+        while True:
+            while self._gaps:
+                slot = self._gaps.pop()
+                if not self._allocated[slot]:
+                    return slot
+            self._gaps = np.flatnonzero(~self._allocated)[::-1].tolist()
+
     def _place(
         self, slots: int | np.ndarray, keys: int | np.ndarray, depths: int | np.ndarray
     ) -> None:
@@ -101,6 +124,12 @@ class PrefixCache:
         self._depth[slots] = depths
         self._pins[slots] = 1
         self._allocated[slots] = True
+        if isinstance(slots, int):
+            self._in_use[slots // _RUN] += 1
+            self._size += 1
+        else:
+            np.add.at(self._in_use, slots // _RUN, 1)
+            self._size += len(slots)
 
     def _evict(self, count: int) -> None:
         idle = np.flatnonzero(self._allocated & (self._pins == 0))
@@ -113,4 +142,8 @@ class PrefixCache:
         for key in self._key[victims].tolist():
             del self._children[key]
         self._allocated[victims] = False
-        self._free.extend(victims.tolist())
+        self._size -= count
+        runs = victims // _RUN
+        np.subtract.at(self._in_use, runs, 1)
+        self._empty.extend(np.unique(runs[self._in_use[runs] == 0])[::-1].tolist())
+        self._gaps.clear()  # some of them may be in empty runs now
