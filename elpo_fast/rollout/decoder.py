@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -27,7 +28,7 @@ from elpo_fast.rollout import decoder_cpu, decoder_torch
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-_WORTH_WAKING = 200_000  # numbers; waking a thread takes as long as some ten thousand
+_WORTH_WAKING = 150_000  # numbers; waking a thread takes as long as making some of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,8 @@ class Decoder:
         self.cos = (angles.cos() * rotary.attention_scaling).to(self.device)
         self.sin = (angles.sin() * rotary.attention_scaling).to(self.device)
         shape = (len(self.layers), slots, self.kv_heads, self.width)
-        self.keys, self.values = (_untouched(shape, dtype, self.device) for _ in range(2))
+        self.keys = torch.empty(shape, dtype=dtype, device=self.device)
+        self.values = torch.empty(shape, dtype=dtype, device=self.device)
 
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -281,30 +283,33 @@ class _CpuStep:
             self.results[rows, width] = out, as_numpy(out[:rows])
         return self.results[rows, width]
 
-    def _parallel(self, numbers: int) -> None:
-        """Use all threads for `numbers` numbers, or one where waking others takes longer."""
-        numba.set_num_threads(self.threads if numbers >= _WORTH_WAKING else 1)
+    def _run(self, work: int, kernel: Callable[..., None], *arguments: Any) -> None:
+        """Call `kernel`, which makes `work` numbers, alone where waking others takes longer."""
+        if work < _WORTH_WAKING:
+            numba.set_num_threads(1)
+        kernel(*arguments)
+        numba.set_num_threads(self.threads)
 
     def add_norm(
         self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
         out, view = self._result(*residual.shape)
-        self._parallel(view.size)
-        decoder_cpu.add_norm(residual.numpy(), as_numpy(delta), weight.numpy(), self.eps, view)
+        arrays = residual.numpy(), as_numpy(delta), weight.numpy()
+        self._run(view.size, decoder_cpu.add_norm, *arrays, self.eps, view)
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         out, view = self._result(len(self.queries), gate_up.shape[1] // 2)
-        self._parallel(3 * view.size)
-        decoder_cpu.silu_mul(as_numpy(gate_up), view)
+        self._run(view.size, decoder_cpu.silu_mul, as_numpy(gate_up), view)
         return out
 
     def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
         d, b = self.decoder, self.batch
         norm = d.layers[index].norm
         keys, values = as_numpy(d.keys[index]), as_numpy(d.values[index])
-        self._parallel(2 * self.queries.size)
-        decoder_cpu.rope_store(
+        self._run(
+            self.queries.size,
+            decoder_cpu.rope_store,
             as_numpy(qkv),
             norm["query"].numpy(),
             norm["key"].numpy(),
@@ -318,7 +323,6 @@ class _CpuStep:
             values,
         )
         out, view = self._result(len(self.queries), d.heads * d.width)
-        numba.set_num_threads(self.threads)
         decoder_cpu.attend(
             self.heads,
             _elements(keys, self.head),
@@ -329,14 +333,6 @@ class _CpuStep:
             view,
         )
         return out
-
-
-def _untouched(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    # NumPy asks for huge pages, without which every key of a path costs a page table walk.
-    bits = np.empty(shape, {2: np.uint16, 4: np.float32}[dtype.itemsize])
-    return torch.from_numpy(bits).view(dtype)
 
 
 def _elements(array: np.ndarray, dtype: np.dtype) -> np.ndarray:

@@ -28,6 +28,7 @@ from numba.extending import intrinsic, overload, register_jitable
 
 _OPTIONS = {"cache": True, "fastmath": True, "error_model": "numpy", "nogil": True}
 _LOWEST = np.float32(-3e38)  # fastmath knows no infinities
+_EXPONENT = 0x7F800000  # an infinity's or NaN's bits; fastmath knows neither
 _BINS, _BINS_PER_NAT = 2048, 64  # histogram of log-probabilities for top-k and top-p
 _BLOCK = 256  # tokens of the vocabulary summed in fp32
 
@@ -90,17 +91,6 @@ def _narrow(value, like):
 
         return to_bfloat16
     return lambda value, like: value
-
-
-def not_finite(x):
-    """1 for an infinity or NaN, 0 otherwise; by its bits, because fastmath knows neither."""
-
-
-@overload(not_finite, inline="always")
-def _not_finite(x):
-    if x == types.uint16:
-        return lambda x: np.uint32((x & np.uint16(0x7F80)) == np.uint16(0x7F80))
-    return lambda x: np.uint32((_to_bits(x) & np.uint32(0x7F800000)) == np.uint32(0x7F800000))
 
 
 def _exponential(builder, z):
@@ -182,7 +172,6 @@ class _Shapes:
                 x = b.bitcast(x, ir.VectorType(_FLOAT, lanes))
             loaded.append(x)
         return loaded
-
 
     def store(self, vector, array: int, dtype, *index) -> None:
         """fp32 numbers at `index`, rounded to nearest even where the array is of bfloat16."""
@@ -291,6 +280,19 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 turned.append(_permuted(b, x, mask))
             return turned
 
+        fetch = cgutils.get_or_insert_function(
+            b.module,
+            ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[ir.IntType(32)] * 3]),
+            "llvm.prefetch.p0",
+        )
+
+        def prefetch(array, slot):
+            bits = 16 if dtype == types.uint16 else 32
+            start = a.element(array, slot, head, width)
+            for i in range(0, width, 64 * 8 // bits):
+                pointer = a.pointer(array, ir.IntType(bits), start, _INDEX(i))
+                b.call(fetch, [pointer, *map(ir.IntType(32), (0, 3, 1))])
+
         def slots(block):
             start = b.mul(block, _INDEX(tokens))
             for j in range(tokens):
@@ -305,6 +307,10 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
         for cell in highest:
             b.store(_vector(vector, _single(_LOWEST)), cell)
         with cgutils.for_range(b, blocks, intp=_INDEX) as loop:
+            # Few keys and values are in any cache; their addresses are known early.
+            for slot in slots(b.add(loop.index, _INDEX(_AHEAD))):
+                prefetch(3, slot)
+                prefetch(4, slot)
             products = []
             for slot in slots(loop.index):
                 key = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
@@ -322,7 +328,9 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 score = _sums(b, products[part * lanes : (part + 1) * lanes])
                 inside = b.icmp_signed("<", ir.Constant(whole, owner[part].tolist()), left)
                 score = b.select(inside, score, _vector(vector, _single(_LOWEST)))
-                a.store(score, 6, types.float32, b.mul(loop.index, _INDEX(room)), _INDEX(part * lanes))
+                a.store(
+                    score, 6, types.float32, b.mul(loop.index, _INDEX(room)), _INDEX(part * lanes)
+                )
                 b.store(_larger(b, b.load(highest[part]), score), highest[part])
         top = [b.load(cell) for cell in highest]
         for x in spread(top[0]):
@@ -364,6 +372,83 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
         return context.get_dummy_value()
 
     return types.void(queries, row, head, keys, values, path, scores, out, start), generate
+
+
+_LANES = 16
+_AHEAD = 2  # blocks
+
+
+def _line_vectors(builder, a, dtype, at):
+    """Bits and value of the `_LANES` logits from `at` on."""
+    (x,) = a.vectors(0, at, _LANES, _LANES, dtype)
+    return builder.bitcast(x, ir.VectorType(ir.IntType(32), _LANES)), x
+
+
+def _reduce(builder, name, x, *start):
+    kind = x.type
+    suffix = f"v{kind.count}{'f32' if kind.element == _FLOAT else 'i32'}"
+    function = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(kind.element, [*(s.type for s in start), kind]),
+        f"llvm.vector.reduce.{name}.{suffix}",
+    )
+    return builder.call(function, [*start, x], fastmath=_FAST if start or name == "fmax" else ())
+
+
+@intrinsic
+def _survey(typing_context, line, stop):
+    """The highest of `line[:stop]`, and the largest of their exponents' bits; `stop` a multiple of
+    `_LANES`."""
+
+    def generate(context, builder, signature, args):
+        b, a = builder, _Shapes(context, builder, signature, args)
+        vector, bits = ir.VectorType(_FLOAT, _LANES), ir.VectorType(ir.IntType(32), _LANES)
+        highest, exponent = cgutils.alloca_once(b, vector), cgutils.alloca_once(b, bits)
+        b.store(_vector(vector, _single(_LOWEST)), highest)
+        b.store(_vector(bits, 0), exponent)
+        with cgutils.for_range(b, b.udiv(args[1], _INDEX(_LANES)), intp=_INDEX) as loop:
+            raw, x = _line_vectors(b, a, line.dtype, b.mul(loop.index, _INDEX(_LANES)))
+            b.store(_larger(b, b.load(highest), x), highest)
+            raw = b.and_(raw, _vector(bits, _EXPONENT))
+            seen = b.load(exponent)
+            b.store(b.select(b.icmp_unsigned(">", raw, seen), raw, seen), exponent)
+        results = _reduce(b, "fmax", b.load(highest)), _reduce(b, "umax", b.load(exponent))
+        return context.make_tuple(b, signature.return_type, results)
+
+    return types.Tuple((types.float32, types.uint32))(line, stop), generate
+
+
+@intrinsic
+def _mass(typing_context, line, start, stop, highest, scale, lowest):
+    """Sums of e^z and of z e^z over those of `line[start:stop]` with z = (x - highest) scale not
+    below `lowest`; `stop - start` a multiple of `_LANES`."""
+
+    def generate(context, builder, signature, args):
+        b, a = builder, _Shapes(context, builder, signature, args)
+        _, start, stop, *numbers = args
+        vector = ir.VectorType(_FLOAT, _LANES)
+        zero = _vector(vector, 0.0)
+        highest, scale, lowest = (
+            _permuted(b, b.insert_element(zero, x, ir.IntType(32)(0)), [0] * _LANES)
+            for x in numbers
+        )
+        sums = [cgutils.alloca_once(b, vector) for _ in range(2)]
+        for cell in sums:
+            b.store(zero, cell)
+        steps = b.udiv(b.sub(stop, start), _INDEX(_LANES))
+        with cgutils.for_range(b, steps, intp=_INDEX) as loop:
+            at = b.add(start, b.mul(loop.index, _INDEX(_LANES)))
+            _, x = _line_vectors(b, a, line.dtype, at)
+            z = b.fmul(b.fsub(x, highest, flags=_FAST), scale, flags=_FAST)
+            inside = b.fcmp_ordered(">=", z, lowest, flags=_FAST)
+            p = b.select(inside, _exponential(b, z), zero)
+            for cell, term in zip(sums, (p, b.fmul(p, z, flags=_FAST)), strict=True):
+                b.store(b.fadd(b.load(cell), term, flags=_FAST), cell)
+        results = [_reduce(b, "fadd", b.load(cell), _FLOAT(0.0)) for cell in sums]
+        return context.make_tuple(b, signature.return_type, results)
+
+    pair = types.UniTuple(types.float32, 2)
+    return pair(line, start, stop, highest, scale, lowest), generate
 
 
 def _larger(builder, x, y):
@@ -527,6 +612,20 @@ def _bin(logits, highest, scale, b, size):
     return np.sort(members)[::-1]
 
 
+@njit(**_OPTIONS)
+def _block(line, start, highest, scale, lowest):
+    """`_mass` of up to `_BLOCK` logits."""
+    stop = min(start + _BLOCK, line.size)
+    even = stop - (stop - start) % _LANES
+    mass, weighted = _mass(line, start, even, highest, scale, lowest)
+    for i in range(even, stop):
+        z = (widen(line[i]) - highest) * scale
+        if z >= lowest:
+            mass += exp(z)
+            weighted += exp(z) * z
+    return mass, weighted
+
+
 @njit(parallel=True, **_OPTIONS)
 def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, cut, full):
     """Draw one token a row by inverting the cumulative distribution at `uniform`.
@@ -539,11 +638,12 @@ def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, cut
     blocks = (vocab_size + _BLOCK - 1) // _BLOCK
     for r in prange(which.size):
         line = logits[which[r]]
-        highest, broken = _LOWEST, np.uint32(0)
-        for i in range(vocab_size):
-            highest = max(highest, widen(line[i]))
-            broken |= not_finite(line[i])
-        if broken:
+        highest, exponent = _survey(line, vocab_size - vocab_size % _LANES)
+        for i in range(vocab_size - vocab_size % _LANES, vocab_size):
+            x = widen(line[i])
+            highest = max(highest, x)
+            exponent = max(exponent, _to_bits(x) & np.uint32(_EXPONENT))
+        if exponent == _EXPONENT:
             tokens[r] = 0
             cut[:, r] = full[:, r] = np.nan
             continue
@@ -562,12 +662,7 @@ def sample(logits, which, temperature, top_k, top_p, min_p, uniform, tokens, cut
         masses = np.empty(blocks, np.float64)
         total = moment = 0.0  # sums of e^z and of z e^z
         for b in range(blocks):
-            mass = weighted = np.float32(0)
-            for i in range(b * _BLOCK, min((b + 1) * _BLOCK, vocab_size)):
-                z = (widen(line[i]) - highest) * scale
-                p = exp(z) if z >= lowest else np.float32(0)
-                mass += p
-                weighted += p * z
+            mass, weighted = _block(line, b * _BLOCK, highest, scale, lowest)
             masses[b] = mass
             total += mass
             moment += weighted
@@ -601,12 +696,7 @@ def _full(line, token, highest, scale):
     """Log-prob of `token` and entropy of the distribution before any cut."""
     total = moment = 0.0
     for start in range(0, line.size, _BLOCK):
-        mass = weighted = np.float32(0)
-        for i in range(start, min(start + _BLOCK, line.size)):
-            z = (widen(line[i]) - highest) * scale
-            p = exp(z)
-            mass += p
-            weighted += p * z
+        mass, weighted = _block(line, start, highest, scale, _LOWEST)
         total += mass
         moment += weighted
     z = (widen(line[token]) - highest) * scale

@@ -87,8 +87,9 @@ class PrefixCache:
             self._place(slot, key, depth)
             return np.array([slot], np.int32)
         slots = np.empty(count, np.int32)
+        last = node
         for i in range(count):
-            slots[i] = last = self._follow(last if i else node)
+            slots[i] = last = self._follow(last)
             self._allocated[last] = True
         parents = np.empty(count, np.int64)
         parents[0], parents[1:] = node, slots[:-1]
