@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -253,30 +252,14 @@ def test_score_equals_a_plain_forward(any_model: Any, prompt: Any, use: Any, war
     assert stats.computed_tokens == (30 if warm else 0)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("model.norm.weight"), "missing parameter model.norm.weight"),
-        (lambda t: t.update(surprise=torch.zeros(1)), "unknown parameter surprise"),
-        (
-            lambda t: t.update({"model.norm.weight": torch.zeros(3)}),
-            r"gives model.norm.weight the shape \(3,\), the model has \(96,\)",
-        ),
-        (
-            lambda t: t.update({"lm_head.weight": torch.ones(320, 96)}),
-            "lm_head.weight is tied to the embedding but the update differs",
-        ),
-    ],
-    ids=["missing", "unknown", "shape", "untied"],
-)
-def test_update_weights_refuses_and_changes_nothing(
-    model: Any, prompt: Any, use: Any, check: Any, change: Callable[[Any], Any], message: str
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
+    model: Any, prompt: Any, use: Any, check: Any
 ) -> None:
     tensors = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
-    change(tensors)
+    tensors["lm_head.weight"] = torch.ones(320, 96)
 
     async def work(engine: LocalEngine) -> Any:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="is tied to the embedding but the update differs"):
             await engine.update_weights(tensors.items(), 1)
         assert engine.weight_version == 0
         return await engine.generate(prompt(6), 1, Sampling(max_tokens=3))
@@ -327,24 +310,15 @@ def test_cancelling_frees_the_rows_for_others(model: Any, prompt: Any, use: Any)
 @pytest.mark.parametrize(
     ("prefix", "n", "sampling", "message"),
     [
-        ([], 1, Sampling(4), "at least one token"),
-        ([[1, 2]], 1, Sampling(4), "one dimension"),
-        ([1.5], 1, Sampling(4), "float64"),
-        ([1, 320], 1, Sampling(4), "token id 320 is outside the vocabulary of 320"),
         ([1, -1], 1, Sampling(4), "token id -1"),
-        ([1], 0, Sampling(4), "n must be at least 1, got 0"),
-        ([1], 1, Sampling(0), "max_tokens must be at least 1, got 0"),
         ([1] * 50, 1, Sampling(51), "50 prefix tokens and 51 new ones exceed the 100"),
-        ([1], 1, Sampling(4, temperature=-1.0), "temperature"),
         ([1], 1, Sampling(4, temperature=float("nan")), "temperature"),
-        ([1], 1, Sampling(4, top_p=0.0), "top_p"),
         ([1], 1, Sampling(4, top_k=-1), "top_k"),
         ([1], 1, Sampling(4, min_p=1.5), "min_p"),
-        ([1], 1, Sampling(4, stop=("",)), "must not be empty"),
         ([1], 1, Sampling(4, stop=("x",)), "need a tokenizer"),
     ],
 )
-def test_bad_input_is_refused(
+def test_bad_input_is_refused(  # what every engine refuses alike is in test_engines.py
     model: Any, use: Any, prefix: Any, n: int, sampling: Sampling, message: str
 ) -> None:
     async def work(engine: LocalEngine) -> None:

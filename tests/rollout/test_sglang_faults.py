@@ -205,7 +205,7 @@ def test_a_server_that_cannot_start_says_why(
 def test_the_server_does_not_outlive_its_parent(
     sglang_python: str, tmp_path: Path, how: signal.Signals
 ) -> None:
-    folder = tmp_path / "model"
+    folder = tmp_path / f"model-{how.name}-{os.getpid()}"
     folder.mkdir()
     code = textwrap.dedent(f"""
         import pathlib, time
@@ -220,9 +220,12 @@ def test_the_server_does_not_outlive_its_parent(
     stand_in.mkdir()
     (stand_in / "launch_server.py").write_text(
         "import os, signal, time\n"
+        "from _multiprocessing import SemLock\n"
         "for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):\n"
         "    signal.signal(getattr(signal, name), signal.SIG_IGN)\n"
         "os.fork(), os.fork()\n"
+        "name = f'/mp-{os.path.basename(os.getcwd())}-{os.getpid()}'\n"
+        "lock = SemLock(1, 1, 1, name, False)  # which nobody but its process knows of\n"
         "time.sleep(600)\n"
     )
     (folder / "sglang").symlink_to(stand_in)  # the working directory comes first on sys.path
@@ -230,13 +233,15 @@ def test_the_server_does_not_outlive_its_parent(
     assert parent.stdout is not None
     watched = int(parent.stdout.readline())
     deadline = time.monotonic() + 30
-    while len(session(watched)) < 5:  # the watch, the server and three forks
+    semaphores = f"sem.mp-{folder.name}-*"
+    while len(list(Path("/dev/shm").glob(semaphores))) < 4:  # the server's and three forks'
         assert time.monotonic() < deadline
         time.sleep(0.05)
     parent.send_signal(how)
     parent.wait(10)
     assert gone(watched)
     assert not folder.exists()
+    assert not list(Path("/dev/shm").glob(semaphores))
 
 
 def test_stats_are_those_of_the_answers(

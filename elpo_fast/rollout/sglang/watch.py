@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_LEFT_BEHIND = re.compile(r"/dev/shm/(?:sglang|sem\.mp-)\S+$", re.MULTILINE)
+_SHARED = Path("/dev/shm")
+# The inodes of a process's mappings; a semaphore's maker maps it under a name it had before.
+_LEFT_BEHIND = re.compile(r" (\d+) +/dev/shm/(?:sglang|sem\.)")
 _LOOK_S = 2.0
 _TRACKER_S = 2.0
 
@@ -37,6 +39,7 @@ def main() -> None:
         if time.monotonic() > looked + _LOOK_S:
             files, looked = files | shared_files(os.getpid()), time.monotonic()
         time.sleep(0.2)
+    files |= shared_files(os.getpid())  # made since the last look
     patience = time.monotonic() + _TRACKER_S
     while members := list(_session(os.getpid())):
         for pid in members:
@@ -67,10 +70,16 @@ def _session(leader: int) -> Iterator[int]:
 
 def shared_files(leader: int) -> set[str]:
     """Files in shared memory of a session's processes that nobody removes after a kill."""
-    found: set[str] = set()
+    inodes: set[str] = set()
     for pid in _session(leader):
         with suppress(OSError):
-            found.update(_LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text()))
+            inodes.update(_LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text()))
+    found: set[str] = set()
+    if inodes:
+        for file in (*_SHARED.glob("sglang*"), *_SHARED.glob("sem.mp-*")):
+            with suppress(OSError):  # it has just been removed
+                if str(file.stat().st_ino) in inodes:
+                    found.add(str(file))
     return found
 
 
