@@ -32,6 +32,19 @@ def test_a_shared_prefix_shares_slots() -> None:
     assert len(set(first) | set(second)) == len(cache) == 5
 
 
+def test_paths_get_consecutive_slots_while_runs_are_empty_and_every_slot_in_the_end() -> None:
+    cache = PrefixCache(40, vocab_size=10)
+    paths = [[branch] for branch in range(2)]
+    slots: list[list[int]] = [[], []]
+    for token in range(16):
+        for path, own in zip(paths, slots, strict=True):
+            own.extend(walk(cache, path)[0][len(own) :].tolist())
+            path.append(token % 10)
+    assert [np.diff(own).tolist() for own in slots] == [[1] * 15] * 2
+    rest, _ = walk(cache, [9] * 8)
+    assert sorted([*slots[0], *slots[1], *rest]) == list(range(40))
+
+
 def test_equal_tokens_after_different_prefixes_are_different_nodes() -> None:
     cache = PrefixCache(20, vocab_size=10)
     first, _ = walk(cache, [1, 9])

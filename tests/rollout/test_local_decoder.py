@@ -10,7 +10,14 @@ import torch
 from numba import njit
 
 from elpo_fast.rollout import decoder_cpu
-from elpo_fast.rollout.decoder import Decoder, NodeBatch, _CpuStep, _TorchStep, as_numpy
+from elpo_fast.rollout.decoder import (
+    Decoder,
+    NodeBatch,
+    _CpuStep,
+    _TorchStep,
+    as_numpy,
+    padded,
+)
 
 SLOTS = 200
 
@@ -133,6 +140,12 @@ def test_forward_is_the_same_with_plain_operations(
             store.copy_(torch.randn(store.shape, generator=torch.Generator().manual_seed(1)))
         results.append(decoder.forward(batch, np.array([3, 36, 37, 40])))
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+def test_padding_adds_an_eighth_at_most_and_leaves_few_sizes() -> None:
+    sizes = [padded(rows) for rows in range(1, 1025)]
+    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, 1))
+    assert len(set(sizes)) <= 70
 
 
 def test_views_of_bfloat16_share_memory() -> None:
