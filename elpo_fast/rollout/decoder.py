@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -170,6 +171,16 @@ class Decoder:
         self.keys = torch.empty(shape, dtype=dtype, device=self.device)
         self.values = torch.empty(shape, dtype=dtype, device=self.device)
 
+    @cached_property
+    def cache_views(self) -> list[tuple[np.ndarray, ...]]:
+        """Keys and values of every layer, as arrays of numbers and again of heads; CPU only."""
+        views = []
+        for layer in zip(self.keys, self.values, strict=True):
+            numbers = [as_numpy(store) for store in layer]
+            head = decoder_cpu.head(numbers[0].dtype, self.width)
+            views.append((*numbers, *(_elements(store, head) for store in numbers)))
+        return views
+
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
@@ -271,7 +282,6 @@ class _CpuStep:
         self.heads = _elements(
             self.queries, decoder_cpu.query_heads(decoder.heads // decoder.kv_heads, decoder.width)
         )
-        self.head = decoder_cpu.head(as_numpy(decoder.keys).dtype, decoder.width)
         self.cos, self.sin = decoder.cos.numpy(), decoder.sin.numpy()
         self.threads = numba.get_num_threads()
         self.results: dict[tuple[int, int], tuple[torch.Tensor, np.ndarray]] = {}
@@ -306,7 +316,7 @@ class _CpuStep:
     def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
         d, b = self.decoder, self.batch
         norm = d.layers[index].norm
-        keys, values = as_numpy(d.keys[index]), as_numpy(d.values[index])
+        keys, values, key_heads, value_heads = d.cache_views[index]
         self._run(
             self.queries.size,
             decoder_cpu.rope_store,
@@ -325,8 +335,8 @@ class _CpuStep:
         out, view = self._result(len(self.queries), d.heads * d.width)
         decoder_cpu.attend(
             self.heads,
-            _elements(keys, self.head),
-            _elements(values, self.head),
+            key_heads,
+            value_heads,
             b.table,
             b.first,
             b.positions,
