@@ -136,13 +136,20 @@ def best_of(run: Callable[[], Any], times: int) -> float:
     return min(seconds)
 
 
-def gemm_rate(dtype: torch.dtype) -> float:
-    """FLOPs per second of `ROWS` rows by a square matrix."""
-    x, weight = torch.randn(ROWS, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-    with torch.inference_mode():
-        ways = partial(_product(weight, None), x), partial(F.linear, x, weight)
-        seconds = min(best_of(way, 50) for way in ways)
-    return 2 * ROWS * 2048**2 / seconds
+@torch.inference_mode()
+def gemm_rates() -> dict[str, float]:
+    """GFLOP/s of `ROWS` rows by a square matrix."""
+    rates = {}
+    for name in ("bfloat16", "float32"):
+        dtype = getattr(torch, name)
+        x, weight = torch.randn(ROWS, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
+        ways = {
+            "plain": partial(F.linear, x, weight),
+            "prepacked": partial(_product(weight, None), x),
+        }
+        for way, run in ways.items():
+            rates[f"{name}_{way}"] = 2e-9 * ROWS * 2048**2 / best_of(run, 50)
+    return rates
 
 
 def floor() -> dict[str, float]:
@@ -151,13 +158,15 @@ def floor() -> dict[str, float]:
     flops, weight_bytes = 2 * parameters * ROWS, 2 * parameters
     block = torch.zeros(64 << 20, dtype=torch.float32)
     bandwidth = block.nbytes / best_of(block.sum, 5)
-    rate = max(gemm_rate(dtype) for dtype in (torch.bfloat16, torch.float32))
+    rates = gemm_rates()
+    rate = 1e9 * max(rates.values())
     return {
         "step": max(weight_bytes / bandwidth, flops / rate),
         "gigaflops": flops / 1e9,
         "weight_megabytes": weight_bytes / 1e6,
         "gigaflops_per_second": rate / 1e9,
         "gigabytes_per_second": bandwidth / 1e9,
+        **rates,
     }
 
 
