@@ -54,7 +54,8 @@ class LocalEngine:
     The engine copies `weights` (default: the model's own) into its own layout and into `dtype`
     (default: the model's); `update_weights` takes new ones by name. `cache_tokens` bounds the
     key/value store, `max_batch` the rows decoded together, `prefill_chunk` the prompt tokens
-    computed in one step. `tokenizer` serves stop strings alone.
+    computed in one step. `tokenizer` serves stop strings alone. On CPUs that multiply no faster in
+    bfloat16, weights of that dtype take the memory of float32.
     """
 
     def __init__(
