@@ -39,7 +39,10 @@ from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """`n` completions of one prefix, `settle`d together, or with the error that prevents them."""
+    """`n` completions of one prefix, `settle`d together, or with the error that prevents them.
+
+    They come in the order of their keys, whichever ends first.
+    """
 
     prefix: np.ndarray
     n: int
@@ -48,17 +51,18 @@ class Request:
     stop_strings: StopStrings | None
     settle: Callable[[list[Completion] | Exception], None]
     cancelled: Callable[[], bool]
-    completions: list[Completion] = field(default_factory=list)
+    completions: dict[int, Completion] = field(default_factory=dict)
 
     def rows(self) -> list[Row]:
-        return [Row(self, key) for key in row_keys(self.seed, self.n)]
+        return [Row(self, number, key) for number, key in enumerate(row_keys(self.seed, self.n))]
 
 
 class Row:
     """One completion being made."""
 
-    def __init__(self, request: Request, key: np.uint64) -> None:
+    def __init__(self, request: Request, number: int, key: np.uint64) -> None:
         self.request = request
+        self.number = number
         self.key = key  # of its stream of uniform numbers
         self.prompt = self.length = len(request.prefix)
         capacity = self.prompt + request.sampling.max_tokens
@@ -264,20 +268,18 @@ class Batcher:
         logprobs, entropies, full_logprobs, full_entropies = np.array(
             row.figures, np.float32, order="F"
         ).T
-        request.completions.append(
-            Completion(
-                token_ids=row.tokens[row.prompt : row.length].copy(),
-                logprobs=logprobs,
-                entropies=entropies,
-                full_logprobs=full_logprobs,
-                full_entropies=full_entropies,
-                finish=reason,
-                cached_tokens=row.prompt - row.computed,
-                weight_version=self.weight_version,
-            )
+        request.completions[row.number] = Completion(
+            token_ids=row.tokens[row.prompt : row.length].copy(),
+            logprobs=logprobs,
+            entropies=entropies,
+            full_logprobs=full_logprobs,
+            full_entropies=full_entropies,
+            finish=reason,
+            cached_tokens=row.prompt - row.computed,
+            weight_version=self.weight_version,
         )
         if len(request.completions) == request.n:
-            request.settle(request.completions)
+            request.settle([request.completions[number] for number in range(request.n)])
 
 
 class _Plan:

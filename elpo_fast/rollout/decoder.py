@@ -92,12 +92,14 @@ def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def padded(rows: int) -> int:
-    """`rows` rounded up by at most an eighth, to few different numbers.
+    """`rows` rounded up by at most an eighth, to few different numbers, and to two at least.
 
-    oneDNN compiles and keeps a kernel for every number of rows it meets.
+    oneDNN compiles and keeps a kernel for every number of rows it meets. A row's result is the same
+    in all of them but in that for one row; and a run that resumes must not depend on what is
+    computed together.
     """
     step = 1 << max(0, rows.bit_length() - 4)
-    return -(-rows // step) * step
+    return max(2, -(-rows // step) * step)
 
 
 class _Layer:

@@ -14,9 +14,11 @@ from elpo_fast.rollout.decoder import (
     Decoder,
     NodeBatch,
     _CpuStep,
+    _Linear,
     _TorchStep,
     as_numpy,
     padded,
+    products_dtype,
 )
 
 SLOTS = 200
@@ -144,8 +146,24 @@ def test_forward_is_the_same_with_plain_operations(
 
 def test_padding_adds_an_eighth_at_most_and_leaves_few_sizes() -> None:
     sizes = [padded(rows) for rows in range(1, 1025)]
-    assert all(rows <= size <= rows * 9 / 8 for rows, size in enumerate(sizes, 1))
+    assert all(rows <= size <= max(2, rows * 9 / 8) for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) <= 70
+
+
+@pytest.mark.parametrize("size", [(64, 96), (192, 1024), (1536, 576)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_a_product_does_not_depend_on_the_others(
+    dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    products = products_dtype(torch.device("cpu"), dtype)
+    generator = torch.Generator().manual_seed(0)
+    linear = _Linear("some")
+    weight = torch.randn(size[1], size[0], generator=generator)
+    linear.load({"some.weight": weight}, torch.empty(0, dtype=dtype), products)
+    rows = torch.randn(padded(200), size[0], generator=generator).to(products)
+    together = linear(rows)
+    for count in (padded(1), 3, 5, 8, 15, 16, 31, 64, 120):
+        assert torch.equal(linear(rows[:count]), together[:count]), count
 
 
 def test_views_of_bfloat16_share_memory() -> None:
