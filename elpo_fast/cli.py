@@ -2,6 +2,7 @@
 
     elpo train CONFIG [section.key=value ...] [--resume]   train; the run folder is run.dir/run.name
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
+    elpo export RUN [--step N] OUT                         a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
     elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
     elpo doctor                                            what this machine offers
@@ -75,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_config(config)
     config.set_defaults(run=_config)
 
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    export.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    export.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
+    export.add_argument("--step", type=int, help="training step; default: the latest checkpoint")
+    export.set_defaults(run=_export)
+
     tree = commands.add_parser("tree", help="look at rollout trees").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -118,6 +125,18 @@ def _config(arguments: argparse.Namespace) -> int:
     from elpo_fast.config import dump_config, load_config
 
     print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from elpo_fast.train.export import export_run
+
+    out = Path(arguments.out)
+    try:
+        checkpoint = export_run(Path(arguments.run_folder), out, step=arguments.step)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    print(f"wrote {out}, the model of {checkpoint}")
     return 0
 
 

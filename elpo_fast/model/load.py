@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
 from elpo_fast.model.attention import ATTENTION, attention_name
 from elpo_fast.model.forward import packed_hidden
-from elpo_fast.model.lora import add_adapters, load_adapters
+from elpo_fast.model.lora import add_adapters
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import train_tokenizer
 
@@ -61,20 +61,21 @@ def load_model(
     *,
     seed: int,
     tokenizer_texts: Iterable[str] | None = None,
-    adapters: Path | None = None,
+    tokenizer: Any = None,
 ) -> LoadedModel:
-    """Load or make the model that `config.name` names, with fresh adapters for `config.lora`, or
-    those of the folder `adapters`.
+    """Load or make the model that `config.name` names, with fresh adapters for `config.lora`.
 
-    `seed` fixes the weights of new adapters and of a "scratch" model, whose tokenizer is trained on
-    `tokenizer_texts`. Raises `ConfigError` for every name that cannot be loaded.
+    `seed` fixes the weights of new adapters and of a "scratch" model, whose tokenizer is
+    `tokenizer`, or else trained on `tokenizer_texts`. Raises `ConfigError` for every name that
+    cannot be loaded.
     """
     device = resolve_device(config.device)
     _check_attention(config, device)
     if config.name == SCRATCH:
-        if tokenizer_texts is None:
-            raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
-        tokenizer: Any = train_tokenizer(tokenizer_texts)
+        if tokenizer is None:
+            if tokenizer_texts is None:
+                raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
+            tokenizer = train_tokenizer(tokenizer_texts)
         model: Any = scratch_model(config.scratch, tokenizer, seed)
     else:
         read = _smollm2() if config.name == SMOLLM2 else _pretrained(config)
@@ -95,8 +96,6 @@ def load_model(
     if config.lora is not None:
         _cast(model, _base_dtype(config))
         add_adapters(model, config.lora, seed=seed)
-        if adapters is not None:
-            load_adapters(model, adapters)
     _check_packed_forward(model, config.name)
     model.set_attn_implementation(attention_name(config.attention))
     return LoadedModel(model, tokenizer, config.name)

@@ -13,12 +13,10 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from elpo_kernels import LoRA
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -27,7 +25,6 @@ from elpo_fast.config import ConfigError, LoraConfig
 
 _ADAPTER = "default"
 _FACTORS = ("lora_A", "lora_B")
-_FILE = "adapter_model.safetensors"
 
 
 class Merged:
@@ -87,21 +84,6 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
         with torch.no_grad():
             parameter.copy_(whole)
-
-
-def load_adapters(model: PreTrainedModel, folder: Path) -> None:
-    """Take the adapters of a folder in peft's layout, as `save_pretrained` writes it."""
-    stored = load_file(folder / _FILE)
-    own = adapters(model)
-    names = {name: f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}" for name in own}
-    if set(names.values()) != stored.keys():
-        raise ConfigError(
-            f"model.lora: the adapters in {folder} are of other layers than model.lora.targets; "
-            "use the targets that they were trained with"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(stored[names[name]])
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:

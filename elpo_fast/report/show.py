@@ -52,12 +52,9 @@ def _interesting(forest: Forest) -> int:
 def _decoder(run: Path) -> Callable[[np.ndarray], str]:
     from transformers import AutoTokenizer
 
-    from elpo_fast.train.checkpoint import latest
-
-    found = latest(run)
-    if found is None:
-        raise LookupError(f"{run} has no checkpoint yet, which holds the tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(found)
+    if not (run / "tokenizer").is_dir():
+        raise LookupError(f"{run} has no tokenizer: it is the run folder of another version")
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 

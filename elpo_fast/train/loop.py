@@ -17,7 +17,7 @@ import asyncio
 import ctypes
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.model.lora import named_weights
-from elpo_fast.train.checkpoint import TrainState, latest, load_checkpoint, save_checkpoint
+from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
 from elpo_fast.train.display import Display, Phase
+from elpo_fast.train.export import export_model
 from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
@@ -98,12 +99,12 @@ class _Collected:
 async def _main(
     config: Config, folder: RunFolder, display: Display, resume: bool, ranks: Ranks
 ) -> None:
-    found = latest(folder.path) if resume else None
+    found = ranks.gather(latest(folder.path) if resume and ranks.leads else None)[0]
     if (executor := threads(ranks)) is not None:
         asyncio.get_running_loop().set_default_executor(executor)
-    async with assembled(config, found, ranks) as parts:
-        restored = load_checkpoint(found) if found else None
-        await _Run(config, folder, display, parts).learn(restored)
+    async with assembled(config, ranks) as parts:
+        with closing(Checkpoints(folder.path, config.train.keep_checkpoints, ranks)) as checkpoints:
+            await _Run(config, folder, display, parts, checkpoints).learn(found)
 
 
 @dataclass
@@ -114,35 +115,41 @@ class _Run:
     folder: RunFolder
     display: Display
     parts: Parts
+    checkpoints: Checkpoints
 
-    async def learn(self, restored: TrainState | None) -> None:
-        """Cold start, then reinforcement learning, with evaluation around both."""
-        train = self.config.train
+    async def learn(self, found: Path | None) -> None:
+        """Cold start, then reinforcement learning, with evaluation around both; from the checkpoint
+        `found` on, if there is one."""
+        train, policy = self.config.train, self.parts.policy
+        constant = warmup_constant(train.warmup)
+        policy.restart(lr=train.lr, schedule=constant)
+        restored = load_checkpoint(found, policy, self.parts.ranks) if found else None
         # Whatever was recorded after the checkpoint, or before any, is work that is done again.
         self.folder.rewind(restored.extra["records"] if restored else 0)
         if restored and restored.step >= train.steps:
-            self.summarize()
+            self.finish()
             return
         if restored is None:
+            self.folder.keep_tokenizer(self.parts.loaded.tokenizer)
             if self.config.sft.steps:
                 await self.evaluate("before SFT", 0)
                 await self.cold_start()
             await self.evaluate(
                 "after SFT" if self.config.sft.steps else f"before {self.algorithm}", 0
             )
-        self.parts.policy.restart(lr=train.lr, schedule=warmup_constant(train.warmup))
+            policy.restart(lr=train.lr, schedule=constant)
         release_memory()
         start, ready = 0, None
         if restored is None:
             self.save(0)
         else:
             start = restored.step
-            self.parts.policy.load_state_dict(restored.optimizer)
             await self.push_weights(restored.weight_version)
             if restored.collected is not None:
                 ready = _Collected(restored.collected, **restored.extra["collected"])
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
+                self.checkpoints.check()
                 collected = ready or await self.collect(step, phase)
                 values, ready = await self.train(step, collected, phase)
                 await self.push_weights(self.parts.engine.weight_version + 1)
@@ -156,10 +163,18 @@ class _Run:
                     self.save(step + 1, ready)
         await self.evaluate(f"after {self.algorithm}", train.steps)
         self.save(train.steps)
-        self.summarize()
+        self.finish()
 
-    def summarize(self) -> None:
-        if self.parts.ranks.leads:
+    def finish(self) -> None:
+        """Wait for the last checkpoint, export its model, and sum up."""
+        self.checkpoints.wait()
+        loaded, ranks = self.parts.loaded, self.parts.ranks
+        weights = None
+        if ranks.mesh is not None:
+            named = self.parts.policy.trained()
+            weights = {name: ranks.whole(tensor) for name, tensor in named}
+        if ranks.leads:
+            export_model(self.folder.path / "model", loaded.model, loaded.tokenizer, weights)
             print_summary(self.folder.path, self.display.console)
 
     @property
@@ -332,14 +347,7 @@ class _Run:
         return result
 
     def save(self, step: int, ready: _Collected | None = None) -> None:
-        """Write a checkpoint; `ready`: the next step's trees, where they are there already."""
-        policy, model, ranks = self.parts.policy, self.parts.loaded.model, self.parts.ranks
-        optimizer, weights = policy.state_dict(), None
-        if ranks.mesh is not None:
-            trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-            weights = {name: ranks.whole(tensor) for name, tensor in trained}
-        if not ranks.leads:
-            return
+        """Begin a checkpoint; `ready`: the next step's trees, where they are there already."""
         extra: dict[str, Any] = {"records": self.folder.records}
         if ready is not None:
             extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
@@ -347,18 +355,10 @@ class _Run:
             step=step,
             weight_version=self.parts.engine.weight_version,
             data_position=self.first_task(step),
-            optimizer=optimizer,
             extra=extra,
             collected=ready.forest if ready else None,
         )
-        save_checkpoint(
-            self.folder.path,
-            state,
-            model,
-            self.parts.loaded.tokenizer,
-            keep=self.config.train.keep_checkpoints,
-            weights=weights,
-        )
+        self.checkpoints.save(state, self.parts.policy)
 
     def first_task(self, step: int) -> int:
         """Index of a step's first training task: the cold start's come before all of them."""

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.algo.planners import Planner
@@ -52,7 +52,9 @@ class Ranks:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    rollouts: dist.ProcessGroup | None = None  # apart: trees are collected while others train
+    # Apart, because trees are collected and checkpoints are written while others train.
+    rollouts: dist.ProcessGroup | None = None
+    checkpoints: dist.ProcessGroup | None = None
 
     @property
     def leads(self) -> bool:
@@ -79,13 +81,6 @@ class Ranks:
             return tensor
         full = tensor.full_tensor().detach()
         return full.cpu() if self.leads else full.new_empty(0)
-
-    def part(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of `whole` for a tensor that every rank has, sharded as `like` is."""
-        if not isinstance(like, DTensor) or tensor.shape != like.shape:
-            return tensor
-        there = tensor.to(like.device)
-        return distribute_tensor(there, like.device_mesh, like.placements, src_data_rank=None)
 
 
 ALONE = Ranks()
@@ -123,8 +118,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         names, shape = ("replicate", "shard"), (wanted.replicate, wanted.shard)
         first = 0 if wanted.replicate > 1 else 1
         mesh = init_device_mesh(kind, shape[first:], mesh_dim_names=names[first:])
-        rollouts = dist.new_group(backend="gloo", timeout=_TIMEOUT)
-        yield Ranks(dist.get_rank(), size, mesh, rollouts)
+        apart = (dist.new_group(backend="gloo", timeout=_TIMEOUT) for _ in range(2))
+        yield Ranks(dist.get_rank(), size, mesh, *apart)
     finally:
         dist.destroy_process_group()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -49,11 +48,8 @@ def settled(config: Config, *, goes_on: bool = False) -> Config:
 
 
 @asynccontextmanager
-async def assembled(
-    config: Config, checkpoint: Path | None = None, ranks: Ranks = ALONE
-) -> AsyncIterator[Parts]:
-    """Everything a run needs, closed at the end; model and tokenizer of `checkpoint`, if given, or
-    its adapters alone where `config` trains adapters.
+async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts]:
+    """Everything a run needs, as it is at its start; closed at the end.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
@@ -61,15 +57,8 @@ async def assembled(
     toolbox = Toolbox(config.tools)
     try:
         source = make_source(config.task, config.run.seed, toolbox.run_function)
-        model, adapters = config.model, checkpoint if config.model.lora else None
-        if checkpoint is not None and adapters is None:
-            model = model.model_copy(update={"name": str(checkpoint)})
-        loaded = load_model(
-            model,
-            seed=config.run.seed,
-            tokenizer_texts=source.vocabulary_texts(),
-            adapters=adapters,
-        )
+        texts = source.vocabulary_texts()
+        loaded = load_model(config.model, seed=config.run.seed, tokenizer_texts=texts)
         # The engine copies the weights while every rank has all of them.
         weights = named_weights(loaded.model)
         engine = make_engine(config, loaded.model, loaded.tokenizer, weights)

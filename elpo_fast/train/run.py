@@ -4,7 +4,9 @@
     metrics.jsonl    one JSON object a record: {"phase": "sft" | "eval" | "rl", "step": int, ...}
     tensorboard/     the same numbers as TensorBoard events
     trees/           one forest a step, `step_000001.npz`
+    tokenizer/       for `elpo tree show` and `elpo export`
     checkpoints/     see `elpo_fast.train.checkpoint`
+    model/           at the end: the trained model, a folder in Hugging Face layout
     sglang.log       of our own SGLang server, if there is one
 
 Invariant: records are appended in order and belong to work that the last checkpoint either contains
@@ -19,11 +21,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from elpo_fast.config import Config, ConfigError, dump_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _MAY_DIFFER = {
     "run.dir",
@@ -113,6 +118,9 @@ class RunFolder:
         """Number of metric records written so far."""
         return sum(1 for _ in (self.path / "metrics.jsonl").open(encoding="utf-8"))
 
+    def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        tokenizer.save_pretrained(self.path / "tokenizer")
+
     def tree_file(self, step: int) -> Path:
         return self.path / "trees" / f"step_{step:06d}.npz"
 
@@ -134,6 +142,13 @@ class Follower(RunFolder):
     def rewind(self, records: int) -> None:
         pass
 
+    def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        pass
+
+    @property
+    def records(self) -> int:
+        return 0  # the leading rank's number counts
+
     def close(self) -> None:
         pass
 
@@ -144,6 +159,7 @@ def _unused(path: Path) -> bool:
     files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
     return all(
         file in (path / "config.yaml", path / "sglang.log")
+        or file.parent == path / "tokenizer"
         or (file == path / "metrics.jsonl" and not file.stat().st_size)
         for file in files
     )

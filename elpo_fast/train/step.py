@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -42,6 +42,9 @@ from elpo_fast.types import RunError
 
 Schedule = Callable[[int], float]
 """Number of updates made so far -> factor on the learning rate."""
+
+WEIGHTS, MOMENTS = "weights.", "moments."
+"""What the names of a `PolicyOptimizer.state_dict` begin with; a parameter's name follows."""
 
 _T = TypeVar("_T")
 
@@ -232,28 +235,33 @@ class PolicyOptimizer:
         self._optimizer.state.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments and the number of updates; the weights are the model's own to save.
+        """Trained weights and their moments by name, sharded where the model is: the tensors
+        themselves, but float32 copies of moments in 8 bits. With `updates` it is all that training
+        changes."""
+        state: dict[str, Any] = {}
+        for name, master in self.trained():
+            state[f"{WEIGHTS}{name}"] = master.detach()
+            for moment, value in self._optimizer.state.get(master, {}).items():
+                state[f"{MOMENTS}{name}.{moment}"] = adamw.exact(value)
+        return state
 
-        Of sharded moments the leading rank gets the whole, in main memory, the others nothing.
-        """
-        state = self._optimizer.state_dict()
-        state["state"] = {
-            index: {name: self.ranks.whole(adamw.exact(value)) for name, value in own.items()}
-            for index, own in state["state"].items()
-        }
-        return {"optimizer": state, "updates": self.updates}
+    def make_moments(self, names: Iterable[str]) -> dict[str, Any]:
+        """Room for the moments among these names of a `state_dict`; it and the weights are to be
+        written into, and given to `load_state_dict`."""
+        known = {name.rpartition(".")[0] for name in names}
+        chosen = (master for name, master in self.trained() if f"{MOMENTS}{name}" in known)
+        adamw.make_moments(self._optimizer, [*chosen])
+        return self.state_dict()
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; the compute copy takes the model's present weights."""
-        optimizer = state["optimizer"]
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        saved = {parameters[index]: own for index, own in optimizer["state"].items()}
-        adamw.make_moments(self._optimizer, list(saved))
-        for parameter, own in saved.items():
-            for name, moment in self._optimizer.state[parameter].items():
-                moment.copy_(self.ranks.part(own[name], moment))
-        self.updates = int(state["updates"])
+    def load_state_dict(self, state: dict[str, Any], updates: int) -> None:
+        """Continue from what was written into the `state` of `make_moments`."""
+        for name, master in self.trained():
+            for moment, own in self._optimizer.state.get(master, {}).items():
+                value = state[f"{MOMENTS}{name}.{moment}"]
+                if own is not value:  # in 8 bits
+                    own.copy_(value)
+        self.updates = updates
         self.refresh()
 
     @torch.no_grad()
@@ -261,6 +269,10 @@ class PolicyOptimizer:
         """Copy the masters into the compute weights, after anyone but `update` changed them."""
         if self.compute is not self.model:
             torch._foreach_copy_(self._copies, self._masters)
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The master weights that updates change, by the model's names."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
 
     def _update(
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
+from elpo_fast.train.export import export_run
 from elpo_fast.train.step import NonFiniteError
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io as tree_io
@@ -83,9 +84,7 @@ def trees_of(run: Path) -> list[Forest]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = latest(run)
-    assert checkpoint is not None
-    return load_file(checkpoint / "model.safetensors")
+    return load_file(run / "model" / "model.safetensors")
 
 
 def plotted(run: Path) -> dict[str, list[int]]:
@@ -112,8 +111,8 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     assert len(list((run / "tensorboard").iterdir())) == 1
     checkpoint = latest(run)
     assert checkpoint is not None and checkpoint.name.endswith("3")
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert len(AutoTokenizer.from_pretrained(checkpoint)) == model.config.vocab_size
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert len(AutoTokenizer.from_pretrained(run / "model")) == model.config.vocab_size
     assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for said in (
@@ -206,13 +205,16 @@ def test_adapters_alone_are_trained_saved_and_resumed(
         )
         for name in ("cut", "whole")
     ]
-    cut, whole = (load_file(latest(run) / "adapter_model.safetensors") for run in runs)
-    assert len(cut) == 2 * 7 and not (latest(runs[0]) / "model.safetensors").exists()
-    torch.testing.assert_close(cut, whole, rtol=1e-3, atol=1e-4)
+    export_run(runs[0], tmp_path / "exported")
+    folders = (runs[0] / "model", runs[1] / "model", tmp_path / "exported")
+    cut, whole, exported = (load_file(path / "adapter_model.safetensors") for path in folders)
+    assert len(cut) == 2 * 7 and not (runs[0] / "model" / "model.safetensors").exists()
+    torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+    torch.testing.assert_close(cut, exported, rtol=0, atol=0)
     assert max(float(tensor.abs().max()) for name, tensor in cut.items() if "lora_B" in name) > 0.01
     ours, theirs = (read_metrics(run)[-2] for run in runs)
     assert ours["grad_norm"] > 0
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert ours["loss"] == theirs["loss"]
 
 
 OVERLAP = {"overlap": 1, "old_logprob": "recompute", "importance_sampling": "token"}
@@ -318,8 +320,9 @@ def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_we
     forest = tree_io.load(saved)
     assert caught.value.trees == (1,)
     assert forest.task_ids[1] in str(caught.value) and forest.task_ids[0] not in str(caught.value)
-    before = weights(config.run_dir)
-    assert latest(config.run_dir).name.endswith("0")  # type: ignore[union-attr]
+    checkpoint = export_run(config.run_dir, tmp_path / "before")
+    assert checkpoint.name.endswith("0")
+    before = load_file(tmp_path / "before" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in before.values())
 
 

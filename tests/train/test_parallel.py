@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,9 +26,9 @@ from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.lora import add_adapters, named_weights
 from elpo_fast.tasks import ledger
 from elpo_fast.train import loop
-from elpo_fast.train.checkpoint import latest
+from elpo_fast.train.checkpoint import Checkpoints, TrainState, checkpoint_of, load_checkpoint
 from elpo_fast.train.parallel import ALONE, Ranks, joined
-from elpo_fast.train.step import NonFiniteError, PolicyOptimizer, micro_batches
+from elpo_fast.train.step import WEIGHTS, NonFiniteError, PolicyOptimizer, micro_batches
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree.pack import PackedBatch, Scored
 from elpo_fast.tree.store import Forest, Tree
@@ -124,23 +127,40 @@ def three_updates(ranks: Ranks, *, budget: int = 25, **options: Any) -> dict[str
     }
 
 
-def resumed(ranks: Ranks, **options: Any) -> dict[str, Any]:
-    """An update of one process, and the next one on `ranks` from its weights and moments."""
-    first, after = make_policy(ALONE, **options), make_policy(ranks, **options)
-    first.update(batches())
-    with torch.no_grad():
-        pairs = zip(after.model.parameters(), first.model.parameters(), strict=True)
-        for target, source in pairs:
-            target.copy_(ranks.part(source, target))
-    after.load_state_dict(copy.deepcopy(first.state_dict()))
+def saved(policy: PolicyOptimizer, ranks: Ranks, run: Path) -> Path:
+    with closing(Checkpoints(run, keep=1, ranks=ranks)) as checkpoints:
+        checkpoints.save(TrainState(1, weight_version=1, data_position=0), policy)
+    return checkpoint_of(run)
+
+
+def resumed(ranks: Ranks, run: Path, **options: Any) -> dict[str, Any]:
+    """An update of one process, the next one on `ranks` from its checkpoint; then of that into
+    `run`."""
+    after = make_policy(ranks, **options)
+    load_checkpoint(run / "first" / "checkpoints" / "step-00000001", after, ranks)
     after.update(batches())
-    state = after.state_dict()["optimizer"]["state"]
+    path = saved(after, ranks, run)
+    if ranks.size > 1:
+        # Every rank wrote its own half, or as much of it as the others' copies leave to write.
+        parts = [file.stat().st_size for file in (path / "state").glob("__*.distcp")]
+        assert len(parts) == 2 and max(parts) < 0.7 * sum(parts)
     kinds = {type(local(m["exp_avg"])).__name__ for m in after._optimizer.state.values()}
-    return {"weights": weights(after), "moments": state, "kinds": kinds}
+    return {"state": whole_state(after), "kinds": kinds}
+
+
+def whole_state(policy: PolicyOptimizer) -> dict[str, torch.Tensor]:
+    """Weights and moments."""
+    return {name: whole(value).clone() for name, value in policy.state_dict().items()}
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def first(run: Path, **options: Any) -> None:
+    policy = make_policy(ALONE, **options)
+    policy.update(batches())
+    saved(policy, ALONE, run / "first")
 
 
 def poisoned(ranks: Ranks) -> dict[str, Any]:
@@ -189,25 +209,36 @@ def compare(out: str) -> None:
         for name, among in (("shard", ranks), ("replicate", replace(ranks, mesh=mesh))):
             for case, options in CASES.items():
                 results[name, case] = three_updates(among, **options)
-            results[name, "resumed"] = resumed(among)
-            results[name, "8 bits"] = resumed(among, **EIGHT_BITS)
+            run = Path(out).parent / name
+            results[name, "resumed"] = resumed(among, run / "adamw")
+            results[name, "8 bits"] = resumed(among, run / "adamw8bit", **EIGHT_BITS)
             results[name, "poisoned"] = poisoned(among)
         results["fault"] = ranks.gather(fault(ranks, Path(__file__).parent))
         if ranks.leads:
             torch.save(results, out)
 
 
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.run(
-        [*start, *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [*TORCHRUN, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    out = tmp_path_factory.mktemp("ranks") / "results.pt"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[Any, Any]:
+    out = folder / "results.pt"
+    for mesh in MESHES:
+        first(out.parent / mesh / "adamw")
+        first(out.parent / mesh / "adamw8bit", **EIGHT_BITS)
     done = torchrun(__file__, str(out))
     assert done.returncode == 0, done.stderr[-4000:]
     loaded: dict[Any, Any] = torch.load(out, weights_only=False)
@@ -232,23 +263,34 @@ def test_two_ranks_train_as_one_process(results: dict[Any, Any], mesh: str, case
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_ranks_go_on_from_the_moments_of_one_process(results: dict[Any, Any], mesh: str) -> None:
-    ours, alone = results[mesh, "resumed"], resumed(ALONE)
-    assert ours.pop("kinds") == alone.pop("kinds") == {"Tensor"}
-    assert_close(ours, alone)
+def test_ranks_go_on_from_a_checkpoint_of_one_process_and_back(
+    results: dict[Any, Any], folder: Path, tmp_path: Path, mesh: str
+) -> None:
+    first(tmp_path)
+    ours, alone = results[mesh, "resumed"], resumed(ALONE, tmp_path)
+    assert ours["kinds"] == alone["kinds"] == {"Tensor"}
+    assert_close(ours["state"], alone["state"])
+    back, expected = make_policy(ALONE), make_policy(ALONE)
+    for policy, run in ((back, folder / mesh / "adamw"), (expected, tmp_path)):
+        load_checkpoint(checkpoint_of(run), policy)
+        policy.update(batches())
+    assert_close(whole_state(back), whole_state(expected))
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_ranks_go_on_from_moments_in_8_bits(results: dict[Any, Any], mesh: str) -> None:
-    ours, alone = results[mesh, "8 bits"], resumed(ALONE, **EIGHT_BITS)
+def test_ranks_go_on_from_moments_in_8_bits(
+    results: dict[Any, Any], tmp_path: Path, mesh: str
+) -> None:
+    first(tmp_path, **EIGHT_BITS)
+    ours, alone = results[mesh, "8 bits"], resumed(ALONE, tmp_path, **EIGHT_BITS)
     assert ours["kinds"] == alone["kinds"] == {"Tensor", "OptimState8bit"}
     # Where a sum's rounding changes a code, a moment differs by a hundredth of itself or of its
     # block's; the two updates move a parameter by up to 2e-3.
-    torch.testing.assert_close(ours["weights"], alone["weights"], rtol=0, atol=5e-5)
-    for index, moments in alone["moments"].items():
-        for name, expected in moments.items():
-            apart = (ours["moments"][index][name] - expected).norm() / expected.norm()
-            assert apart < 0.01
+    for name, expected in alone["state"].items():
+        if name.startswith(WEIGHTS):
+            torch.testing.assert_close(ours["state"][name], expected, rtol=0, atol=5e-5)
+        else:
+            assert (ours["state"][name] - expected).norm() / expected.norm() < 0.01
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -306,36 +348,79 @@ def command(folder: Path, *overrides: str) -> list[str]:
     return ["train", str(folder / "config.yaml"), f"run.dir={folder}", *overrides]
 
 
-def test_a_run_of_two_ranks_is_a_run_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def lucky(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((ledger.Ledger, "grade"), (loop, "cold_start")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what comes next replaces
+    verdicts_by_length()
+
+
+def assert_as_one(two: list[dict[str, Any]], one: list[dict[str, Any]]) -> None:
+    for ours, alone in zip(two, one, strict=True):
+        assert ours.keys() == alone.keys()
+        for name in ("success", "trajectories", "loss", "grad_norm", "approx_kl", "mismatch_ess"):
+            assert ours.get(name, 0) == pytest.approx(alone.get(name, 0), rel=1e-3, abs=1e-5)
+    assert all(record["grad_norm"] > 0 for record in two if record["phase"] == "rl")
+
+
+def test_a_run_of_two_ranks_is_a_run_of_one(tmp_path: Path, lucky: None) -> None:
     for name in ("two", "one"):
         (tmp_path / name).mkdir()
     done = torchrun(__file__, *command(tmp_path / "two", "parallel.shard=2"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("after ELPO") == 2  # one line and one row, of the leading rank
 
-    for owner, name in ((ledger.Ledger, "grade"), (loop, "cold_start")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what comes next replaces
-    verdicts_by_length()
     assert cli.main(command(tmp_path / "one")) == 0
     # Another step of either, on one rank.
     assert cli.main([*command(tmp_path / "two", "train.steps=3"), "--resume"]) == 0
     assert cli.main([*command(tmp_path / "one", "train.steps=3"), "--resume"]) == 0
 
-    two, one = (read_metrics(tmp_path / name / "run") for name in ("two", "one"))
+    two = read_metrics(tmp_path / "two" / "run")
     assert [record["phase"] for record in two] == ["eval", "eval", "rl", "rl", "eval", "rl", "eval"]
-    for ours, alone in zip(two, one, strict=True):
-        assert ours.keys() == alone.keys()
-        for name in ("success", "trajectories", "loss", "grad_norm", "approx_kl", "mismatch_ess"):
-            assert ours.get(name, 0) == pytest.approx(alone.get(name, 0), rel=1e-3, abs=1e-5)
-    assert all(record["grad_norm"] > 0 for record in two if record["phase"] == "rl")
+    assert_as_one(two, read_metrics(tmp_path / "one" / "run"))
     ours, alone = (
-        AutoModelForCausalLM.from_pretrained(latest(tmp_path / name / "run")).state_dict()
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "run" / "model").state_dict()
         for name in ("two", "one")
     )
     torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-4)
     assert cli.main(["tree", "show", str(tmp_path / "two" / "run"), "--step", "1"]) == 0
+
+
+def test_a_killed_rank_ends_the_others_and_one_goes_on(tmp_path: Path, lucky: None) -> None:
+    for name in ("two", "one"):
+        (tmp_path / name).mkdir()
+    longer = ("train.steps=4", "train.checkpoint_every=1")
+    start = [*TORCHRUN, __file__, *command(tmp_path / "two", *longer, "parallel.shard=2")]
+    run = subprocess.Popen(
+        start, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: checkpoint_there(tmp_path / "two" / "run", step=1) or run.poll() is not None)
+    ranks = psutil.Process(run.pid).children()
+    everyone = psutil.Process(run.pid).children(recursive=True)
+    (second,) = (process for process in ranks if process.environ()["RANK"] == "1")
+    second.kill()
+    assert run.wait(timeout=60) != 0
+    _, alive = psutil.wait_procs(everyone, timeout=10)
+    assert not alive
+    assert len(read_metrics(tmp_path / "two" / "run")) < 7, "it was to be killed before its end"
+
+    assert cli.main([*command(tmp_path / "two", *longer), "--resume"]) == 0
+    assert cli.main(command(tmp_path / "one", *longer)) == 0
+    assert_as_one(*(read_metrics(tmp_path / name / "run") for name in ("two", "one")))
+
+
+def checkpoint_there(run: Path, step: int) -> bool:
+    try:
+        return checkpoint_of(run, step).is_dir()
+    except LookupError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_fault_of_the_run_folder_stops_all_ranks(results: dict[Any, Any]) -> None:

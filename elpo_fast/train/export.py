@@ -1,0 +1,78 @@
+"""A trained model as a folder in Hugging Face layout, which `from_pretrained` loads.
+
+A run ends with one, `runs/NAME/model`; `elpo export` makes one of any checkpoint. The folder is
+either complete or not there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from elpo_fast.config import load_config
+from elpo_fast.model.load import load_model, quiet
+from elpo_fast.train.checkpoint import (
+    PARTIAL,
+    TRASH,
+    CheckpointError,
+    checkpoint_of,
+    force_to_disk,
+    read_weights,
+)
+
+
+def export_model(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write `model` and `tokenizer` to `out`, in place of an earlier export.
+
+    `weights` are written in place of the model's own, for a model that is sharded. Raises
+    `CheckpointError` when the disk refuses.
+    """
+    partial, trash = (out.with_name(f"{prefix}{out.name}") for prefix in (PARTIAL, TRASH))
+    try:
+        for leftover in (partial, trash):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        with quiet():
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+        force_to_disk([*partial.iterdir(), partial])
+        if out.exists():
+            out.rename(trash)
+        partial.rename(out)
+        force_to_disk([out.parent])
+        shutil.rmtree(trash, ignore_errors=True)
+    except Exception as error:  # safetensors, too, reports a full disk by an exception of its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(
+            f"cannot write model {out}: {reason}; free or change the disk"
+        ) from error
+
+
+def export_run(run: Path, out: Path, step: int | None = None) -> Path:
+    """Export the checkpoint of `step`, by default the latest, of a run to `out`; the checkpoint.
+
+    The model is built as at the start of the run, in main memory, and then given the trained
+    weights. Raises `LookupError` where there is no such run or checkpoint, or `out` is taken.
+    """
+    if not (run / "config.yaml").is_file():
+        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    if out.exists():
+        raise LookupError(f"{out} already exists; choose another folder")
+    checkpoint = checkpoint_of(run, step)
+    config = load_config(run / "config.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    here = config.model.model_copy(update={"device": "cpu", "attention": "auto"})
+    model = load_model(here, seed=config.run.seed, tokenizer=tokenizer).model
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    read_weights(checkpoint, trained)
+    export_model(out, model, tokenizer)
+    return checkpoint
