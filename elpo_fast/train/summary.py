@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All records of a run, in order."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records without what depends on the moment: times, and how many prompt tokens happened to
+    be in the engine's cache. All else a run that was killed and resumed has like one that never
+    stopped: bitwise on the CPU, in one process."""
+
+    def of_the_moment(name: str) -> bool:
+        return "seconds" in name or name.endswith(("_per_s", "tokens_cached", "tokens_computed"))
+
+    return [
+        {name: value for name, value in record.items() if not of_the_moment(name)}
+        for record in records
+    ]
 
 
 def print_summary(run: Path, console: Console) -> None:
