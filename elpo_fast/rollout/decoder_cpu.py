@@ -4,10 +4,10 @@ Numba, parallel over nodes and key heads, or over rows. `decoder_torch` and `sam
 the same in plain PyTorch and define what these must compute. bfloat16 arrays come in as `uint16`
 and are widened in registers; all arithmetic is fp32, sums over the vocabulary end in fp64.
 
-A compiler does not vectorise a dot product of 64 numbers well, and attention is made of them, so
-`_scores` and `_weighted_sum` emit their vector instructions themselves. They take the sizes of a
-head from the element types of their arrays, `query_heads(group, width)` and `head(dtype, width)`,
-so that every loop over a head is unrolled.
+A compiler does not vectorise a dot product of 64 numbers well, nor a sum that leaves some out, so
+`_attend` and `_mass` emit their vector instructions themselves. `_attend` takes the sizes of a head
+from the element types of its arrays, `query_heads(group, width)` and `head(dtype, width)`, so that
+every loop over a head is unrolled.
 
 One module, because Numba's cache on disk notices changes of a kernel's own file alone.
 """
@@ -31,6 +31,8 @@ _LOWEST = np.float32(-3e38)  # fastmath knows no infinities
 _EXPONENT = 0x7F800000  # an infinity's or NaN's bits; fastmath knows neither
 _BINS, _BINS_PER_NAT = 2048, 64  # histogram of log-probabilities for top-k and top-p
 _BLOCK = 256  # tokens of the vocabulary summed in fp32
+_LANES = 16  # logits of a vector
+_AHEAD = 2  # blocks of tokens between prefetching and use
 
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
 _FAST = ("fast",)
@@ -190,6 +192,12 @@ def _vector(kind, value):
     return ir.Constant(kind, [value] * kind.count)
 
 
+def _spread(builder, number, kind):
+    """A vector of `kind` with `number` in every lane."""
+    first = builder.insert_element(_vector(kind, 0), number, ir.IntType(32)(0))
+    return _permuted(builder, first, [0] * kind.count)
+
+
 def _permuted(builder, x, lanes, other=None):
     """Lane `i` becomes lane `lanes[i]` of `x` followed by `other`."""
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
@@ -270,8 +278,8 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 b.store(zero, cell)
             return cells
 
-        def spread(x):
-            """`x` combined over a block's tokens: lanes of one query head become equal."""
+        def turns(x):
+            """`x` with the tokens of a block turned round, in all ways but the first."""
             turned = []
             for step in range(1, tokens):
                 mask = list(range(lanes))
@@ -322,8 +330,7 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                     products.append(total)
             products += [zero] * (room - len(products))
             left = b.trunc(b.sub(length, b.mul(loop.index, _INDEX(tokens))), ir.IntType(32))
-            left = b.insert_element(_vector(whole, 0), left, ir.IntType(32)(0))
-            left = _permuted(b, left, [0] * lanes)
+            left = _spread(b, left, whole)
             for part in range(parts):
                 score = _sums(b, products[part * lanes : (part + 1) * lanes])
                 inside = b.icmp_signed("<", ir.Constant(whole, owner[part].tolist()), left)
@@ -333,7 +340,7 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 )
                 b.store(_larger(b, b.load(highest[part]), score), highest[part])
         top = [b.load(cell) for cell in highest]
-        for x in spread(top[0]):
+        for x in turns(top[0]):
             top[0] = _larger(b, top[0], x)
 
         # Weights, their sums and the weighted sum of the values.
@@ -352,14 +359,13 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                     i = j * group + g
                     lane = i // lanes * lanes + _lane(i % lanes, lanes)
                     weight = a.scalar(6, _FLOAT, b.add(start, _INDEX(lane)))
-                    weight = b.insert_element(zero, weight, ir.IntType(32)(0))
-                    weight = _permuted(b, weight, [0] * lanes)
+                    weight = _spread(b, weight, vector)
                     for i, x in enumerate(value):
                         cell = sums[g * per_head + i]
                         product = b.fmul(weight, x, flags=_FAST)
                         b.store(b.fadd(b.load(cell), product, flags=_FAST), cell)
         total = [b.load(cell) for cell in totals]
-        for x in spread(total[0]):
+        for x in turns(total[0]):
             total[0] = b.fadd(total[0], x, flags=_FAST)
         target = b.add(b.mul(row, a.size(7, 1)), first)
         for g in range(group):
@@ -372,10 +378,6 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
         return context.get_dummy_value()
 
     return types.void(queries, row, head, keys, values, path, scores, out, start), generate
-
-
-_LANES = 16
-_AHEAD = 2  # blocks
 
 
 def _line_vectors(builder, a, dtype, at):
@@ -428,10 +430,7 @@ def _mass(typing_context, line, start, stop, highest, scale, lowest):
         _, start, stop, *numbers = args
         vector = ir.VectorType(_FLOAT, _LANES)
         zero = _vector(vector, 0.0)
-        highest, scale, lowest = (
-            _permuted(b, b.insert_element(zero, x, ir.IntType(32)(0)), [0] * _LANES)
-            for x in numbers
-        )
+        highest, scale, lowest = (_spread(b, x, vector) for x in numbers)
         sums = [cgutils.alloca_once(b, vector) for _ in range(2)]
         for cell in sums:
             b.store(zero, cell)

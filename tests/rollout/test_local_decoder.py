@@ -14,6 +14,7 @@ from elpo_fast.rollout.decoder import (
     Decoder,
     NodeBatch,
     _CpuStep,
+    _elements,
     _Linear,
     _TorchStep,
     as_numpy,
@@ -124,6 +125,35 @@ def test_cpu_kernels_equal_plain_operations(
         error = (result.float() - expected.float()).abs().max()
         assert error <= relative * scale, name
     assert torch.equal(fused["values"], plain["values"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("group", "width"),
+    [(3, 64), (1, 16), (7, 32), (20, 16), (3, 24), (6, 20)],
+    ids=lambda n: str(n),
+)
+def test_attention_of_every_head_size(group: int, width: int, dtype: torch.dtype) -> None:
+    """Blocks of several tokens and of one, full and with lanes to spare, of several vectors."""
+    rng = torch.Generator().manual_seed(0)
+    kv_heads, lengths = 2, [1, 2, 5, 16, 17, 33]
+    query = torch.randn(len(lengths), kv_heads, group, width, generator=rng)
+    keys, values = (torch.randn(40, kv_heads, width, generator=rng).to(dtype) for _ in range(2))
+    paths = [torch.randperm(40, generator=rng)[:length] for length in lengths]
+    out = np.full((len(lengths), kv_heads * group * width), np.nan, np.float32)
+    head = decoder_cpu.head(as_numpy(keys).dtype, width)
+    decoder_cpu.attend(
+        _elements(query.numpy(), decoder_cpu.query_heads(group, width)),
+        *(_elements(as_numpy(store), head) for store in (keys, values)),
+        torch.cat(paths).numpy(),
+        np.cumsum([0, *lengths[:-1]]),
+        np.array(lengths) - 1,
+        out,
+    )
+    for q, path, mean in zip(query, paths, out, strict=True):
+        scores = torch.einsum("hgd,thd->hgt", q, keys[path].float())
+        expected = torch.einsum("hgt,thd->hgd", scores.softmax(-1), values[path].float())
+        np.testing.assert_allclose(mean, expected.flatten(), rtol=0, atol=2e-6 * width)
 
 
 @torch.inference_mode()
