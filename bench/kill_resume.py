@@ -35,7 +35,7 @@ PHASES = ("collect", "update", "push", "write")
 """What the kills are aimed at; `evaluate`, `cold_start` and `copy` are only named in the report."""
 WATCHED = (*PHASES, "evaluate", "cold_start", "copy")
 CONFIG = """
-run: {name: run, threads: 2}
+run: {name: run, threads: 1}
 model:
   name: scratch
   dtype: float32

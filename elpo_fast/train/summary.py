@@ -22,7 +22,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The records without what depends on the moment: times, and how many prompt tokens happened to
     be in the engine's cache. All else a run that was killed and resumed has like one that never
-    stopped: bitwise on the CPU, in one process."""
+    stopped: bitwise on the CPU, in one process of one thread."""
 
     def of_the_moment(name: str) -> bool:
         return "seconds" in name or name.endswith(("_per_s", "tokens_cached", "tokens_computed"))

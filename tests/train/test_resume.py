@@ -35,7 +35,7 @@ def make_config(folder: Path, *, dtype: str = "float32", overlap: bool = False) 
     apart = {"overlap": 1, "old_logprob": "recompute", "importance_sampling": "token"}
     return parse_config(
         {
-            "run": {"dir": str(folder), "threads": 2},
+            "run": {"dir": str(folder), "threads": 1},
             "model": {
                 "name": "scratch",
                 "dtype": dtype,
