@@ -10,7 +10,6 @@ its packed forward was seen to agree with its own plain forward. Every fault tha
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from elpo_kernels import widens_bfloat16
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -119,31 +119,8 @@ def resolve_dtype(config: ModelConfig) -> Literal["float32", "bfloat16"]:
     """`"auto"` is bfloat16, but float32 on a CPU that multiplies matrices faster in it."""
     if config.dtype != "auto":
         return config.dtype
-    if resolve_device(config.device).type != "cpu":
-        return "bfloat16"
-    rates = cpu_rates()
-    # What is not a product is a little faster in bfloat16, and so is reading the weights.
-    return "float32" if rates["float32"] > 1.2 * rates["bfloat16"] else "bfloat16"
-
-
-@torch.inference_mode()
-def cpu_rates() -> dict[str, float]:
-    """GFLOP/s of matrix products on this CPU by dtype, the best of some short ones, taken in turns.
-
-    bfloat16 without AMX, or without any unit for it, may be slower than float32.
-    """
-    rows, width = 256, 1024
-    operands = {
-        name: [torch.ones(n, width, dtype=getattr(torch, name)) for n in (rows, width)]
-        for name in ("float32", "bfloat16")
-    }
-    best = dict.fromkeys(operands, float("inf"))
-    for _ in range(8):
-        for name, (x, weight) in operands.items():
-            began = time.perf_counter()
-            nn.functional.linear(x, weight)
-            best[name] = min(best[name], time.perf_counter() - began)
-    return {name: 2e-9 * rows * width**2 / seconds for name, seconds in best.items()}
+    on_cpu = resolve_device(config.device).type == "cpu"
+    return "float32" if on_cpu and widens_bfloat16() else "bfloat16"
 
 
 def _base_dtype(config: ModelConfig) -> torch.dtype:

@@ -9,11 +9,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 import torch
+from elpo_kernels import widens_bfloat16
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elpo_fast.model.load import cpu_rates
 from elpo_fast.tools.sandbox import Protection, Sandbox
 
 _OPTIONAL = {
@@ -35,8 +35,8 @@ def doctor() -> int:
             table.add_row(f"gpu {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
     else:
         table.add_row("gpu", "none; everything runs on the CPU")
-        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in cpu_rates().items())
-        table.add_row("products", f"{rates} GFLOP/s")
+        faster = "float32" if widens_bfloat16() else "bfloat16"
+        table.add_row("model.dtype", f"auto is {faster}, in which this CPU multiplies faster")
     for name in ("torch", "transformers", "numba"):
         table.add_row(name, version(name))
     for name, remedy in _OPTIONAL.items():

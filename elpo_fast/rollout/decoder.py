@@ -21,7 +21,7 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import binding
+from elpo_kernels import widens_bfloat16
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -78,17 +78,9 @@ def _product(
 
 
 def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In what to multiply for a decoder of `dtype`: fp32 on CPUs where bfloat16 gains nothing.
-
-    Intel's multiply bfloat16 fast with AMX alone: their AVX-512 instructions for it take twice as
-    long as fp32's, and others widen it in software.
-    """
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        return dtype
-    features = binding.get_host_cpu_features()
-    amd = binding.get_host_cpu_name().startswith("znver")
-    fast = features.get("amx-bf16") or features.get("bf16") or (features.get("avx512bf16") and amd)
-    return torch.bfloat16 if fast else torch.float32
+    """In what to multiply for a decoder of `dtype`: float32 on CPUs that are faster in it."""
+    widen = device.type == "cpu" and dtype == torch.bfloat16 and widens_bfloat16()
+    return torch.float32 if widen else dtype
 
 
 def padded(rows: int) -> int:

@@ -93,24 +93,15 @@ def test_half_precision_folder_gets_float32_masters(scratch: LoadedModel, folder
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "bfloat16, chosen", [(690.0, "bfloat16"), (95.0, "bfloat16"), (60.0, "float32")]
-)
+@pytest.mark.parametrize("widens, chosen", [(True, "float32"), (False, "bfloat16")])
 def test_auto_dtype_is_what_the_cpu_is_faster_at(
-    monkeypatch: pytest.MonkeyPatch, bfloat16: float, chosen: str
+    monkeypatch: pytest.MonkeyPatch, widens: bool, chosen: str
 ) -> None:
-    rates = {"float32": 100.0, "bfloat16": bfloat16}
-    monkeypatch.setattr(load, "cpu_rates", lambda: rates)
+    monkeypatch.setattr(load, "widens_bfloat16", lambda: widens)
     config = ModelConfig(device="cpu", dtype="auto")
     assert load.resolve_dtype(config) == chosen
     for dtype in ("float32", "bfloat16"):
         assert load.resolve_dtype(config.model_copy(update={"dtype": dtype})) == dtype
-
-
-def test_rates_of_this_cpu_are_those_of_real_products() -> None:
-    rates = load.cpu_rates()
-    assert list(rates) == ["float32", "bfloat16"]
-    assert all(0.1 < rate < 1e5 for rate in rates.values())
 
 
 def test_dropout_of_a_loaded_model_is_off(scratch: LoadedModel, folder: Path) -> None:

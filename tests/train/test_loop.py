@@ -358,10 +358,10 @@ def test_auto_dtype_stays_what_it_was_when_the_run_began(
 ) -> None:
     parts = {"model": {"dtype": "auto"}, "sft": {"demonstrations": 0}, "train": {"steps": 0}}
     config = make_config(tmp_path, **parts)
-    rates = {"float32": 1.0, "bfloat16": 1.0}
-    monkeypatch.setattr("elpo_fast.model.load.cpu_rates", lambda: {**rates, first: 9.0})
+    widens = "elpo_fast.model.load.widens_bfloat16"
+    monkeypatch.setattr(widens, lambda: first == "float32")
     loop.train(config, console=quiet())
-    monkeypatch.setattr("elpo_fast.model.load.cpu_rates", lambda: {**rates, first: 0.1})
+    monkeypatch.setattr(widens, lambda: first != "float32")
     run = loop.train(config, resume=True, console=quiet())
     assert load_config(run / "config.yaml").model.dtype == first
 

@@ -1,5 +1,6 @@
 """Fused log-prob and policy-loss kernels, and attention along the paths of trees."""
 
+from elpo_kernels._backend import widens_bfloat16
 from elpo_kernels._tree_blocks import TreePlan
 from elpo_kernels.attention import tree_attention
 from elpo_kernels.linear import LoRA, linear_logprob, linear_policy_loss
@@ -19,4 +20,5 @@ __all__ = [
     "logprob_from_logits",
     "policy_loss",
     "tree_attention",
+    "widens_bfloat16",
 ]

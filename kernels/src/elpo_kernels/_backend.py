@@ -56,7 +56,7 @@ def widens_bfloat16() -> bool:
             torch.mm(a, a.t())
             best[dtype] = min(best[dtype], time.perf_counter() - start)
     widens = best[torch.float32] < best[torch.bfloat16]
-    logger.info("bfloat16 heads on this CPU are multiplied in %s", "float32" if widens else "place")
+    logger.info("bfloat16 on this CPU is multiplied in %s", "float32" if widens else "bfloat16")
     return widens
 
 
