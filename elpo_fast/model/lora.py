@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError, LoraConfig
+from elpo_fast.model.sharded import put
 
 _ADAPTER = "default"
 _FACTORS = ("lora_A", "lora_B")
@@ -47,9 +48,9 @@ class Merged:
         return base + self._lora.scale * (b @ a)
 
 
-def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> None:
-    """Freeze `model` and give its layers fresh adapters, in place. Raises `ConfigError` where peft
-    is missing or the targets do not fit."""
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Freeze `model` and give its layers adapters, in place; `initialise` or `load_adapters` must
+    follow. Raises `ConfigError` where peft is missing or the targets do not fit."""
     try:
         import peft
     except ImportError:
@@ -70,20 +71,16 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int) -> No
         model.add_adapter(described, _ADAPTER)
     for parameter in adapters(model).values():
         parameter.data = parameter.data.float()
-    initialise(model, seed)
 
 
 def initialise(model: PreTrainedModel, seed: int) -> None:
-    """A uniform as peft's, each from a generator of its own, B zero; also of sharded adapters."""
+    """Fresh adapters: A uniform as peft's, each from a generator of its own, and B zero."""
     for name, parameter in adapters(model).items():
-        if parameter.is_meta:
-            continue
         whole = torch.zeros(parameter.shape)
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        with torch.no_grad():
-            parameter.copy_(whole)
+        put(parameter, whole.__getitem__)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:

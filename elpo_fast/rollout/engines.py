@@ -18,14 +18,17 @@ def make_engine(
     model: PreTrainedModel,
     tokenizer: Any,
     weights: Iterable[tuple[str, Any]] | None = None,
+    *,
+    rank: int = 0,
 ) -> Engine:
-    """The engine of `rollout.engine`, holding `weights` as version 0; `None`: `model`'s own."""
+    """The engine of `rollout.engine`, holding `weights` as version 0; `None`: `model`'s own.
+    `rank`: of this process, among several that have an engine each."""
     rollout = config.rollout
     dtype = getattr(torch, rollout.dtype or config.model.dtype)
     if rollout.engine == "sglang":
         from elpo_fast.rollout.sglang.engine import SGLangEngine
 
-        log = config.run_dir / "sglang.log"
+        log = config.run_dir / (f"sglang-{rank}.log" if rank else "sglang.log")
         return SGLangEngine(
             rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed, weights=weights
         )

@@ -9,7 +9,6 @@ Invariant: parameters (masters) and the arithmetic of an update are float32.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Literal
 
 import torch
@@ -24,8 +23,6 @@ def make_adamw(kind: Kind, groups: list[dict[str, Any]], **options: Any) -> torc
     """The optimizer of `train.optimizer`. Raises `ConfigError` where torchao is missing."""
     if kind == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
-    # It warns of its GPU libraries, which this use of it does not need.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         from torchao.optim import AdamW8bit
     except ImportError:

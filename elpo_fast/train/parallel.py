@@ -56,10 +56,24 @@ class Ranks:
     rollouts: dist.ProcessGroup | None = None
     checkpoints: dist.ProcessGroup | None = None
 
+    def shard(self, dtype: torch.dtype) -> Callable[[PreTrainedModel], Sharded] | None:
+        """How a model is spread over these ranks, to compute in `dtype`; `None`: not at all."""
+        mesh = self.mesh
+        return None if mesh is None else lambda model: Sharded(model, mesh, dtype)
+
     @property
     def leads(self) -> bool:
         """Whether this rank writes the run folder and talks to people."""
         return self.rank == 0
+
+    def engine_of(self, config: Config) -> Config:
+        """The configuration of this rank's engine: with its part of the servers."""
+        if self.size == 1:
+            return config
+        sglang = config.rollout.sglang
+        mine = sglang.model_copy(update={"urls": sglang.urls[self.rank :: self.size]})
+        rollout = config.rollout.model_copy(update={"sglang": mine})
+        return config.model_copy(update={"rollout": rollout})
 
     def gather(self, value: _T, group: dist.ProcessGroup | None = None) -> list[_T]:
         """Every rank's `value`, by rank, on every rank."""
@@ -71,7 +85,7 @@ class Ranks:
 
     def share(self, costs: Sequence[float]) -> tuple[list[int], int]:
         """Indices of the work that is this rank's, in order, and how many more the rank with most
-        has. Costs are about even."""
+        has. Costs are about even: the number of parts is, too, then."""
         shares = balance(costs, self.size)
         return sorted(shares[self.rank]), max(map(len, shares)) - len(shares[self.rank])
 
@@ -101,10 +115,11 @@ def joined(config: Config) -> Iterator[Ranks]:
     if size == 1:
         yield ALONE
         return
-    if config.rollout.engine != "local":
+    urls = config.rollout.sglang.urls
+    if config.rollout.engine == "sglang" and 0 < len(urls) < size:
         raise ConfigError(
-            f"rollout.engine: {config.rollout.engine} works with one process, this run has {size}; "
-            "use rollout.engine=local"
+            f"rollout.sglang.urls: {len(urls)} servers are too few for {size} processes, each of "
+            "which gives its weights to servers of its own; name as many, or none to start them"
         )
     kind = resolve_device(config.model.device).type
     if config.model.device not in ("auto", kind):
@@ -154,7 +169,7 @@ class Sharded(nn.Module):
                 if part is not embedding and any(True for _ in part.parameters()):
                     _fully_shard(part, mesh, dtype)
         trained = embedding.weight.requires_grad
-        self._root = _fully_shard(self, mesh, torch.float32 if trained else dtype)
+        _fully_shard(self, mesh, torch.float32 if trained else dtype)
 
     def forward(self, call: Callable[[], _T]) -> _T:
         return call()
@@ -163,16 +178,16 @@ class Sharded(nn.Module):
         """`call()` with whole parameters; a backward through its result, if any, must follow."""
         result: _T = super().__call__(call)
         if not torch.is_grad_enabled():
-            self._root.reshard()  # no backward will
+            assert isinstance(self, FSDPModule)  # which `fully_shard` has made of it
+            self.reshard()  # no backward will
         return result
 
 
-def _fully_shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> FSDPModule:
+def _fully_shard(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
-    return sharded
 
 
 class SharedCollector(Collector):

@@ -57,11 +57,16 @@ async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts
     toolbox = Toolbox(config.tools)
     try:
         source = make_source(config.task, config.run.seed, toolbox.run_function)
-        texts = source.vocabulary_texts()
-        loaded = load_model(config.model, seed=config.run.seed, tokenizer_texts=texts)
-        # The engine copies the weights while every rank has all of them.
+        loaded = load_model(
+            config.model,
+            seed=config.run.seed,
+            tokenizer_texts=source.vocabulary_texts(),
+            shard=ranks.shard(getattr(torch, config.model.dtype)),
+        )
         weights = named_weights(loaded.model)
-        engine = make_engine(config, loaded.model, loaded.tokenizer, weights)
+        engine = make_engine(
+            ranks.engine_of(config), loaded.model, loaded.tokenizer, weights, rank=ranks.rank
+        )
         try:
             policy = PolicyOptimizer(
                 loaded.model,
@@ -74,6 +79,7 @@ async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts
                 dtype=getattr(torch, config.model.dtype),
                 gradient_checkpointing=config.model.gradient_checkpointing,
                 ranks=ranks,
+                root=loaded.root,
             )
             chat = Chat(loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
             tokens = config.tools.output_tokens

@@ -118,7 +118,9 @@ class PolicyOptimizer:
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
         ranks: Ranks = ALONE,
+        root: nn.Module | None = None,
     ) -> None:
+        """`root`: the `Sharded` of a model that is spread over `ranks` already."""
         self.model = model
         self.ranks = ranks
         self.lr = lr
@@ -129,14 +131,16 @@ class PolicyOptimizer:
         self._inside: Callable[[Callable[[], Any]], Any] = lambda call: call()
         if ranks.mesh is not None:
             self.compute = model
-            self._inside = Sharded(model, ranks.mesh, dtype)
+            self._inside = root or Sharded(model, ranks.mesh, dtype)
         else:
             exact = all(p.dtype == dtype for p in model.parameters() if p.requires_grad)
             self.compute = model if exact else _compute_copy(model, dtype)
         if gradient_checkpointing:
             self.compute.gradient_checkpointing_enable({"use_reentrant": False})
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
+        self._pair_cost = pair_cost(model)
         self._masters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
+        assert ranks.mesh is None or all(isinstance(p, DTensor) for p in self._masters)
         self._copies: list[torch.Tensor] = [p for p in self.compute.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self._masters if p.ndim >= 2]},
@@ -306,12 +310,16 @@ class PolicyOptimizer:
         self, batches: Sequence[PackedBatch], work: Callable[[PackedBatch], _T]
     ) -> list[_T]:
         """`work` on all batches, shared among the ranks; every rank gets all results, in order."""
-        mine, idle = self.ranks.share([len(batch) for batch in batches])
+        mine, idle = self.ranks.share([self._cost(batch) for batch in batches])
         done = {index: work(batches[index]) for index in mine}
         for _ in range(idle):
             self._idle()
         results = {i: result for part in self.ranks.gather(done) for i, result in part.items()}
         return [results[index] for index in range(len(batches))]
+
+    def _cost(self, batch: PackedBatch) -> float:
+        """Estimated work, in tokens: products with the weights, and attention along the paths."""
+        return len(batch) + self._pair_cost * float(np.sum(batch.position + 1.0))
 
     def _idle(self) -> None:
         """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
@@ -402,6 +410,17 @@ def micro_batches(
             bins[fits].append(number)
             room[fits] -= size
     return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+def pair_cost(model: PreTrainedModel) -> float:
+    """What it takes that one token attends to another, in all layers, over what a token's products
+    with the blocks' weights take: 4 heads dim / 2 weights, floating point operations of both."""
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    embedding = model.get_input_embeddings().weight
+    blocks = (p for p in model.base_model.parameters() if p is not embedding)
+    weights = sum(p.numel() for p in blocks)
+    return 2 * config.num_hidden_layers * config.num_attention_heads * dim / weights
 
 
 def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from elpo_fast.config import ConfigError, LoraConfig, ModelConfig, parse_config
 from elpo_fast.model.load import load_model
-from elpo_fast.model.lora import Merged, adapters, add_adapters, named_weights
+from elpo_fast.model.lora import Merged, adapters, add_adapters, initialise, named_weights
 
 TEXTS = ["<|im_start|>user\nadd 12 to 345, then say <answer>357</answer><|im_end|>\n"] * 20
 LORA = {"rank": 3, "alpha": 6}
@@ -52,7 +52,8 @@ def untied(targets: str | list[str]) -> PreTrainedModel:
     model = Qwen3ForCausalLM(
         Qwen3Config(vocab_size=40, attention_bias=True, tie_word_embeddings=False, **sizes, **heads)
     )
-    add_adapters(model, LoraConfig(targets=targets, **LORA), seed=0)
+    add_adapters(model, LoraConfig(targets=targets, **LORA))
+    initialise(model, seed=0)
     return model
 
 
@@ -114,7 +115,7 @@ def test_targets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no linear layer 'qproj'; known: .*, q_proj"):
         untied(["k_proj", "qproj"])
     with pytest.raises(ConfigError, match="head is its embedding"):
-        add_adapters(plain(), LoraConfig(targets=["lm_head"]), seed=0)
+        add_adapters(plain(), LoraConfig(targets=["lm_head"]))
 
 
 def test_without_peft_a_sentence_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from elpo_fast import cli
 from elpo_fast.config import ConfigError, LoraConfig, parse_config
 from elpo_fast.model.attention import ATTENTION
-from elpo_fast.model.lora import add_adapters, named_weights
+from elpo_fast.model.load import load_model
+from elpo_fast.model.lora import add_adapters, initialise, named_weights
+from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.tasks import ledger
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, checkpoint_of, load_checkpoint
@@ -97,7 +99,8 @@ def make_policy(
     model = Qwen3ForCausalLM(config)
     if lora is not None:
         model = model.to(options.get("dtype", torch.float32))
-        add_adapters(model, LoraConfig(rank=2, targets=lora), seed=0)
+        add_adapters(model, LoraConfig(rank=2, targets=lora))
+        initialise(model, seed=0)
     return PolicyOptimizer(model, lr=1e-3, ranks=ranks, **options)
 
 
@@ -193,6 +196,15 @@ def verdicts_by_length() -> None:
     ledger.Ledger.grade, loop.cold_start = grade, no_cold_start  # type: ignore[assignment]
 
 
+def loaded(ranks: Ranks, folder: Path, lora: bool) -> dict[str, torch.Tensor]:
+    """Weights of a folder as every rank has loaded its part of them, and what they compute."""
+    model = {"name": str(folder), "lora": {"rank": 2, "targets": ["up_proj"]} if lora else None}
+    config = parse_config({"model": {**model, "dtype": "float32", "device": "cpu"}})
+    found = load_model(config.model, seed=3, shard=ranks.shard(torch.float32))
+    policy = PolicyOptimizer(found.model, lr=1e-3, ranks=ranks, root=found.root)
+    return weights(policy) | {"row": torch.from_numpy(policy.score(np.arange(20)))}
+
+
 def fault(ranks: Ranks, used: Path) -> str:
     """What a rank says of a run folder that has something in it."""
     config = parse_config({"run": {"dir": str(used.parent), "name": used.name}})
@@ -201,7 +213,7 @@ def fault(ranks: Ranks, used: Path) -> str:
     return str(raised.value)
 
 
-def compare(out: str) -> None:
+def compare(out: str, folder: str) -> None:
     """Everything above on two ranks and both meshes, into a file."""
     results: dict[str, Any] = {}
     with joined(parse_config({"parallel": {"shard": 2}})) as ranks:
@@ -213,6 +225,7 @@ def compare(out: str) -> None:
             results[name, "resumed"] = resumed(among, run / "adamw")
             results[name, "8 bits"] = resumed(among, run / "adamw8bit", **EIGHT_BITS)
             results[name, "poisoned"] = poisoned(among)
+            results[name, "loaded"] = [loaded(among, Path(folder), lora) for lora in (False, True)]
         results["fault"] = ranks.gather(fault(ranks, Path(__file__).parent))
         if ranks.leads:
             torch.save(results, out)
@@ -234,15 +247,36 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[Any, Any]:
+def stored(folder: Path) -> Path:
+    """A model in several files, its rows odd in number."""
+    tokenizer = train_tokenizer(["Add 12 to it."])
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=24,
+        intermediate_size=121,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model", max_shard_size="10KB")
+    tokenizer.save_pretrained(folder / "model")
+    assert len(list((folder / "model").glob("*.safetensors"))) > 1
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, stored: Path) -> dict[Any, Any]:
     out = folder / "results.pt"
     for mesh in MESHES:
         first(out.parent / mesh / "adamw")
         first(out.parent / mesh / "adamw8bit", **EIGHT_BITS)
-    done = torchrun(__file__, str(out))
+    done = torchrun(__file__, str(out), str(stored))
     assert done.returncode == 0, done.stderr[-4000:]
-    loaded: dict[Any, Any] = torch.load(out, weights_only=False)
-    return loaded
+    found: dict[Any, Any] = torch.load(out, weights_only=False)
+    return found
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
@@ -303,11 +337,28 @@ def test_nan_on_one_rank_stops_all_with_parameters_untouched(
     assert_close(ours["weights"], alone["weights"])
 
 
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapters"])
+def test_ranks_read_what_one_process_loads(
+    results: dict[Any, Any], stored: Path, mesh: str, lora: bool
+) -> None:
+    ours, alone = results[mesh, "loaded"][lora], loaded(ALONE, stored, lora)
+    assert_close(ours.pop("row"), alone.pop("row"))
+    assert ours.keys() == alone.keys()
+    assert all(torch.equal(ours[name], alone[name]) for name in alone)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [
         ({"parallel": {"shard": 4}}, "replicate=1 times shard=4 is not the number of processes, 2"),
-        ({"parallel": {"shard": 2}, "rollout": {"engine": "sglang"}}, "use rollout.engine=local"),
+        (
+            {
+                "parallel": {"shard": 2},
+                "rollout": {"engine": "sglang", "sglang": {"urls": ["http://a"]}},
+            },
+            "1 servers are too few for 2 processes",
+        ),
         ({"parallel": {"shard": 2}, "model": {"device": "cpu:0"}}, "one device for 2 processes"),
     ],
     ids=["mesh", "engine", "device"],
@@ -433,4 +484,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "train":
         verdicts_by_length()
         sys.exit(cli.main(sys.argv[1:]))
-    compare(sys.argv[1])
+    compare(*sys.argv[1:])

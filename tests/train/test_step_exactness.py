@@ -25,7 +25,7 @@ from transformers import (
 from elpo_fast.algo import score
 from elpo_fast.config import AlgoConfig, LoraConfig
 from elpo_fast.model.attention import ATTENTION
-from elpo_fast.model.lora import adapters, add_adapters
+from elpo_fast.model.lora import adapters, add_adapters, initialise
 from elpo_fast.train.step import PolicyOptimizer, micro_batches
 from elpo_fast.tree.pack import PackedBatch, Scored, pack
 from elpo_fast.tree.store import Forest, Tree
@@ -46,7 +46,8 @@ SIZES = {
 
 def adapted(model: PreTrainedModel, targets: str | list[str]) -> PreTrainedModel:
     """The model frozen, with adapters that already do something."""
-    add_adapters(model, LoraConfig(rank=3, alpha=7, targets=targets), seed=0)
+    add_adapters(model, LoraConfig(rank=3, alpha=7, targets=targets))
+    initialise(model, seed=0)
     with torch.no_grad():
         for name, parameter in adapters(model).items():
             if "lora_B" in name:

@@ -331,5 +331,35 @@ def test_micro_batches_are_first_fit_decreasing(
     assert {float(value) for batch in found for value in batch.pos_coef} == {0.0, 0.5}
 
 
+def test_cost_counts_the_operations_of_a_forward(model: PreTrainedModel, forest: Forest) -> None:
+    optimizer = PolicyOptimizer(model, lr=1.0)
+    batch = pack(forest, range(len(forest)), scores(forest))
+    blocks = [p for n, p in model.model.named_parameters() if "layers" in n and p.ndim == 2]
+    pairs = 0
+    for leaf in range(len(batch)):  # what each token sees, itself included
+        pairs += int((batch.end[: leaf + 1] > leaf).sum())
+    products, attention = (
+        2 * len(batch) * sum(p.numel() for p in blocks),
+        2 * pairs * (4 * 4 * 8),  # layers, two products of 4 heads of 8
+    )
+    expected = len(batch) * (1 + attention / products)
+    assert optimizer._cost(batch) == pytest.approx(expected, rel=0.02)  # norms are weights, too
+
+
+def test_long_paths_weigh_more_than_bushes_of_as_many_tokens(model: PreTrainedModel) -> None:
+    lengths = {"chain": [1500], "bush": [60] * 25}
+    cost = {}
+    for name, sizes in lengths.items():
+        tree = Tree(np.zeros(1, int))
+        for size in sizes:
+            tree.finish(
+                tree.add_step(0, *(np.ones(size, int) for _ in range(4)), tool_call=False),
+                reward=0.0, correct=False, end="answer",
+            )  # fmt: skip
+        forest = Forest.from_trees([tree])
+        cost[name] = PolicyOptimizer(model, lr=1.0)._cost(pack(forest, [0], scores(forest)))
+    assert cost["chain"] > 3 * cost["bush"]
+
+
 def test_micro_batches_of_no_trees(forest: Forest) -> None:
     assert micro_batches(forest, scores(forest), [], 100) == []

@@ -92,7 +92,7 @@ class SGLangEngine:
                     "max_running_requests": config.max_batch,
                 }
             else:
-                args["enable_memory_saver"] = True
+                args |= {"enable_memory_saver": True, "base_gpu_id": model.device.index or 0}
             if tokenizer is None:
                 args["skip_tokenizer_init"] = True
             else:
