@@ -81,7 +81,9 @@ def primitive(case: Case, f: Any, weights: Tensor, **extra: Any) -> tuple[list[T
 @by_variant
 def test_logprob_and_entropy(dtype: torch.dtype, variant: str) -> None:
     case = make_case(dtype=dtype, **VARIANTS[variant])
-    weights = torch.randn(2, len(case.targets), dtype=torch.float64)
+    # Fixed: at a log-prob near −88 float32 holds it, and so the row's gradient, to 8e-6 at best.
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(2, len(case.targets), generator=generator, dtype=torch.float64)
     weights[:, ::3] = 0
     found, _ = primitive(case, linear_logprob, weights, return_entropy=True)
     exact, _ = primitive(case.leaves(torch.float64), reference.linear_logprob, weights)
