@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from elpo_kernels import (
+    _backend,
     _ops,
     linear_logprob,
     linear_policy_loss,
@@ -19,7 +20,6 @@ from elpo_kernels import (
     policy_loss,
     reference,
 )
-from elpo_kernels._backend import widens_bfloat16
 from elpo_kernels._head import Tiling
 from elpo_kernels.testing import Case, error, make_case, true_policy, truth
 from torch import Tensor
@@ -338,8 +338,23 @@ def test_cpu_memory_is_bounded(products: torch.dtype) -> None:
     assert not fits[151936, 576, True] and not fits[151936, 1536, True]
 
 
-def test_the_choice_of_products_is_made_once() -> None:
-    assert widens_bfloat16() is widens_bfloat16()
+@pytest.mark.parametrize(
+    "amx, avx512, vendor, widens",
+    [
+        (True, True, "GenuineIntel", False),
+        (False, True, "GenuineIntel", True),
+        (False, True, "AuthenticAMD", False),
+        (False, False, "AuthenticAMD", True),
+    ],
+)
+def test_bfloat16_is_widened_where_it_is_slow(
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, vendor: str, widens: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(_backend, "_processor", lambda: vendor)
+    assert _backend.widens_bfloat16.__wrapped__() is widens
 
 
 def test_gradients_are_bitwise_repeatable() -> None:
