@@ -175,6 +175,11 @@ class EngineStats:
     recomputed_tokens: int = 0  # lost to a full cache while running; in none of the above
 
 
+def whole(weight: Any) -> Any:
+    """A named weight as a tensor, put together now if it has to be: see `Engine`."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 class Engine(Protocol):
     """Token ids in, token ids out. After `update_weights` no stale cache entry is reused.
 

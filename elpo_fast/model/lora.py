@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from elpo_kernels import LoRA
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError, LoraConfig
 from elpo_fast.model.sharded import put
+from elpo_fast.types import whole
 
 _ADAPTER = "default"
 _FACTORS = ("lora_A", "lora_B")
@@ -44,13 +44,13 @@ class Merged:
     @torch.no_grad()
     def full_tensor(self) -> torch.Tensor:
         """`[out, in]`, float32 unless a part is more precise; a new tensor."""
-        base, a, b = (_whole(tensor) for tensor in (self._base, *self._lora[:2]))
+        base, a, b = (whole(tensor) for tensor in (self._base, *self._lora[:2]))
         return base + self._lora.scale * (b @ a)
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Freeze `model` and give its layers adapters, in place; `initialise` or `load_adapters` must
-    follow. Raises `ConfigError` where peft is missing or the targets do not fit."""
+    """Freeze `model` and give its layers adapters, in place; `initialise` must follow.
+    Raises `ConfigError` where peft is missing or the targets do not fit."""
     try:
         import peft
     except ImportError:
@@ -76,11 +76,11 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
 def initialise(model: PreTrainedModel, seed: int) -> None:
     """Fresh adapters: A uniform as peft's, each from a generator of its own, and B zero."""
     for name, parameter in adapters(model).items():
-        whole = torch.zeros(parameter.shape)
+        values = torch.zeros(parameter.shape)
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            nn.init.kaiming_uniform_(whole, a=math.sqrt(5), generator=generator)
-        put(parameter, whole.__getitem__)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+        put(parameter, values.__getitem__)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -111,10 +111,6 @@ def named_weights(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
 
 def _factor(name: str) -> bool:
     return any(f".{factor}." in name for factor in _FACTORS)
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -28,7 +28,7 @@ from elpo_fast.rollout.batching import Batcher, Request
 from elpo_fast.rollout.decoder import Decoder
 from elpo_fast.rollout.request import check_request, check_tokens
 from elpo_fast.rollout.stopping import StopStrings, TokenTexts
-from elpo_fast.types import Completion, EngineStats, Sampling
+from elpo_fast.types import Completion, EngineStats, Sampling, whole
 
 _NUMBA_THREADS = numba.get_num_threads()  # before anyone lowers it: the most there can be
 
@@ -238,8 +238,8 @@ class _Whole(Mapping[str, torch.Tensor]):
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensor: torch.Tensor = whole(self._tensors[name])
+        return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

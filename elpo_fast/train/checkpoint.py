@@ -162,7 +162,7 @@ class Checkpoints:
                 target.rename(root / f"{TRASH}{target.name}")
             partial.rename(target)
             force_to_disk([root])
-            for old in _complete(root)[: -self._keep]:
+            for old in list(_complete(root).values())[: -self._keep]:
                 old.rename(root / f"{TRASH}{old.name}")
             for trash in root.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
@@ -183,13 +183,13 @@ class Checkpoints:
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or `None`."""
     complete = _complete(run_dir / _FOLDER)
-    return complete[-1] if complete else None
+    return complete[max(complete)] if complete else None
 
 
 def checkpoint_of(run_dir: Path, step: int | None = None) -> Path:
     """The checkpoint of `step`, by default the newest. Raises `LookupError` for one that is not
     there."""
-    complete = {int(path.name.removeprefix("step-")): path for path in _complete(run_dir / _FOLDER)}
+    complete = _complete(run_dir / _FOLDER)
     if not complete:
         raise LookupError(f"{run_dir} has no checkpoint yet")
     step = max(complete) if step is None else step
@@ -293,14 +293,14 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _complete(root: Path) -> list[Path]:
+def _complete(root: Path) -> dict[int, Path]:
     """Checkpoint folders by step. The manifest is written last: without it, it is not one."""
     found = [
         (int(match[1]), path)
         for path in (root.iterdir() if root.is_dir() else ())
         if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
     ]
-    return [path for _, path in sorted(found)]
+    return dict(sorted(found))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel
 
 from elpo_fast.rollout.sglang.server import Server
+from elpo_fast.types import whole
 
 Way = Literal["disk", "tensor", "distributed"]
 
@@ -72,10 +73,7 @@ class Weights:
                     f"the model has {tuple(held.shape)}"
                 )
         for name, held in self._tensors.items():
-            tensor = given[name]
-            if hasattr(tensor, "full_tensor"):
-                tensor = tensor.full_tensor()
-            held.copy_(tensor, non_blocking=True)
+            held.copy_(whole(given[name]), non_blocking=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
