@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -182,6 +183,23 @@ def test_stopping_ends_a_server_that_lost_its_watcher(tmp_path: Path) -> None:
     assert not ours.alive and session(watch.pid)
     ours.stop()
     assert gone(watch.pid)
+
+
+def test_nobody_else_takes_the_port_of_a_server_that_is_starting(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    ours = process.ServerProcess(str(python), tmp_path, tmp_path / "log", {}, on_cpu=True)
+    try:
+        port = int(ours.start(0).rpartition(":")[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        with socket.create_server(("127.0.0.1", port)):  # by number, as the server does
+            pass
+    finally:
+        ours.stop()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
 
 
 def test_a_server_that_cannot_start_says_why(

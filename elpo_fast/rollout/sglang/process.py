@@ -55,13 +55,17 @@ class ServerProcess:
             self._environment["SGLANG_USE_CPU_ENGINE"] = "1"
             self._environment["PYTHONPATH"] = str(_HERE / "cpu")
         self._process: subprocess.Popen[bytes] | None = None
+        self._port: socket.socket | None = None
 
     def start(self, version: int) -> str:
         """Start on a free port, its weights (those in the folder) named `version`; the URL."""
         assert not self.alive
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Bound but not listening, it keeps the port from everyone but those who ask for it by
+        # number, which the server does when its imports are through, half a minute later.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        port = self._port.getsockname()[1]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -88,6 +92,8 @@ class ServerProcess:
         if self._process is None:
             return
         watch, self._process = self._process, None
+        if self._port is not None:
+            self._port.close()
         watch.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             watch.wait(_STOP_TIMEOUT_S)
