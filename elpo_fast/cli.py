@@ -2,7 +2,7 @@
 
     elpo train CONFIG [section.key=value ...] [--resume]   train; the run folder is run.dir/run.name
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
-    elpo export RUN [--step N] OUT                         a checkpoint as a Hugging Face folder
+    elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
     elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
     elpo doctor                                            what this machine offers
@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
     export.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
     export.add_argument("--step", type=int, help="training step; default: the latest checkpoint")
+    export.add_argument(
+        "--adapters", action="store_true", help="LoRA adapters alone; default: merged"
+    )
     export.set_defaults(run=_export)
 
     tree = commands.add_parser("tree", help="look at rollout trees").add_subparsers(
@@ -131,12 +134,12 @@ def _config(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from elpo_fast.train.export import export_run
 
-    out = Path(arguments.out)
+    run, out, alone = Path(arguments.run_folder), Path(arguments.out), arguments.adapters
     try:
-        checkpoint = export_run(Path(arguments.run_folder), out, step=arguments.step)
+        checkpoint = export_run(run, out, step=arguments.step, adapters_alone=alone)
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
-    print(f"wrote {out}, the model of {checkpoint}")
+    print(f"wrote {out}, the {'adapters' if alone else 'model'} of {checkpoint}")
     return 0
 
 

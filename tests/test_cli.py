@@ -36,6 +36,7 @@ FIGURE4 = str(ROOT / "tests" / "data" / "figure4.json")
         (["config", TINY, "eval.tasks=-1"], "eval.tasks"),
         (["tree", "show", "nowhere"], "nowhere is not a run folder"),
         (["export", "nowhere", "out"], "nowhere is not a run folder"),
+        (["export", "--adapters", "nowhere", "out"], "nowhere is not a run folder"),
         (["tree", "score", "nowhere.json"], "nowhere.json"),
     ],
     ids=lambda value: " ".join(value)[-50:] if isinstance(value, list) else "",

@@ -7,6 +7,7 @@ shards and the rows of one tensor, whatever the model's size.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,15 @@ def empty_model(folder: Path, **options: Any) -> PreTrainedModel:
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
+
+
+def empty_like(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same kind as it is without adapters, its parameters float32 and on the meta
+    device."""
+    with _weightless():
+        empty = type(model)(copy.deepcopy(model.config))
+    empty.generation_config = model.generation_config
+    return empty
 
 
 def holds(stored: StoredWeights, model: PreTrainedModel) -> bool:

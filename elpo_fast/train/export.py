@@ -1,7 +1,8 @@
 """A trained model as a folder in Hugging Face layout, which `from_pretrained` loads.
 
-A run ends with one, `runs/NAME/model`; `elpo export` makes one of any checkpoint. The folder is
-either complete or not there.
+A run ends with one, `runs/NAME/model`; `elpo export` makes one of any checkpoint. Adapters are
+merged into it, in float32, where a small change is not rounded away; by themselves they are another
+folder, in peft's layout. A folder is either complete or not there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from elpo_fast.config import load_config
 from elpo_fast.model.load import load_model, quiet
+from elpo_fast.model.lora import adapters, named_weights
+from elpo_fast.model.sharded import empty_like
 from elpo_fast.train.checkpoint import (
     PARTIAL,
     TRASH,
@@ -22,19 +25,43 @@ from elpo_fast.train.checkpoint import (
     force_to_disk,
     read_weights,
 )
+from elpo_fast.train.parallel import ALONE, Ranks
 
 
 def export_model(
     out: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, torch.Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write `model` and `tokenizer` to `out`, in place of an earlier export.
+    """Write `model`, with its adapters merged, and `tokenizer` to `out`, in place of an earlier
+    export. All ranks call this, and the leading one writes.
 
-    `weights` are written in place of the model's own, for a model that is sharded. Raises
-    `CheckpointError` when the disk refuses.
+    Raises `CheckpointError` when the disk refuses.
     """
+    weights = {name: ranks.whole(weight) for name, weight in named_weights(model)}
+    if ranks.leads:
+        _write(out, empty_like(model), tokenizer, weights)
+
+
+def export_adapters(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks = ALONE,
+) -> None:
+    """As `export_model`, the adapters alone, in peft's layout."""
+    weights = {name: ranks.whole(factor) for name, factor in adapters(model).items()}
+    if ranks.leads:
+        _write(out, model, tokenizer, weights)
+
+
+def _write(
+    out: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, torch.Tensor],
+) -> None:
     partial, trash = (out.with_name(f"{prefix}{out.name}") for prefix in (PARTIAL, TRASH))
     try:
         for leftover in (partial, trash):
@@ -57,11 +84,14 @@ def export_model(
         ) from error
 
 
-def export_run(run: Path, out: Path, step: int | None = None) -> Path:
+def export_run(
+    run: Path, out: Path, step: int | None = None, *, adapters_alone: bool = False
+) -> Path:
     """Export the checkpoint of `step`, by default the latest, of a run to `out`; the checkpoint.
 
     The model is built as at the start of the run, in main memory, and then given the trained
-    weights. Raises `LookupError` where there is no such run or checkpoint, or `out` is taken.
+    weights. Raises `LookupError` where there is no such run or checkpoint, or no adapters that
+    could be `adapters_alone`, or `out` is taken.
     """
     if not (run / "config.yaml").is_file():
         raise LookupError(f"{run} is not a run folder: it has no config.yaml")
@@ -69,10 +99,13 @@ def export_run(run: Path, out: Path, step: int | None = None) -> Path:
         raise LookupError(f"{out} already exists; choose another folder")
     checkpoint = checkpoint_of(run, step)
     config = load_config(run / "config.yaml")
+    if adapters_alone and config.model.lora is None:
+        raise LookupError(f"{run} has no adapters: all weights were trained")
     tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     here = config.model.model_copy(update={"device": "cpu", "attention": "auto"})
     model = load_model(here, seed=config.run.seed, tokenizer=tokenizer).model
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     read_weights(checkpoint, trained)
-    export_model(out, model, tokenizer)
+    export = export_adapters if adapters_alone else export_model
+    export(out, model, tokenizer)
     return checkpoint

@@ -33,7 +33,7 @@ from elpo_fast.eval.run import EvalResult, evaluate
 from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
 from elpo_fast.train.display import Display, Phase
-from elpo_fast.train.export import export_model
+from elpo_fast.train.export import export_adapters, export_model
 from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
@@ -168,14 +168,12 @@ class _Run:
     def finish(self) -> None:
         """Wait for the last checkpoint, export its model, and sum up."""
         self.checkpoints.wait()
-        loaded, ranks = self.parts.loaded, self.parts.ranks
-        weights = None
-        if ranks.mesh is not None:
-            named = self.parts.policy.trained()
-            weights = {name: ranks.whole(tensor) for name, tensor in named}
+        loaded, ranks, path = self.parts.loaded, self.parts.ranks, self.folder.path
+        export_model(path / "model", loaded.model, loaded.tokenizer, ranks)
+        if self.config.model.lora is not None:
+            export_adapters(path / "adapters", loaded.model, loaded.tokenizer, ranks)
         if ranks.leads:
-            export_model(self.folder.path / "model", loaded.model, loaded.tokenizer, weights)
-            print_summary(self.folder.path, self.display.console)
+            print_summary(path, self.display.console)
 
     @property
     def algorithm(self) -> str:

@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.algo.planners import Planner
@@ -37,7 +36,7 @@ from elpo_fast.model.load import resolve_device
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tree.pack import balance
 from elpo_fast.tree.store import Tree
-from elpo_fast.types import Task
+from elpo_fast.types import Task, whole
 
 _TIMEOUT = timedelta(hours=6)
 """Ranks wait for the slowest one's rollouts; torchrun notices the dead."""
@@ -89,12 +88,13 @@ class Ranks:
         shares = balance(costs, self.size)
         return sorted(shares[self.rank]), max(map(len, shares)) - len(shares[self.rank])
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All of a sharded tensor, in main memory of the leading rank; others get an empty one."""
-        if not isinstance(tensor, DTensor):
-            return tensor
-        full = tensor.full_tensor().detach()
-        return full.cpu() if self.leads else full.new_empty(0)
+    def whole(self, weight: Any) -> torch.Tensor:
+        """A named weight (see `Engine`) in main memory of the leading rank, in at least float32;
+        others get an empty one, but have to ask for it as well."""
+        full: torch.Tensor = whole(weight).detach()
+        if not self.leads:
+            return full.new_empty(0)
+        return full.to("cpu", torch.promote_types(full.dtype, torch.float32))
 
 
 ALONE = Ranks()

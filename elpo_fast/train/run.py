@@ -7,6 +7,7 @@
     tokenizer/       for `elpo tree show` and `elpo export`
     checkpoints/     see `elpo_fast.train.checkpoint`
     model/           at the end: the trained model, a folder in Hugging Face layout
+    adapters/        with `model.lora`, at the end: its adapters alone, in peft's layout
     sglang.log       of our own SGLang server, if there is one
 
 Invariant: records are appended in order and belong to work that the last checkpoint either contains

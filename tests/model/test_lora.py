@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from elpo_fast.config import ConfigError, LoraConfig, ModelConfig, parse_config
 from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import Merged, adapters, add_adapters, initialise, named_weights
+from elpo_fast.train.export import export_model
 
 TEXTS = ["<|im_start|>user\nadd 12 to 345, then say <answer>357</answer><|im_end|>\n"] * 20
 LORA = {"rank": 3, "alpha": 6}
@@ -109,6 +110,23 @@ def test_saved_adapters_load_in_peft(tmp_path: Path) -> None:
     ids = torch.arange(1, 12)[None]
     theirs = PeftModel.from_pretrained(plain(), tmp_path)
     torch.testing.assert_close(theirs(input_ids=ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_model_computes_what_the_adapted_one_does(dtype: str, tmp_path: Path) -> None:
+    config = ModelConfig.model_validate(SCRATCH | {"dtype": dtype, "lora": LORA})
+    loaded = load_model(config, seed=1, tokenizer_texts=TEXTS)
+    model = stirred(loaded.model)
+    export_model(tmp_path / "model", model, loaded.tokenizer)
+    assert not list((tmp_path / "model").glob("adapter*"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert exported.dtype == torch.float32
+    ids = torch.arange(1, 12)[None]
+    logits = exported(ids).logits
+    rough = {"float32": 1e-5, "bfloat16": 0.02}[dtype]
+    torch.testing.assert_close(logits, model(ids).logits.float(), rtol=rough, atol=rough)
+    torch.testing.assert_close(logits, model.float()(ids).logits, rtol=1e-5, atol=1e-5)
+    assert (logits - plain()(ids).logits).abs().max() > 0.1
 
 
 def test_targets_that_do_not_fit_are_refused() -> None:

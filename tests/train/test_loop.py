@@ -205,11 +205,16 @@ def test_adapters_alone_are_trained_saved_and_resumed(
         )
         for name in ("cut", "whole")
     ]
-    export_run(runs[0], tmp_path / "exported")
-    folders = (runs[0] / "model", runs[1] / "model", tmp_path / "exported")
+    export_run(runs[0], tmp_path / "exported", adapters_alone=True)
+    export_run(runs[0], tmp_path / "merged")
+    folders = (runs[0] / "adapters", runs[1] / "adapters", tmp_path / "exported")
     cut, whole, exported = (load_file(path / "adapter_model.safetensors") for path in folders)
-    assert len(cut) == 2 * 7 and not (runs[0] / "model" / "model.safetensors").exists()
+    assert len(cut) == 2 * 7
     torch.testing.assert_close(cut, whole, rtol=0, atol=0)
+    assert "adapter_config.json" not in {file.name for file in (runs[0] / "model").iterdir()}
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == weights(runs[0]).keys()
+    torch.testing.assert_close(weights(runs[0]), merged, rtol=0, atol=0)
     torch.testing.assert_close(cut, exported, rtol=0, atol=0)
     assert max(float(tensor.abs().max()) for name, tensor in cut.items() if "lora_B" in name) > 0.01
     ours, theirs = (read_metrics(run)[-2] for run in runs)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from elpo_fast import cli
-from elpo_fast.config import ConfigError, LoraConfig, parse_config
+from elpo_fast.config import ConfigError, LoraConfig, dump_config, parse_config
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import add_adapters, initialise, named_weights
@@ -29,6 +32,7 @@ from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.tasks import ledger
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, checkpoint_of, load_checkpoint
+from elpo_fast.train.export import export_adapters, export_model, export_run
 from elpo_fast.train.parallel import ALONE, Ranks, joined
 from elpo_fast.train.step import WEIGHTS, NonFiniteError, PolicyOptimizer, micro_batches
 from elpo_fast.train.summary import read_metrics
@@ -205,6 +209,23 @@ def loaded(ranks: Ranks, folder: Path, lora: bool) -> dict[str, torch.Tensor]:
     return weights(policy) | {"row": torch.from_numpy(policy.score(np.arange(20)))}
 
 
+def adapted_run(ranks: Ranks, folder: Path, run: Path) -> None:
+    """A run folder with the checkpoint of a model with adapters, and what the run would export."""
+    model = {"name": str(folder), "device": "cpu", "dtype": "bfloat16", "lora": {"rank": 2}}
+    config = parse_config({"run": {"dir": str(run.parent), "name": run.name}, "model": model})
+    found = load_model(config.model, seed=0, shard=ranks.shard(torch.bfloat16))
+    policy = PolicyOptimizer(
+        found.model, lr=0.1, dtype=torch.bfloat16, ranks=ranks, root=found.root
+    )
+    policy.update(batches())
+    saved(policy, ranks, run)
+    export_model(run / "model", found.model, found.tokenizer, ranks)
+    export_adapters(run / "adapters", found.model, found.tokenizer, ranks)
+    if ranks.leads:
+        (run / "config.yaml").write_text(dump_config(config))
+        found.tokenizer.save_pretrained(run / "tokenizer")
+
+
 def fault(ranks: Ranks, used: Path) -> str:
     """What a rank says of a run folder that has something in it."""
     config = parse_config({"run": {"dir": str(used.parent), "name": used.name}})
@@ -226,6 +247,7 @@ def compare(out: str, folder: str) -> None:
             results[name, "8 bits"] = resumed(among, run / "adamw8bit", **EIGHT_BITS)
             results[name, "poisoned"] = poisoned(among)
             results[name, "loaded"] = [loaded(among, Path(folder), lora) for lora in (False, True)]
+            adapted_run(among, Path(folder), run / "adapted")
         results["fault"] = ranks.gather(fault(ranks, Path(__file__).parent))
         if ranks.leads:
             torch.save(results, out)
@@ -346,6 +368,26 @@ def test_ranks_read_what_one_process_loads(
     assert_close(ours.pop("row"), alone.pop("row"))
     assert ours.keys() == alone.keys()
     assert all(torch.equal(ours[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_adapters_of_two_ranks_are_exported_merged_and_alone(
+    results: dict[Any, Any], folder: Path, stored: Path, tmp_path: Path, mesh: str
+) -> None:
+    run = folder / mesh / "adapted"
+    export_run(run, tmp_path / "model")
+    export_run(run, tmp_path / "adapters", adapters_alone=True)
+    for name, weights in (("model", "model"), ("adapters", "adapter_model")):
+        at_end, later = (load_file(at / name / f"{weights}.safetensors") for at in (run, tmp_path))
+        assert at_end.keys() == later.keys()
+        assert all(torch.equal(at_end[name], later[name]) for name in later)
+    merged = AutoModelForCausalLM.from_pretrained(run / "model")
+    base = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.bfloat16).float()
+    adapted = PeftModel.from_pretrained(deepcopy(base), run / "adapters")
+    ids = torch.arange(1, 12)[None]
+    logits, expected = merged(ids).logits, adapted(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert (logits - base(ids).logits).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(
