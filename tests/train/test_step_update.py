@@ -263,6 +263,41 @@ def test_gradient_checkpointing_gives_the_same_gradient(
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_a_gradient_repeats_to_the_last_bit_on_two_threads() -> None:
+    """Many siblings, whose gradients add up at their predecessor, in whatever thread they are."""
+    rng = np.random.default_rng(0)
+    tree = Tree(rng.integers(0, VOCABULARY, PROMPT))
+    for _ in range(40):
+        ids = rng.integers(0, VOCABULARY, 20)
+        leaf = tree.add_step(0, ids, np.ones(20), np.zeros(20), np.zeros(20), tool_call=False)
+        tree.finish(leaf, reward=0.0, correct=False, end="answer")
+    forest = Forest.from_trees([tree])
+    batch = pack(forest, [0], scores(forest))
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+    )
+    config._attn_implementation = ATTENTION
+    policy = PolicyOptimizer(Qwen3ForCausalLM(config), lr=1.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for _ in range(30):
+            policy.model.zero_grad()
+            policy.nll_backward(batch)
+            found.append([p.grad.clone() for p in policy.model.parameters() if p.grad is not None])
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(again, found[0], strict=True))
+
+
 def test_small_steps_are_not_lost_in_bfloat16(
     model: PreTrainedModel, batches: list[PackedBatch]
 ) -> None:
