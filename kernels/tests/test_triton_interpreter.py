@@ -21,7 +21,7 @@ from elpo_kernels import (
     reference,
 )
 from elpo_kernels._head import Tiling
-from elpo_kernels.testing import error, make_case, true_policy, truth
+from elpo_kernels.testing import error, improbable, make_case, true_policy, truth
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs under test_in_the_interpreter")
@@ -59,6 +59,19 @@ def test_linear_logprob(variant: str) -> None:
     for pair in (found, true):
         (weights[0] * pair[0] + weights[1] * pair[1]).sum().backward()
     compare(variant, [*found, *leaves.gradients()], [*true, *exact.gradients()])
+
+
+@interpreted
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_gradient_at_improbable_targets(shift: float) -> None:
+    case = improbable(shift)
+    leaves, exact = case.leaves(), case.leaves(torch.float64)
+    found = linear_logprob(*leaves.linear, return_entropy=True, backend="triton")
+    for logprob, entropy in (found, truth(exact)):
+        (logprob + 2 * entropy).sum().backward()
+    for row, true in zip(leaves.gradients()[0], exact.gradients()[0], strict=True):
+        assert error(row, true) <= 1e-5
 
 
 @interpreted
@@ -121,4 +134,4 @@ def test_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert "22 passed" in run.stdout, run.stdout[-1000:]
+    assert "24 passed" in run.stdout, run.stdout[-1000:]

@@ -192,22 +192,27 @@ def forward(
     tiles: Tiles,
     index: Tensor,
     want_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy `[T]` of the tokens `index`, 0 elsewhere."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and log2 Σ e^l `[T]` of the tokens `index`, 0 elsewhere."""
     logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
-    entropy = torch.zeros_like(logprob)
+    entropy, log_sum = torch.zeros_like(logprob), torch.zeros_like(logprob)
+
+    def found(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        log_rest, rest = tiles.sums(rows, want_entropy)
+        values = measured(rows.target, log_rest, rest)
+        return *values, torch.logaddexp2(rows.target, log_rest) - rows.offset
+
     for block in blocks(index, head.tiling.rows):
         rows = gather_rows(head, xs, targets, block)
-        found = measured(rows.target, *tiles.sums(rows, want_entropy))
+        values = found(rows)
         if tiles.rounds_logits:
-            far = (found[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
+            far = (values[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
             if len(far):
-                nearer = anchored(head, subset(rows, far), found[0][far])
-                better = measured(nearer.target, *tiles.sums(nearer, want_entropy))
-                for values, improved in zip(found, better, strict=True):
-                    values[far] = improved
-        logprob[block], entropy[block] = found
-    return logprob, entropy
+                nearer = anchored(head, subset(rows, far), values[2][far])
+                for value, better in zip(values, found(nearer), strict=True):
+                    value[far] = better
+        logprob[block], entropy[block], log_sum[block] = values
+    return logprob, entropy, log_sum
 
 
 def measured(target: Tensor, log_rest: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,6 +234,7 @@ def backward(
     wanted: Wanted,
     logprob: Tensor,
     entropy: Tensor,
+    log_sum: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     index: Tensor,
@@ -242,8 +248,11 @@ def backward(
         return gradients.finish()
     rows = gather_rows(head, xs, targets, index)
     logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
-    rows = anchored(head, rows, logprob, loose=grad_entropy is None)
-    off = rows.target * LN2 - logprob  # what the anchor left between ln 2^L and ln p
+    log_sum = log_sum[index]
+    rows = anchored(head, rows, log_sum, loose=grad_entropy is None)
+    # What the anchor left between ln 2^L and ln p. The log-prob is no measure of it: rounded, one
+    # near −88 would give all of its row's gradient an error of up to 1e-5.
+    off = LN2 * (log_sum + rows.offset)
     scale = torch.exp(-off) * column(rows.inv_temperature)
     at_target = -g * torch.expm1(logprob)
     alpha, beta = -g * scale, None

@@ -34,6 +34,7 @@ from elpo_kernels._head import (
     anchored,
     column,
     gather_rows,
+    guessed,
     subset,
 )
 from elpo_kernels.policy import statistics, surrogate
@@ -91,13 +92,13 @@ def fused(
     """Loss, statistics and gradients over the tokens `index` (distinct, ascending)."""
     want_entropy = want_entropy or policy.entropy_coef is not None
     room = head.tiling.sums_fit or len(index) <= head.tiling.kept or main_grad is not None
-    gradients = None
+    gradients = log_sum = None
     if wanted.any and room:
         sums = Gradients(head, xs, wanted, tiles, like, main_grad)
         logprob, entropy = _one_pass(head, xs, targets, tiles, policy, index, want_entropy, sums)
         gradients = sums.finish()
     else:
-        logprob, entropy = forward(head, xs, targets, tiles, index, want_entropy)
+        logprob, entropy, log_sum = forward(head, xs, targets, tiles, index, want_entropy)
     loss = torch.zeros_like(logprob)
     log_ratio = torch.zeros_like(logprob)
     flags = torch.zeros(len(targets), dtype=torch.int8, device=targets.device)
@@ -106,11 +107,12 @@ def fused(
         logprob[index], index
     )
     if gradients is None:
+        assert log_sum is not None
         pull = None if policy.entropy_coef is None else -policy.entropy_coef
         live = slope != 0 if pull is None else (slope != 0) | (pull != 0)
         live &= wanted.any
         gradients = backward(
-            head, xs, targets, tiles, wanted, logprob, entropy, slope, pull,
+            head, xs, targets, tiles, wanted, logprob, entropy, log_sum, slope, pull,
             live.nonzero()[:, 0], like,
         )  # fmt: skip
     total = loss.sum()
@@ -155,7 +157,7 @@ def _one_pass(
         place = kept[filled : filled + len(block)]
         rows = gather_rows(head, xs, targets, block)
         # With anchors far from the log-sum-exp the entropy's sums would cancel.
-        rows = anchored(head, rows, policy.guess(block), loose=not want_entropy)
+        rows = anchored(head, rows, guessed(rows, policy.guess(block)), loose=not want_entropy)
         rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)
         odds = (total.log2() - rows.target) * LN2
         found = -torch.logaddexp(torch.zeros_like(odds), odds)
@@ -202,7 +204,7 @@ def _powers(
     if len(far):
         lost = subset(rows, far)
         logprob, _ = measured(lost.target, *tiles.sums(lost, False))
-        nearer = anchored(head, lost, logprob)
+        nearer = anchored(head, lost, guessed(lost, logprob))
         sums[:, far] = fill(nearer, far)
         rows.target[far] = nearer.target
         log_total = torch.logaddexp2(rows.target, sums[0].log2())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -123,7 +123,7 @@ def column(inv_temperature: float | Tensor) -> float | Tensor:
 @dataclass(slots=True)
 class Rows:
     """One block of tokens on its way through the head. Its logits are held as base-2 logarithms
-    relative to an anchor m near the row's log-sum-exp: L_v = log2(e) · (l_v − m). A product of
+    relative to an anchor near the row's log-sum-exp: L_v = log2(e) · l_v + offset. A product of
     bfloat16 operands that is rounded to bfloat16 then loses nothing where it matters, at L ≈ 0."""
 
     xs: tuple[Tensor, ...]  # each [R, H_i]
@@ -132,12 +132,14 @@ class Rows:
     logit: Tensor  # [R] target's logit
     inv_temperature: float | Tensor  # Tensor: [R, 1]
     anchor: Tensor | None  # [R, 1] added inside the product, in its dtype; None: 0 for all
+    offset: Tensor  # [R]
     target: Tensor  # [R] L of the target
 
 
 def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor) -> Rows:
     """Rows `index` of the flat arrays with their target logits, exact in the
-    accumulation dtype, anchored at the target's logit. Collective over the head's group."""
+    accumulation dtype, anchored at the target's logit where products are rounded. Collective over
+    the head's group."""
     inv_temperature = head.inv_temperature
     xs, targets = tuple(x[index].to(head.dtype) for x in xs), targets[index]
     if isinstance(inv_temperature, Tensor):
@@ -158,29 +160,39 @@ def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tens
         logit = logit * inv_temperature[:, 0]
     else:
         logit = logit * inv_temperature
-    rows = Rows(xs, torch.where(mine, column, -1), raw, logit, inv_temperature, raw[:, None], raw)
-    return anchored(head, rows, torch.zeros_like(logit), loose=True)
+    mine = torch.where(mine, column, -1)
+    rows = Rows(xs, mine, raw, logit, inv_temperature, raw[:, None], raw, raw)
+    # Products that are not rounded need no anchor, and one at an improbable target would be far off.
+    origin = torch.zeros_like(logit) if head.dtype == acc else LOG2E * logit
+    return anchored(head, rows, origin, loose=True)
 
 
-def anchored(head: Head, rows: Rows, guess: Tensor, *, loose: bool = False) -> Rows:
-    """The same rows anchored so that a target of log-prob `guess` [R] has the anchor at the
-    row's log-sum-exp. `loose`: where products are not rounded and every anchor is small, none is
-    added, which saves a sweep over the tile."""
+def guessed(rows: Rows, logprob: Tensor) -> Tensor:
+    """log2 Σ e^l `[R]` of rows whose targets have this log-prob `[R]`."""
+    return LOG2E * rows.logit - LOG2E * logprob
+
+
+def anchored(head: Head, rows: Rows, log_sum: Tensor, *, loose: bool = False) -> Rows:
+    """The same rows anchored where log2 Σ e^l is thought to be, `log_sum` [R]. `loose`: where
+    products are not rounded and every anchor is small, none is added, which saves a sweep over the
+    tile."""
+    level, offset = LOG2E * rows.logit, -log_sum
     anchor: Tensor | None
     if head.plain:
-        scale = LOG2E * rows.inv_temperature
-        anchor = (LOG2E * guess - scale * rows.raw).to(head.dtype)
-        target = scale * rows.raw
-        if loose and anchor.dtype == target.dtype and not (anchor.abs() > LOOSE_LIMIT).any():
-            anchor = None
+        anchor = offset.to(head.dtype)
+        if loose and anchor.dtype == offset.dtype and not (anchor.abs() > LOOSE_LIMIT).any():
+            anchor, offset = None, torch.zeros_like(offset)
         else:
-            target = target + anchor.to(target.dtype)
+            offset = anchor.to(offset.dtype)
     else:
-        anchor = (guess / column(rows.inv_temperature) - rows.raw).to(head.dtype)
-        target = LOG2E * guess
-    if anchor is not None:
-        anchor = anchor[:, None]
-    return Rows(rows.xs, rows.column, rows.raw, rows.logit, rows.inv_temperature, anchor, target)
+        anchor = LN2 * (level + offset) / column(rows.inv_temperature) - rows.raw
+        anchor = anchor.to(head.dtype)
+    return replace(
+        rows,
+        anchor=None if anchor is None else anchor[:, None],
+        offset=offset,
+        target=level + offset,
+    )
 
 
 def subset(rows: Rows, index: Tensor) -> Rows:
@@ -193,5 +205,6 @@ def subset(rows: Rows, index: Tensor) -> Rows:
         rows.logit[index],
         scale[index] if isinstance(scale, Tensor) else scale,
         None if rows.anchor is None else rows.anchor[index],
+        rows.offset[index],
         rows.target[index],
     )

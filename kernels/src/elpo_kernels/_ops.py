@@ -129,8 +129,8 @@ def linear_logprob_op(
     ignore_index: int,
     backend: str,
     want_entropy: bool,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy `[T]`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and, for the backward, log2 Σ e^logit `[T]`."""
     head, xs = _head(
         xs, weights, bias, token_temperature, temperature, softcap, first, group, backend
     )
@@ -139,9 +139,9 @@ def linear_logprob_op(
 
 
 @linear_logprob_op.register_fake
-def _(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor]:
+def _(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     values = xs[0].new_empty(len(xs[0]), dtype=accumulation(xs[0].dtype))
-    return values, torch.empty_like(values)
+    return values, torch.empty_like(values), torch.empty_like(values)
 
 
 @library.custom_op("elpo_kernels::linear_logprob_backward", mutates_args=())
@@ -153,6 +153,7 @@ def linear_logprob_backward_op(
     targets: Tensor,
     logprob: Tensor,
     entropy: Tensor,
+    log_sum: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     temperature: float,
@@ -179,6 +180,7 @@ def linear_logprob_backward_op(
         _wanted(needs, len(xs)),
         logprob,
         entropy,
+        log_sum,
         grad_logprob,
         grad_entropy,
         index,
@@ -193,15 +195,17 @@ def _(
     return _fake_gradients(xs, weights, bias, rest[-1])
 
 
-def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     xs, weights, bias, token_temperature, targets, *scalars, want_entropy = inputs
     ctx.parts, ctx.scalars, ctx.want_entropy = len(xs), scalars, want_entropy
     ctx.needs = _needs(xs, weights, bias)
     ctx.save_for_backward(*xs, *weights, bias, token_temperature, targets, *output)
 
 
-def _logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Any, ...]:
-    *tensors, bias, token_temperature, targets, logprob, entropy = ctx.saved_tensors
+def _logprob_backward(
+    ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, unused: Tensor
+) -> tuple[Any, ...]:
+    *tensors, bias, token_temperature, targets, logprob, entropy, log_sum = ctx.saved_tensors
     xs, weights = tensors[: ctx.parts], tensors[ctx.parts :]
     gradients = torch.ops.elpo_kernels.linear_logprob_backward(
         xs,
@@ -211,6 +215,7 @@ def _logprob_backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> t
         targets,
         logprob,
         entropy,
+        log_sum,
         grad_logprob,
         grad_entropy if ctx.want_entropy else None,
         *ctx.scalars,

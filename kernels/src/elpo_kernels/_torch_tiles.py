@@ -96,7 +96,7 @@ class TorchTiles:
         tile.sub_(rows.anchor.to(self.acc))
         scale = (LOG2E * column(rows.inv_temperature)) * torch.ones_like(rows.raw)
         bias = None if head.bias is None else head.bias[strip]
-        return tile, levels(tile, bias, scale, rows.target - LOG2E * rows.logit, head.softcap)
+        return tile, levels(tile, bias, scale, rows.offset, head.softcap)
 
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]:
         """log2 Σ 2^L without the target and the entropy in bits of those 2^L `[R]`, for any L, over

@@ -71,7 +71,7 @@ class TritonTiles:
         scale = torch.ones_like(rows.raw) * (LOG2E * column(rows.inv_temperature))
         bias = rows.raw if self.head.bias is None else self.head.bias[strip]
         target = rows.column - strip.start
-        return bias, scale, rows.target - LOG2E * rows.logit, target
+        return bias, scale, rows.offset, target
 
     def _flags(self, entropy: bool) -> dict[str, bool | float]:
         return {

@@ -72,7 +72,7 @@ def linear_logprob(
         hidden, weight, targets, bias, temperature, softcap, lora,
         vocab_group, vocab_start, ignore_index, backend,
     )  # fmt: skip
-    logprob, entropy = linear_logprob_op(
+    logprob, entropy, _ = linear_logprob_op(
         head.xs, head.weights, head.bias, head.temperatures, targets, *head.scalars, return_entropy
     )
     return (logprob, entropy) if return_entropy else logprob
@@ -143,7 +143,7 @@ def linear_policy_loss(
         valid = targets != ignore_index
         pos, neg = torch.where(valid, given.pos, 0), torch.where(valid, given.neg, 0)
         live = logprob_for_all | (pos != 0) | (neg != 0) | (entropy_weight != 0)
-        values, spread = linear_logprob_op(
+        values, spread, _ = linear_logprob_op(
             head.xs,
             head.weights,
             head.bias,

@@ -107,6 +107,16 @@ def make_case(
     return Case(hidden, weight, targets, old, pos, neg, bounds[0], bounds[1], options)
 
 
+def improbable(shift: float = 0.0) -> Case:
+    """Targets near log-prob −88 under a head that is the identity, whose products are exact."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(64, 40, generator=generator) + shift
+    targets = torch.randint(40, (64,), generator=generator)
+    logits[torch.arange(64), targets] -= 80
+    nothing = torch.zeros(64)
+    return Case(logits, torch.eye(40), targets, *[nothing] * 5)
+
+
 def truth(case: Case) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy by the reference in the dtype of `case.hidden`, at least float64 for
     inputs that do not require gradients."""
