@@ -162,7 +162,7 @@ def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tens
         logit = logit * inv_temperature
     mine = torch.where(mine, column, -1)
     rows = Rows(xs, mine, raw, logit, inv_temperature, raw[:, None], raw, raw)
-    # Products that are not rounded need no anchor, and one at an improbable target would be far off.
+    # Products that are not rounded need no anchor; one at an improbable target would be far off.
     origin = torch.zeros_like(logit) if head.dtype == acc else LOG2E * logit
     return anchored(head, rows, origin, loose=True)
 
