@@ -54,7 +54,7 @@ class Tiles(Protocol):
     acc: torch.dtype
 
     def product(self, a: Tensor, b: Tensor) -> Tensor: ...
-    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None: ...
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None: ...
     def weight(self, i: int, strip: slice) -> Tensor: ...
     def through_weight(self, kept: Tensor, i: int) -> Tensor: ...
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]: ...
@@ -162,9 +162,7 @@ class Gradients:
                 if part.dtype != tiles.acc:  # all rows at once
                     part.copy_(tiles.product(kept[:, rows].t(), x))
                     continue
-                if first:
-                    part.zero_()
-                tiles.accumulate(part, kept[:, rows].t(), x)
+                tiles.accumulate(part, kept[:, rows].t(), x, first)
                 if last and wider:
                     result[rows] = part
             if not last:

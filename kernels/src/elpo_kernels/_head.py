@@ -28,35 +28,38 @@ class Tiling:
     """How the `[T, V]` matrix is cut. `rows * strip` is the tile of one matrix product, `kept`
     the number of rows whose whole vocabulary is held between the forward and the backward,
     `update` the rows of the weight's gradient that are brought up to date at once. `sums_fit`:
-    beside `kept` there is room for sums of the weights' gradients wider than their results."""
+    beside `kept` there is room for sums of the weights' gradients wider than their results.
+    `wide`: strip of the powers where these need no scratch memory."""
 
     rows: int
     strip: int
     kept: int
     update: int
     sums_fit: bool = True
+    wide: int | None = None  # None: `strip`
 
     @staticmethod
     def of(
-        shape: tuple[int, int], dtype: torch.dtype, device: torch.device, extra: int = 0
+        shape: tuple[int, int], dtype: torch.dtype, device: torch.device, sums: int = 0
     ) -> Tiling:
-        """For a weight `[V, H]` and products in `dtype`; `extra`: bytes that sums of gradients take
-        beyond their results. Measured: a CPU wants tiles in its last-level cache and, of bfloat16,
-        updates in its second-level cache; it keeps at most 192 MiB, 200 with those sums, beside
-        which fewer than 384 rows cost more than a second pass. A GPU wants products that fill it
-        and keeps at most 1 GiB without them."""
+        """For a weight `[V, H]` and products in `dtype`; `sums`: bytes that sums of gradients take
+        beyond their results. Measured: a CPU wants tiles in its last-level cache, but few of them,
+        because each wakes its threads, and of bfloat16 updates in its second-level cache; it keeps
+        at most 200 MiB of powers and sums, and beside sums fewer than 384 rows cost more than a
+        second pass. A GPU wants products that fill it and keeps at most 1 GiB without them."""
         vocabulary, width = shape
         row_bytes = max(1, vocabulary * dtype.itemsize)
         if device.type == "cpu":
-            row_bytes += 24 * width  # hidden state, target's weight, gradient and their products
-            room = min(192 * MIB, 200 * MIB - extra) // row_bytes
-            sums_fit = not extra or room >= 384
-            kept = min(1024, max(64, room if sums_fit else 192 * MIB // row_bytes))
+            whole = row_bytes + 24 * width  # with hidden state, target's weight, gradient, products
+            beside_sums = (200 * MIB - sums) // whole
+            sums_fit = not sums or beside_sums >= 384
+            alone = min(200 * MIB // row_bytes, 220 * MIB // whole)
+            kept = min(1024, max(64, beside_sums if sums and sums_fit else alone))
+            strip = 4096 if dtype == torch.bfloat16 or width <= 1024 else 2048
             if dtype != torch.bfloat16:
-                strip = 4096 if width <= 1024 else 2048
-                return Tiling(1024, strip, kept, max(1, vocabulary), sums_fit)
+                return Tiling(1024, strip, kept, max(1, vocabulary), sums_fit, 2 * strip)
             update = max(128, 400_000 // max(1, width) // 32 * 32)
-            return Tiling(max(64, min(256, kept // 2)), 4096, kept, update, sums_fit)
+            return Tiling(max(64, min(256, kept // 2)), strip, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
         return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=4096)
 
@@ -87,9 +90,9 @@ class Head:
         """Anchor, scale and logits come out of a single matrix product."""
         return self.bias is None and not self.softcap and isinstance(self.inv_temperature, float)
 
-    def strips(self) -> Iterator[slice]:
-        """The vocabulary in pieces of a tile's width."""
-        return cut(0, self.vocabulary, self.tiling.strip)
+    def strips(self, width: int | None = None) -> Iterator[slice]:
+        """The vocabulary in pieces of `width`, by default a tile's."""
+        return cut(0, self.vocabulary, width or self.tiling.strip)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         """Elementwise sum over the shards, in place."""

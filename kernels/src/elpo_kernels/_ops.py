@@ -35,9 +35,9 @@ def _head(
     first: int,
     group: str,
     backend: str,
-    extra: int = 0,
+    sums: int = 0,
 ) -> tuple[Head, tuple[Tensor, ...]]:
-    """The head and xs of one dtype. `extra`: see `Tiling.of`."""
+    """The head and xs of one dtype. `sums`: see `Tiling.of`."""
     device, dtype = xs[0].device, xs[0].dtype
     acc = accumulation(dtype)
     shards = _resolve_process_group(GroupName(group)) if group else None
@@ -57,7 +57,7 @@ def _head(
         inv_temperature=scale,
         first=first,
         group=shards,
-        tiling=Tiling.of((weights[0].shape[0], weights[0].shape[1]), products, device, extra),
+        tiling=Tiling.of((weights[0].shape[0], weights[0].shape[1]), products, device, sums),
     )
     return head, tuple(x.to(dtype) for x in xs)
 
@@ -263,9 +263,9 @@ def linear_policy_op(
         if want and (i or main_grad is None)
     ]
     acc = accumulation(xs[0].dtype)
-    extra = sum(w.numel() * max(0, acc.itemsize - w.itemsize) for w in narrow)
+    sums = sum(w.numel() * max(0, acc.itemsize - w.itemsize) for w in narrow)
     head, cast = _head(
-        xs, weights, bias, token_temperature, temperature, softcap, first, group, backend, extra
+        xs, weights, bias, token_temperature, temperature, softcap, first, group, backend, sums
     )
     tiles = _tiles(head, backend)
     valid = _valid(head, targets, ignore_index)

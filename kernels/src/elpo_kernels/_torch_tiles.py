@@ -29,17 +29,19 @@ class TorchTiles:
         self.acc = accumulation(head.dtype)
         # Products are rounded to the operands' dtype: see `Rows`.
         self.rounds_logits = head.dtype != self.acc
-        self._held: dict[torch.dtype, Tensor] = {}
+        self._held: dict[tuple[torch.dtype, str], Tensor] = {}
         self._converted: dict[int, tuple[slice, Tensor]] = {}
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a·b, perhaps rounded to the operands' dtype."""
         return torch.mm(a, b)
 
-    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total += a·b, `total` in the accumulation dtype."""
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+        """total += a·b, `total` in the accumulation dtype; `first`: it holds nothing yet."""
         if a.dtype == total.dtype:
-            total.addmm_(a, b)
+            total.addmm_(a, b, beta=0 if first else 1)
+        elif first:
+            total.copy_(torch.mm(a, b))
         else:
             total += torch.mm(a, b)
 
@@ -48,16 +50,15 @@ class TorchTiles:
         weight = self.head.weights[i]
         if weight.dtype == self.head.dtype:
             return weight[strip]
-        known = self._converted.get(i)
-        if known is None:
-            shape = min(len(weight), self.head.tiling.strip), weight.shape[1]
-            memory = torch.empty(shape, dtype=self.head.dtype, device=weight.device)
-        elif known[0] == strip:
-            return known[1][: strip.stop - strip.start]
+        known, rows = self._converted.get(i), strip.stop - strip.start
+        if known is not None and known[0] == strip:
+            return known[1][:rows]
+        if known is None or len(known[1]) < rows:
+            memory = torch.empty(rows, weight.shape[1], dtype=self.head.dtype, device=weight.device)
         else:
             memory = known[1]
         self._converted[i] = strip, memory
-        return memory[: strip.stop - strip.start].copy_(weight[strip])
+        return memory[:rows].copy_(weight[strip])
 
     def through_weight(self, kept: Tensor, i: int) -> Tensor:
         """kept · W_i, perhaps rounded to the operands' dtype."""
@@ -69,11 +70,12 @@ class TorchTiles:
             total.addmm_(kept[:, strip], self.weight(i, strip))
         return total
 
-    def _scratch(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        held = self._held.get(dtype)
+    def _scratch(self, rows: int, columns: int, dtype: torch.dtype, use: str = "tile") -> Tensor:
+        """The same memory for every tile: new for each, it would leave holes in glibc's heap."""
+        held = self._held.get((dtype, use))
         if held is None or held.numel() < rows * columns:
             held = torch.empty(rows * columns, dtype=dtype, device=self.head.weights[0].device)
-            self._held[dtype] = held
+            self._held[dtype, use] = held
         return held[: rows * columns].view(rows, columns)
 
     def _levels(self, rows: Rows, strip: slice, out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -115,16 +117,17 @@ class TorchTiles:
         """Write E = 2^L `[R, V]`, 0 at the target, to rows `position` of `out` (to all of them by
         default); return Σ E and Σ E·L over this shard. E holds the soft cap's derivative too."""
         total, moment = torch.zeros_like(rows.raw), torch.zeros_like(rows.raw)
-        for strip in self.head.strips():
+        in_place = position is None and not want_entropy and not self.head.softcap
+        for strip in self.head.strips(self.head.tiling.wide if in_place else None):
             place = out[:, strip]
             if position is not None:
                 place = self._scratch(len(total), strip.stop - strip.start, self.head.dtype)
             tile, slope = self._levels(rows, strip, place)
             at = locate(rows.column - strip.start, tile.shape[1])
             if want_entropy:
-                power = tile.exp2()
-                power[at] = 0
-                moment += (power * tile).sum(1)
+                power = self._scratch(*tile.shape, self.acc, "powers")
+                torch.exp2(tile, out=power)[at] = 0
+                moment += tile.mul_(power).sum(1)
                 tile.copy_(power)
             else:
                 tile.exp2_()[at] = 0
@@ -141,7 +144,8 @@ class TorchTiles:
         """E ← E · (α + β ln E) in place, α and β `[R]`."""
         for strip in self.head.strips():
             power = kept[:, strip].to(self.acc)
-            log = power.clamp_min(torch.finfo(torch.float32).tiny).log2_().mul_(LN2)
+            log = self._scratch(*power.shape, self.acc, "powers")
+            torch.clamp_min(power, torch.finfo(torch.float32).tiny, out=log).log2_().mul_(LN2)
             kept[:, strip] = power.mul_(log.mul_(beta[:, None]).add_(alpha[:, None]))
 
     def gradient(

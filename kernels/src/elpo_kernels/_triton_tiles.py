@@ -40,8 +40,8 @@ class TritonTiles:
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b, **self._out(a))
 
-    def accumulate(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        torch.addmm(total, a, b, **self._out(a), out=total)
+    def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+        torch.addmm(total, a, b, beta=0 if first else 1, **self._out(a), out=total)
 
     def weight(self, i: int, strip: slice) -> Tensor:
         return self.head.weights[i][strip]
