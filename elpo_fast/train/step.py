@@ -355,7 +355,8 @@ class PolicyOptimizer:
         )
         # Siblings share their predecessor. The gradient of an index, `hidden[...]`, adds theirs in
         # the order in which threads come; an embedding's does not, and is faster.
-        predictors = F.embedding(self._tensor(batch.pred[chosen]), hidden)
+        rows = np.maximum(batch.pred[chosen], 0)  # nothing predicts a first token, chosen if NaN
+        predictors = F.embedding(self._tensor(rows), hidden)
         return predictors, head, self._tensor(batch.token_ids[chosen]).long()
 
     def _hidden(
