@@ -122,7 +122,7 @@ def operands(
 def on(run: Run, trees: int, tokens: int, branching: float) -> TreeMask:
     plan = make_forest(trees, tokens, branching=branching)
     assert plan.position is not None
-    return TreeMask(plan.position.to(run.device), plan.end.to(run.device))
+    return TreeMask(plan.end.to(run.device), plan.position.to(run.device))
 
 
 def check(run: Run) -> list[str]:
@@ -139,7 +139,7 @@ def check(run: Run) -> list[str]:
             *inputs, above = operands(run, trees * tokens, heads, run.dtype)
             by_token = [x.transpose(0, 1) for x in (*inputs, above)]
             scale = heads[2] ** -0.5
-            true = true_attention(*by_token, mask.plan, window=window, scale=scale)
+            true = true_attention(*by_token, mask, window=window, scale=scale)
             allowed: list[float] = []
             for backend in run.backends:
                 name = f"{backend} heads={heads} window={window} forest={trees}x{tokens}"
@@ -169,7 +169,7 @@ def packed(run: Run, tokens: int) -> tuple[TreeMask, int]:
     (batch,) = as_trees(trees, 10 * tokens)
     end = torch.from_numpy(np.minimum(batch.end, tokens)[:tokens]).to(run.device)
     position = torch.from_numpy(batch.position[:tokens]).to(run.device)
-    return TreeMask(position, end), int(batch.position[:tokens].astype(np.int64).sum()) + tokens
+    return TreeMask(end, position), int(batch.position[:tokens].astype(np.int64).sum()) + tokens
 
 
 def attention_alone(run: Run) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def triton_attention(
 ) -> torch.Tensor:
     """The project's own kernel."""
     by_token = (x.transpose(0, 1) for x in (query, key, value))
-    output = kernel_attention(*by_token, tree.plan, scale=scale, window=window, backend="triton")
+    output = kernel_attention(*by_token, tree, scale=scale, window=window, backend="triton")
     return output.transpose(0, 1)
 
 

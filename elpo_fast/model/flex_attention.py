@@ -35,13 +35,13 @@ def flex_tree_attention(
 
 def block_mask(tree: TreeMask, window: int | None) -> BlockMask:
     """Blocks to visit, and the exact mask within those that are not wholly visible."""
-    end, position = tree.plan.end, tree.plan.windowed()
+    end, position = tree.end, tree.position
 
     def allowed(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         seen = (k <= q) & (q < end[k])
         return seen if window is None else seen & (position[q] - position[k] < window)
 
-    blocks, counts, _ = tree.plan.lists(BLOCK, BLOCK, window or 0, by_column=False)
+    blocks, counts, _ = tree.lists(BLOCK, BLOCK, window or 0, by_column=False)
     partial, full = counts.unbind(1)
     # The full blocks follow the partial ones in each row: turn them to the front.
     columns = torch.arange(blocks.shape[1], device=blocks.device)

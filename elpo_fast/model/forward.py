@@ -43,7 +43,7 @@ def packed_hidden(
         # Four dimensions mean "already prepared" to transformers: no N x N mask is built.
         attention_mask=embeddings.new_empty(1, 1, 1, 1),
         use_cache=False,
-        tree=TreeMask(position, end),
+        tree=TreeMask(end, position),
     )
     return output.last_hidden_state[0, :count]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import library
 
 from elpo_fast.model.tree_mask import Run, TreeMask
 
@@ -24,63 +25,102 @@ def path_attention(
     window: int | None = None,
 ) -> torch.Tensor:
     """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
-    return _PathAttention.apply(query, key, value, tree.pieces(TILE, window), scale, window)
+    return _path_op(query, key, value, tree.end, tree.position, scale, window)
 
 
-class _PathAttention(torch.autograd.Function):
-    """Heads that share a key head are stacked as further query rows of it: `[kv_heads, G n, D]`.
+@library.custom_op("elpo_fast::path_attention", mutates_args=())
+def _path_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    end: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """One operator to a compiler, whatever the trees: it knows them by their tensors.
 
-    The backward computes the probabilities again, from float32 scores as the forward did, so that
-    nothing quadratic is kept. Gradients of keys and values, to which many tiles add, are summed in
-    float32.
+    Heads that share a key head are stacked as further query rows of it: `[kv_heads, G n, D]`.
     """
+    wide_query, wide_key, future = _widened(query, key, scale)
+    output = _by_token(query)
+    for tile in TreeMask.of(end, position).pieces(TILE, window):
+        own = slice(tile.start, tile.stop)
+        weights = _probabilities(wide_query, wide_key, tile, future, window).to(query.dtype)
+        output[:, own] = torch.bmm(weights, _gather(value, tile.path)).view_as(output[:, own])
+    return output
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        tiles: list[Run],
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        wide_query, wide_key, future = _widened(query, key, scale)
-        # Memory order [N, heads, D] is what the output projection reads.
-        output = query.new_empty(query.shape[1], query.shape[0], query.shape[2]).transpose(0, 1)
-        for tile in tiles:
-            own = slice(tile.start, tile.stop)
-            weights = _probabilities(wide_query, wide_key, tile, future, window).to(query.dtype)
-            output[:, own] = torch.bmm(weights, _gather(value, tile.path)).view_as(output[:, own])
-        ctx.save_for_backward(query, key, value, output)
-        ctx.tiles, ctx.scale, ctx.window = tiles, scale, window
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        (grad,) = grads
-        query, key, value, output = ctx.saved_tensors
-        heads, _, size = query.shape
-        shared = (key.shape[0], -1, size)
-        wide_query, wide_key, future = _widened(query, key, ctx.scale)
-        scaled_query = wide_query.to(query.dtype)
-        correction = (grad * output).to(wide_query.dtype).sum(-1, keepdim=True)
-        query_grad = torch.empty_like(output)
-        key_grad, value_grad = torch.zeros_like(wide_key), torch.zeros_like(wide_key)
-        for tile in ctx.tiles:
-            own = slice(tile.start, tile.stop)
-            weights = _probabilities(wide_query, wide_key, tile, future, ctx.window)
-            above = grad[:, own].reshape(shared)
-            part = torch.bmm(weights.to(query.dtype).transpose(1, 2), above)
-            _scatter_add(value_grad, part, tile.path)
-            score_grad = torch.bmm(above, _gather(value, tile.path).transpose(1, 2))
-            score_grad = score_grad - correction[:, own].reshape(key.shape[0], -1, 1)
-            score_grad = weights.mul_(score_grad).to(query.dtype)
-            part = torch.bmm(score_grad, _gather(key, tile.path)).view(heads, -1, size)
-            query_grad[:, own] = part * ctx.scale
-            part = torch.bmm(score_grad.transpose(1, 2), scaled_query[:, own].reshape(shared))
-            _scatter_add(key_grad, part, tile.path)
-        return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
+@library.custom_op("elpo_fast::path_attention_backward", mutates_args=())
+def _path_backward_op(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    end: torch.Tensor,
+    position: torch.Tensor,
+    scale: float,
+    window: int | None,
+    output: torch.Tensor,
+    grad: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value.
+
+    Probabilities are computed again, from float32 scores as in the forward, so that nothing
+    quadratic is kept. What many tiles add to, the gradients of keys and values, is float32.
+    """
+    heads, _, size = query.shape
+    shared = (key.shape[0], -1, size)
+    wide_query, wide_key, future = _widened(query, key, scale)
+    scaled_query = wide_query.to(query.dtype)
+    correction = (grad * output).to(wide_query.dtype).sum(-1, keepdim=True)
+    query_grad = _by_token(query)
+    key_grad, value_grad = (_by_token(wide_key).zero_() for _ in range(2))
+    for tile in TreeMask.of(end, position).pieces(TILE, window):
+        own = slice(tile.start, tile.stop)
+        weights = _probabilities(wide_query, wide_key, tile, future, window)
+        above = grad[:, own].reshape(shared)
+        part = torch.bmm(weights.to(query.dtype).transpose(1, 2), above)
+        _scatter_add(value_grad, part, tile.path)
+        score_grad = torch.bmm(above, _gather(value, tile.path).transpose(1, 2))
+        score_grad = score_grad - correction[:, own].reshape(key.shape[0], -1, 1)
+        score_grad = weights.mul_(score_grad).to(query.dtype)
+        part = torch.bmm(score_grad, _gather(key, tile.path)).view(heads, -1, size)
+        query_grad[:, own] = part * scale
+        part = torch.bmm(score_grad.transpose(1, 2), scaled_query[:, own].reshape(shared))
+        _scatter_add(key_grad, part, tile.path)
+    return query_grad, key_grad.to(key.dtype), value_grad.to(value.dtype)
+
+
+@_path_op.register_fake
+def _(query: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return _by_token(query)
+
+
+@_path_backward_op.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+    return _by_token(query), _by_token(key), _by_token(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(*tensors, output)
+
+
+def _gradients(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    *tensors, output = ctx.saved_tensors
+    found = torch.ops.elpo_fast.path_attention_backward(
+        *tensors, ctx.scale, ctx.window, output, grad
+    )
+    return *found, None, None, None, None
+
+
+_path_op.register_autograd(_gradients, setup_context=_save)
+
+
+def _by_token(like: torch.Tensor) -> torch.Tensor:
+    """An empty tensor `[heads, N, D]` with memory order `[N, heads, D]`, as projections have it."""
+    heads, tokens, size = like.shape
+    return like.new_empty(tokens, heads, size).transpose(0, 1)
 
 
 def _widened(

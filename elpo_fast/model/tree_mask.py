@@ -35,15 +35,17 @@ class Run(NamedTuple):
         return sum(part.stop - part.start for part in self.path)
 
 
-class TreeMask:
-    """The ancestor relation of packed trees: `position` and `end` are integer `[N]`.
+class TreeMask(TreePlan):
+    """The ancestor relation of packed trees, block lists for kernels included.
 
     What a backend derives of it is kept, so that one micro-batch's layers share it.
     """
 
-    def __init__(self, position: torch.Tensor, end: torch.Tensor) -> None:
-        self.position = position
-        self.end = end
+    position: torch.Tensor
+
+    def __init__(self, end: torch.Tensor, position: torch.Tensor) -> None:
+        """Integer `[N]` both."""
+        super().__init__(end, position)
         self._kept: dict[object, object] = {}
 
     def kept(self, key: object, make: Callable[[], T]) -> T:
@@ -51,11 +53,6 @@ class TreeMask:
         if key not in self._kept:
             self._kept[key] = make()
         return cast(T, self._kept[key])
-
-    @cached_property
-    def plan(self) -> TreePlan:
-        """Block lists for kernels that skip what nobody sees."""
-        return TreePlan(self.end, self.position)
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:

@@ -97,10 +97,25 @@ def test_operands_need_not_be_contiguous() -> None:
 def test_operator_is_well_formed() -> None:
     plan = make_forest(2, 9, branching=0.2)
     leaves = [x.requires_grad_() for x in operands(18, 2, 1, 16, torch.float32)[:3]]
-    by_row = plan.lists(32, 32, 0, by_column=False)
-    lists = [*by_row, *by_row, *plan.lists(16, 16, 0, by_column=True)]
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    library.opcheck(tree_attention_op, (*leaves, plan.end, None, lists, 0, 0.3), test_utils=checks)
+    library.opcheck(tree_attention_op, (*leaves, plan.end, None, 0, 0.3), test_utils=checks)
+
+
+@interpreted
+def test_one_graph_for_all_trees_of_a_compiled_caller() -> None:
+    def attend(query: Tensor, key: Tensor, value: Tensor, plan: TreePlan) -> Tensor:
+        return 2 * tree_attention(query, key, value, plan, window=9, scale=0.3, backend="triton")
+
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    found = []
+    for stance, (trees, tokens) in (("default", (2, 9)), ("fail_on_recompile", (3, 7))):
+        plan = make_forest(trees, tokens, branching=0.2)
+        leaves = [x.requires_grad_() for x in operands(trees * tokens, 2, 1, 16, torch.float32)]
+        with torch.compiler.set_stance(stance):
+            for function in (compiled, attend):
+                out = function(*leaves[:3], plan)
+                found.append([out, *torch.autograd.grad(out, leaves[:3], leaves[3])])
+            torch.testing.assert_close(found[-2], found[-1])
 
 
 @interpreted
@@ -153,6 +168,16 @@ def test_lists_are_made_once() -> None:
     assert plan.lists(16, 16, 0, by_column=False) is first
 
 
+def test_operators_find_the_last_plan_by_its_tensors() -> None:
+    plan = TreePlan(torch.tensor([4, 2, 3, 4], dtype=torch.int32))
+    assert TreePlan.of(plan.end.view(4), None) is plan
+    assert TreePlan.of(plan.end, torch.arange(4)) is not plan
+    other = TreePlan(plan.end.clone())
+    assert TreePlan.of(other.end, None) is other
+    assert TreePlan.of(plan.end[:3], None).end.tolist() == [4, 2, 3]
+    assert TreePlan.of(plan.end, None).end.tolist() == plan.end.tolist()
+
+
 def test_misuse_is_refused() -> None:
     query, key, value, _ = operands(8, 4, 2, 16, torch.float32)
     end = torch.full((8,), 8)
@@ -182,4 +207,4 @@ def test_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert "18 passed" in run.stdout, run.stdout[-1000:]
+    assert "20 passed" in run.stdout, run.stdout[-1000:]

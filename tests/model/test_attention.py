@@ -89,7 +89,7 @@ def test_equals_eager_attention_over_ancestors(
     tensors = inputs(len(before), heads, kv_heads, torch.float64)
     above = torch.randn(heads, len(before), 8, dtype=torch.float64)
     expected = eager(*tensors, allowed)
-    actual = ATTENTIONS[attention](*tensors, TreeMask(position, end), SCALE, window)
+    actual = ATTENTIONS[attention](*tensors, TreeMask(end, position), SCALE, window)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(actual, tensors, above),
@@ -109,7 +109,7 @@ def test_flex_has_the_same_values(trees: int, tokens: int, window: int | None) -
     if window is not None:
         allowed &= position[:, None] - position < window
     tensors = [part.detach() for part in inputs(len(before), 6, 2, torch.float64)]
-    actual = flex_tree_attention(*tensors, TreeMask(position, end), SCALE, window)
+    actual = flex_tree_attention(*tensors, TreeMask(end, position), SCALE, window)
     torch.testing.assert_close(actual, eager(*tensors, allowed), rtol=1e-12, atol=1e-12)
 
 
@@ -121,7 +121,7 @@ def test_flex_blocks_are_those_of_the_mask(window: int | None) -> None:
     allowed, position, end = ancestors(before)
     if window is not None:
         allowed &= position[:, None] - position < window
-    mask = block_mask(TreeMask(position, end), window)
+    mask = block_mask(TreeMask(end, position), window)
     count = -(-len(before) // BLOCK)
     visited = torch.zeros(count, count, dtype=torch.int)
     for kind, counts, columns in (
@@ -141,7 +141,7 @@ def test_flex_blocks_are_those_of_the_mask(window: int | None) -> None:
 def test_dense_mask_is_the_ancestor_relation() -> None:
     before = random_trees(np.random.default_rng(0), 3, 30)
     allowed, position, end = ancestors(before)
-    tree = TreeMask(position, end)
+    tree = TreeMask(end, position)
     assert tree.spans == [(0, 30), (30, 60), (60, 90)]
     for start, stop in tree.spans:
         assert torch.equal(tree.dense(start, stop, None), allowed[start:stop, start:stop])
@@ -152,7 +152,7 @@ def test_dense_mask_is_the_ancestor_relation() -> None:
 def test_pieces_cover_each_query_once_with_its_ancestors() -> None:
     before = random_trees(np.random.default_rng(1), 2, 2 * TILE)
     allowed, position, end = ancestors(before)
-    tree = TreeMask(position, end)
+    tree = TreeMask(end, position)
     tiles = tree.pieces(TILE, None)
     assert [tile.start for tile in tiles[1:]] == [tile.stop for tile in tiles[:-1]]
     assert (tiles[0].start, tiles[-1].stop) == (0, len(before))
@@ -168,7 +168,7 @@ def test_bfloat16_is_as_accurate_as_sdpa() -> None:
     before = random_trees(np.random.default_rng(2), 2, 150)
     allowed, position, end = ancestors(before)
     tensors = inputs(len(before), 6, 2, torch.bfloat16)
-    tree = TreeMask(position, end)
+    tree = TreeMask(end, position)
     exact_inputs = [part.detach().double().requires_grad_() for part in tensors]
     above = torch.randn(6, len(before), 8).to(torch.bfloat16)
     exact = eager(*exact_inputs, allowed)
@@ -188,6 +188,6 @@ def test_bfloat16_is_as_accurate_as_sdpa() -> None:
 
 def test_soft_capping_is_refused() -> None:
     tensors = [part[None] for part in inputs(10, 2, 2, torch.float32)]
-    chain = TreeMask(torch.arange(10), torch.full((10,), 10))
+    chain = TreeMask(torch.full((10,), 10), torch.arange(10))
     with pytest.raises(ValueError, match="soft-capping"):
         tree_attention(torch.nn.Module(), *tensors, None, tree=chain, softcap=30.0)

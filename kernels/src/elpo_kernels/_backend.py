@@ -72,7 +72,7 @@ def _processor() -> str:
     return platform.processor()
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _interpreted() -> bool:
     import triton
 

@@ -11,7 +11,7 @@ batch, serve every layer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,10 @@ class TreePlan:
     """The ancestor relation of packed trees and its block lists, made when first asked for.
 
     `end [T]`: first index after the subtree of each token. `position [T]`: depth of each token in
-    its tree, needed for windows only. Both int32 or int64.
+    its tree, needed for windows only. Both int32 or int64, and not to be changed afterwards.
     """
+
+    _latest: ClassVar[TreePlan | None] = None
 
     def __init__(self, end: Tensor, position: Tensor | None = None) -> None:
         for name, values in (("end", end), ("position", position)):
@@ -49,6 +51,20 @@ class TreePlan:
         self.end = end.to(torch.int32).contiguous()
         self.position = None if position is None else position.to(torch.int32).contiguous()
         self._lists: dict[tuple[int, int, int, bool], BlockLists] = {}
+        TreePlan._latest = self
+
+    @classmethod
+    def of(cls, end: Tensor, position: Tensor | None) -> Self:
+        """The plan whose `end` and `position` these tensors are, if it was the last one made; else
+        a new one of them.
+
+        An operator is given tensors alone. One micro-batch's layers find their plan all the same,
+        and that plan's tensors, being kept alive, are at addresses that no others have.
+        """
+        latest = TreePlan._latest
+        if isinstance(latest, cls) and _same(latest.end, end) and _same(latest.position, position):
+            return latest
+        return cls(end, position)
 
     def allowed(self, window: int = NO_WINDOW) -> Tensor:
         """Bool `[T, T]`, for references and small `T`."""
@@ -88,6 +104,12 @@ class TreePlan:
             dead |= low_row - high >= window
             full &= high_row - low < window
         return torch.where(dead, DEAD, torch.where(full, FULL, PARTIAL)).to(torch.int32)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return first.data_ptr() == second.data_ptr() and first.shape == second.shape
 
 
 def _listed(classes: Tensor) -> BlockLists:

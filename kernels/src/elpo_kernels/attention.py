@@ -10,7 +10,6 @@ that hold an allowed pair and keeps nothing quadratic; `torch` is a dense mask, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,18 +30,17 @@ def tree_attention_op(
     value: Tensor,
     end: Tensor,
     position: Tensor | None,
-    lists: Sequence[Tensor],
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[T, Hq, D]` and log-sum-exp `[Hq, T]`. `lists` are three `BlockLists`, those of the
-    forward, of the queries' gradient and of the keys' gradient."""
+    """Output `[T, Hq, D]` and log-sum-exp `[Hq, T]`. Block lists are those of `TreePlan.of`."""
     # Imported here: whether kernels are compiled or interpreted is settled at import.
     from elpo_kernels import _triton_attention
 
-    return _triton_attention.forward(
-        query, key, value, end, position, BlockLists(*lists[:3]), window, scale
-    )
+    tile = _triton_attention.tiles(query.device, query.dtype, query.shape[-1]).forward
+    lists = _lists(end, position, tile, window, by_column=False)
+    position = position if window else None
+    return _triton_attention.forward(query, key, value, end, position, lists, window, scale)
 
 
 @tree_attention_op.register_fake
@@ -58,7 +56,6 @@ def tree_attention_backward_op(
     value: Tensor,
     end: Tensor,
     position: Tensor | None,
-    lists: Sequence[Tensor],
     window: int,
     scale: float,
     out: Tensor,
@@ -68,7 +65,10 @@ def tree_attention_backward_op(
     """Gradients of query, key and value."""
     from elpo_kernels import _triton_attention
 
-    by_row, by_column = BlockLists(*lists[3:6]), BlockLists(*lists[6:])
+    shipped = _triton_attention.tiles(query.device, query.dtype, query.shape[-1])
+    by_row = _lists(end, position, shipped.query, window, by_column=False)
+    by_column = _lists(end, position, shipped.key, window, by_column=True)
+    position = position if window else None
     return _triton_attention.backward(
         query, key, value, end, position, by_row, by_column, window, scale, out, lse, grad
     )
@@ -79,18 +79,25 @@ def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Te
     return tuple(x.new_empty(x.shape) for x in (query, key, value))  # type: ignore[return-value]
 
 
+def _lists(
+    end: Tensor, position: Tensor | None, tile: Any, window: int, *, by_column: bool
+) -> BlockLists:
+    plan = TreePlan.of(end, position)
+    return plan.lists(tile.rows, tile.columns, window, by_column=by_column)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, end, position, lists, ctx.window, ctx.scale = inputs
+    query, key, value, end, position, ctx.window, ctx.scale = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(query, key, value, end, position, *lists, *output)
+    ctx.save_for_backward(query, key, value, end, position, *output)
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    query, key, value, end, position, *lists, out, lse = ctx.saved_tensors
+    query, key, value, end, position, out, lse = ctx.saved_tensors
     found = torch.ops.elpo_kernels.tree_attention_backward(
-        query, key, value, end, position, lists, ctx.window, ctx.scale, out, lse, grad
+        query, key, value, end, position, ctx.window, ctx.scale, out, lse, grad
     )
-    return *found, None, None, [None] * len(lists), None, None
+    return *found, None, None, None, None
 
 
 tree_attention_op.register_autograd(_gradients, setup_context=_save)
@@ -122,17 +129,10 @@ def tree_attention(
     reach = window or NO_WINDOW
     if resolve_backend(backend, query.device, query.dtype) == "torch":
         return _dense(query, key, value, plan.allowed(reach), scale)
-    from elpo_kernels._triton_attention import tiles
-
-    shipped = tiles(query.device, query.dtype, query.shape[-1])
+    if reach:
+        plan.windowed()
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    lists = [
-        *plan.lists(shipped.forward.rows, shipped.forward.columns, reach, by_column=False),
-        *plan.lists(shipped.query.rows, shipped.query.columns, reach, by_column=False),
-        *plan.lists(shipped.key.rows, shipped.key.columns, reach, by_column=True),
-    ]
-    position = plan.windowed() if reach else None
-    return tree_attention_op(query, key, value, plan.end, position, lists, reach, scale)[0]
+    return tree_attention_op(query, key, value, plan.end, plan.position, reach, scale)[0]
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, scale: float) -> Tensor:
