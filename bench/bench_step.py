@@ -4,8 +4,9 @@ Forests: `recorded`, trees that localization grew in a fifth step of `configs/qu
 `star`, independent trajectories after a long prompt. Layouts: `trees` computes each unique token
 once, `rows` lays the trajectories end to end without sharing, `padded` has one padded row per
 trajectory and transformers' own attention. All run the same optimizer and have the same loss and
-gradient, which the first test shows; the second one interleaves them. `share` is the speed-up over
-the ratio of computed tokens; the goal is 0.85. SmolLM2's shape with random weights.
+gradient, which the first test shows; the second one interleaves them, in the dtype that
+`model.dtype: auto` takes. `share` is the speed-up over the ratio of computed tokens; the goal is
+0.85. SmolLM2's shape with random weights.
 
     pytest bench/bench_step.py --benchmark-only -s
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from elpo_kernels import linear_policy_loss
+from elpo_kernels import linear_policy_loss, widens_bfloat16
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -50,7 +51,7 @@ def forest(name: str) -> list[Tree]:
 
 
 @cache
-def optimizer(dtype: str) -> PolicyOptimizer:
+def optimizer(dtype: str, compiled: bool = False) -> PolicyOptimizer:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -63,7 +64,9 @@ def optimizer(dtype: str) -> PolicyOptimizer:
         tie_word_embeddings=True,
     )
     config._attn_implementation = ATTENTION
-    return PolicyOptimizer(LlamaForCausalLM(config), lr=1e-6, dtype=DTYPES[dtype])
+    return PolicyOptimizer(
+        LlamaForCausalLM(config), lr=1e-6, dtype=DTYPES[dtype], compiled=compiled
+    )
 
 
 def padded_backward(policy: PolicyOptimizer, batch: PackedBatch) -> Part:
@@ -129,7 +132,8 @@ def test_all_layouts_have_the_same_loss_and_gradient(benchmark: BenchmarkFixture
 
 @pytest.mark.parametrize("name", ["recorded", "star"])
 def test_speed_up(benchmark: BenchmarkFixture, name: str) -> None:
-    policy = optimizer("bf16")
+    dtype = "fp32" if widens_bfloat16() else "bf16"
+    policy = optimizer(dtype)
     parts = {layout: batches(layout, forest(name)) for layout in LAYOUTS}
     seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
 
@@ -144,13 +148,38 @@ def test_speed_up(benchmark: BenchmarkFixture, name: str) -> None:
     benchmark.pedantic(interleaved, rounds=1)
     median = {layout: statistics.median(times) for layout, times in seconds.items()}
     tokens = {layout: sum(map(len, parts[layout])) for layout in LAYOUTS}
-    info = {"tokens": tokens, "seconds": seconds, "threads": torch.get_num_threads()}
+    info = {
+        "dtype": dtype,
+        "tokens": tokens,
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+    }
     for layout in LAYOUTS[1:]:
         speed_up = median[layout] / median["trees"]
         info[f"speed_up_over_{layout}"] = speed_up
         info[f"share_over_{layout}"] = speed_up / (tokens[layout] / tokens["trees"])
     benchmark.extra_info |= info
     print(f"\n{name}:", {k: v for k, v in info.items() if k != "seconds"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compiled_blocks(benchmark: BenchmarkFixture, dtype: str) -> None:
+    """`model.compile` against none, and how long compiling takes."""
+    parts = batches("trees", forest("recorded"))
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+
+    def interleaved() -> None:
+        for _ in range(ROUNDS + 2):  # one to compile and one to warm up
+            for compiled, times in seconds.items():
+                began = time.perf_counter()
+                optimizer(dtype, compiled).update(parts)
+                times.append(time.perf_counter() - began)
+
+    benchmark.pedantic(interleaved, rounds=1)
+    eager, ours = (statistics.median(times[2:]) for times in seconds.values())
+    info = {"first": seconds[True][0], "speed_up": eager / ours, "seconds": seconds}
+    benchmark.extra_info |= info
+    print(f"\n{dtype}:", info)
 
 
 def test_optimizer_alone(benchmark: BenchmarkFixture) -> None:

@@ -81,6 +81,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False
+    compile: bool = False  # decoder blocks by torch.compile, in training
     lora: LoraConfig | None = None  # None: train all weights
     scratch: ScratchConfig = ScratchConfig()
 

@@ -34,6 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
 from elpo_fast.model.attention import ATTENTION, attention_name
+from elpo_fast.model.compiled import BACKENDS as COMPILED
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import add_adapters, initialise
 from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
@@ -164,6 +165,11 @@ def _check_attention(config: ModelConfig, device: torch.device) -> None:
         raise ConfigError(
             f"model.attention: {config.attention!r} runs on {needs} and the model is on "
             f"{device.type}; use auto"
+        )
+    if config.compile and config.attention not in COMPILED:
+        raise ConfigError(
+            f"model.compile: {config.attention!r} attention cannot be compiled with the blocks; "
+            f"set model.attention to one of {', '.join(COMPILED)}"
         )
     if config.attention == "varlen" and config.dtype == "float32":
         raise ConfigError(

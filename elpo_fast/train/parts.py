@@ -78,6 +78,7 @@ async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts
                 temperature=config.rollout.temperature,
                 dtype=getattr(torch, config.model.dtype),
                 gradient_checkpointing=config.model.gradient_checkpointing,
+                compiled=config.model.compile,
                 ranks=ranks,
                 root=loaded.root,
             )

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from elpo_fast.config import Config, ConfigError, dump_config
+from elpo_fast.config import Config, ConfigError, dump_config, load_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class RunFolder:
         saved = path / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"nothing to resume at {path}; start it without --resume")
-        before = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        before = _flat(yaml.safe_load(dump_config(load_config(saved))))  # with newer keys' defaults
         now = _flat(yaml.safe_load(dump_config(config)))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key) and key not in _MAY_DIFFER:

@@ -32,6 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from elpo_fast.model.compiled import compile_blocks
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import lora_of
 from elpo_fast.train import adamw
@@ -118,6 +119,7 @@ class PolicyOptimizer:
         optimizer: adamw.Kind = "adamw",
         schedule: Schedule | None = None,
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         ranks: Ranks = ALONE,
         root: nn.Module | None = None,
     ) -> None:
@@ -139,6 +141,8 @@ class PolicyOptimizer:
         if gradient_checkpointing:
             self.compute.gradient_checkpointing_enable({"use_reentrant": False})
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
+        if compiled:
+            compile_blocks(self.compute)
         self._pair_cost = pair_cost(model)
         self._masters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         assert ranks.mesh is None or all(isinstance(p, DTensor) for p in self._masters)
@@ -324,10 +328,11 @@ class PolicyOptimizer:
 
     def _idle(self) -> None:
         """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
-        one = torch.zeros(1, dtype=torch.int32, device=self.model.device)
+        # Two tokens, because one would be a shape of its own to compiled blocks.
+        zeros = torch.zeros(2, dtype=torch.int32, device=self.model.device)
 
         def nothing() -> torch.Tensor:
-            hidden, head = self._hidden(one, one, one + 1)
+            hidden, head = self._hidden(zeros, zeros, zeros + 2)
             parts = [hidden, head.weight, head.bias, *(head.lora or ())[:2]]
             return 0 * sum(part.sum() for part in parts if part is not None)
 
