@@ -1,6 +1,6 @@
 """Kill a run at random moments, resume it each time, and compare it with one that never stopped.
 
-    python -m bench.kill_resume [--kills 20] [--seed 0] [--overlap] [--out FILE]
+    python -m bench.kill_resume [--kills 20] [--seed 0] [--threads 2] [--overlap] [--out FILE]
 
 Every kill is aimed at a phase (collection, update, weight push, writing of a checkpoint), in turn,
 and falls at a random time after one of the next times that the run enters it. A kill is SIGKILL to
@@ -35,7 +35,7 @@ PHASES = ("collect", "update", "push", "write")
 """What the kills are aimed at; `evaluate`, `cold_start` and `copy` are only named in the report."""
 WATCHED = (*PHASES, "evaluate", "cold_start", "copy")
 CONFIG = """
-run: {name: run, threads: 1}
+run: {name: run}
 model:
   name: scratch
   dtype: float32
@@ -167,6 +167,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=0, help="default: four for every kill")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--out", type=Path, help="write a report as JSON")
     options = parser.parse_args()
@@ -182,7 +183,8 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     for each in (whole, killed):
         each.mkdir()
         (each / "config.yaml").write_text(CONFIG)
-    arguments = [f"train.steps={options.steps or 4 * options.kills}"]
+    arguments = [f"run.threads={options.threads}"]
+    arguments.append(f"train.steps={options.steps or 4 * options.kills}")
     arguments += OVERLAP if options.overlap else ()
 
     began = time.monotonic()
@@ -240,6 +242,7 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
         report = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "steps": len(steps),
+            "threads": options.threads,
             "overlap": options.overlap,
             "seed": options.seed,
             "kills": kills,
