@@ -21,6 +21,7 @@ from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run
+from elpo_fast.train.run import RunFolder
 from elpo_fast.train.step import NonFiniteError
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io as tree_io
@@ -355,6 +356,16 @@ def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
         loop.train(other, resume=True, console=quiet())
     with pytest.raises(ConfigError, match="nothing to resume"):
         loop.train(make_config(tmp_path / "none"), resume=True, console=quiet())
+
+
+def test_a_run_that_is_older_than_a_key_resumes(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    RunFolder.create(config).close()
+    saved = config.run_dir / "config.yaml"
+    saved.write_text(saved.read_text().replace("  compile: false\n", ""))
+    assert load_config(saved) == config
+    RunFolder.resume(config).close()
+    assert "  compile: false\n" in saved.read_text()
 
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16"])
