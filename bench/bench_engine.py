@@ -7,8 +7,8 @@ with `transformers.generate` on the same batch, interleaved, correctness first:
 
 The floor of a step is the larger of weight bytes (bfloat16) over memory bandwidth and FLOPs over
 GEMM rate, both measured in the same round; the rate is the best of bfloat16 and fp32, with plain
-and with prepacked weights. Tokens per CPU-second, all threads together, say the same on a
-machine that others use too.
+and with prepacked weights and with the engine's own product. Tokens per CPU-second, all threads
+together, say the same on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elpo_fast.config import ModelConfig
 from elpo_fast.model.load import load_model
+from elpo_fast.rollout import decoder_cpu
 from elpo_fast.rollout.decoder import _product, products_dtype
+from elpo_fast.rollout.decoder_cpu import _multiply
+from elpo_fast.rollout.decoder_fused import as_numpy, packed
 from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.types import Completion, Sampling
 
@@ -111,20 +114,64 @@ def generate() -> Clock:
     return clock
 
 
-@torch.inference_mode()
-def products(engine: LocalEngine) -> Callable[[], None]:
+def products(engine: LocalEngine) -> Callable[[], object]:
     """The matrix products of one step with `ROWS` rows, on the engine's own weights."""
     decoder = engine._decoder
-    linears = [linear for layer in decoder.layers for linear in layer.linears] + [decoder.head]
-    shapes = {n: p.shape for n, p in exact_model().state_dict().items()}
-    widths = [shapes[f"{linear.names[0]}.weight"][1] for linear in linears]
+    config = exact_model().config
+    widths = config.hidden_size, decoder.heads * decoder.width, config.intermediate_size
     inputs = [torch.randn(ROWS, width).to(decoder.products) for width in widths]
+    if decoder._fused is None:
+        hidden, mixed, inner = inputs
 
-    def run() -> None:
-        for linear, x in zip(linears, inputs, strict=True):
-            linear(x)
+        def run() -> None:
+            for layer in decoder.layers:
+                for linear, x in zip(layer.linears, (hidden, mixed, hidden, inner), strict=True):
+                    linear(x)
+            decoder.head(hidden)
 
-    return run
+        return run
+    weights = decoder._fused._weights
+    threads = numba.get_num_threads()
+    outputs = [np.zeros((ROWS, len(bias)), "f4") for bias in weights.qkv_bias[:1]]
+    outputs += [np.zeros((ROWS, n), "f4") for n in (widths[0], widths[2], decoder.vocab_size)]
+    size = (4 * len(weights.qkv) + 1) * decoder_cpu.COUNTER
+    spare = decoder_cpu.TILE_ROWS  # rows that a product may read
+    hidden, mixed, inner = (as_numpy(F.pad(x, (0, 0, 0, spare))) for x in inputs)
+    return lambda: _fused_products(
+        threads, np.zeros(size, np.int64), weights, hidden, mixed, inner, *outputs
+    )
+
+
+def own_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], None]:
+    """`x @ weight.T` as a fused step multiplies."""
+    threads, rows = numba.get_num_threads(), len(x)
+    arrays = as_numpy(F.pad(x, (0, 0, 0, decoder_cpu.TILE_ROWS))), packed(weight)
+    bias, out = np.zeros(len(weight), "f4"), np.zeros((rows, len(weight)), "f4")
+    return lambda: _one_product(
+        threads, np.zeros(decoder_cpu.COUNTER, np.int64), *arrays, bias, out, rows
+    )
+
+
+@numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
+def _one_product(threads, counters, x, weight, bias, out, rows):
+    for _ in numba.prange(threads):
+        _multiply(counters, 0, 8 * threads, x, rows, weight, bias, out, 0)
+
+
+@numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
+def _fused_products(threads, counters, w, hidden, mixed, inner, qkv, residual, gated, logits):
+    """The products of `decoder_cpu.forward`, and nothing between them."""
+    share = 8 * threads
+    for _ in numba.prange(threads):
+        n = 0
+        for i in range(len(w.qkv)):
+            _multiply(counters, n, share, hidden, ROWS, w.qkv[i], w.qkv_bias[i], qkv, 0)
+            _multiply(counters, n + 1, share, mixed, ROWS, w.out[i], w.out_bias[i], residual, 1)
+            bias = w.gate_up_bias[i]
+            _multiply(counters, n + 2, share, hidden, ROWS, w.gate_up[i], bias, gated, 2)
+            _multiply(counters, n + 3, share, inner, ROWS, w.down[i], w.down_bias[i], residual, 1)
+            n += 4
+        _multiply(counters, n, share, hidden, ROWS, w.head, w.head_bias, logits, 0)
 
 
 def best_of(run: Callable[[], Any], times: int) -> float:
@@ -147,6 +194,8 @@ def gemm_rates() -> dict[str, float]:
             "plain": partial(F.linear, x, weight),
             "prepacked": partial(_product(weight, None), x),
         }
+        if decoder_cpu.multiplies(dtype):
+            ways["own"] = own_product(x, weight)
         for way, run in ways.items():
             rates[f"{name}_{way}"] = 2e-9 * ROWS * 2048**2 / best_of(run, 50)
     return rates

@@ -7,8 +7,11 @@ so prompts, branches and decoded tokens of any length go through one batch, with
 The decoder keeps its own copy of the weights, rounded to its own dtype whatever the model's, in the
 layout it computes with: query, key and value fused, gate and up fused, on a CPU repacked for its
 matrix products. Keys and values are kept in this dtype too. Residual stream, norms, rotary
-embedding and softmax are fp32; so are, at the price of twice the memory for weights, the products
-of a bfloat16 decoder on CPUs that multiply bfloat16 no faster (`products_dtype`).
+embedding and softmax are fp32; so are the products of a bfloat16 decoder on CPUs that multiply
+bfloat16 no faster (`products_dtype`).
+
+On a CPU a step is one kernel, `FusedForward`, unless the processor multiplies bfloat16 with
+instructions that only oneDNN uses here; then it goes operation by operation as on other devices.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from elpo_fast.rollout import decoder_cpu, decoder_torch
+from elpo_fast.rollout.decoder_fused import FusedForward, as_numpy, elements
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -167,6 +171,8 @@ class Decoder:
         shape = (len(self.layers), slots, self.kv_heads, self.width)
         self.keys = torch.empty(shape, dtype=dtype, device=self.device)
         self.values = torch.empty(shape, dtype=dtype, device=self.device)
+        fuses = self.device.type == "cpu" and decoder_cpu.multiplies(self.products)
+        self._fused = FusedForward(self, len(self.layers)) if fuses else None
 
     @cached_property
     def cache_views(self) -> list[tuple[np.ndarray, ...]]:
@@ -175,7 +181,7 @@ class Decoder:
         for layer in zip(self.keys, self.values, strict=True):
             numbers = [as_numpy(store) for store in layer]
             head = decoder_cpu.head(numbers[0].dtype, self.width)
-            views.append((*numbers, *(_elements(store, head) for store in numbers)))
+            views.append((*numbers, *(elements(store, head) for store in numbers)))
         return views
 
     @torch.inference_mode()
@@ -183,6 +189,9 @@ class Decoder:
         """Copy all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         self.embedding = tensors["model.embed_tokens.weight"].to(like, copy=True)
+        if self._fused:
+            self._fused.load(tensors)
+            return
         for layer in self.layers:
             layer.load(tensors, like, self.products)
         self.norm = tensors["model.norm.weight"].to(self.device, torch.float32, copy=True)
@@ -191,6 +200,8 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
         """Compute the batch's keys and values; logits `[F, V]` of the nodes `ends` `int64 [F]`."""
+        if self._fused:
+            return self._fused(batch, ends)
         step = (_CpuStep if self.device.type == "cpu" else _TorchStep)(self, batch)
         residual = F.embedding(step.tokens, self.embedding).float()
         delta = torch.zeros_like(residual, dtype=self.products)
@@ -276,7 +287,7 @@ class _CpuStep:
         self.eps = np.float32(decoder.eps)
         shape = (len(batch.tokens), decoder.heads, decoder.width)
         self.queries = np.empty(shape, np.float32)
-        self.heads = _elements(
+        self.heads = elements(
             self.queries, decoder_cpu.query_heads(decoder.heads // decoder.kv_heads, decoder.width)
         )
         self.cos, self.sin = decoder.cos.numpy(), decoder.sin.numpy()
@@ -340,15 +351,3 @@ class _CpuStep:
             view,
         )
         return out
-
-
-def _elements(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`[N, kv_heads]` elements of `dtype`, the same memory."""
-    return array.reshape(len(array), -1).view(dtype)
-
-
-def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A view of a CPU tensor, bfloat16 as uint16."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy()
-    return tensor.numpy()

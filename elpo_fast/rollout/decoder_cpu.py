@@ -1,13 +1,19 @@
-"""The CPU's kernels: everything in a step that is not a matrix product.
+"""The CPU's kernels, by Numba: a whole step of the decoder, its operations one by one, sampling.
 
-Numba, parallel over nodes and key heads, or over rows. `decoder_torch` and `sampling.sample` are
-the same in plain PyTorch and define what these must compute. bfloat16 arrays come in as `uint16`
-and are widened in registers; all arithmetic is fp32, sums over the vocabulary end in fp64.
+`decoder_torch` and `sampling.sample` are the same in plain PyTorch and define what these must
+compute. bfloat16 arrays come in as `uint16` and are widened in registers; all arithmetic is fp32,
+sums over the vocabulary end in fp64.
 
-A compiler does not vectorise a dot product of 64 numbers well, nor a sum that leaves some out, so
-`_attend` and `_mass` emit their vector instructions themselves. `_attend` takes the sizes of a head
-from the element types of its arrays, `query_heads(group, width)` and `head(dtype, width)`, so that
-every loop over a head is unrolled.
+`forward` is one parallel region: waking a thread costs 50 to 100 us, a step has hundreds of
+operations. Its threads meet in a counter for each operation, from which they claim parts of it and
+in which they report them; whoever finds none left waits until all are reported. A thread that
+comes late, or never, costs time but nothing else.
+
+A compiler does not vectorise a dot product of 64 numbers well, nor a sum that leaves some out, nor
+does it keep a tile of a matrix product in registers, so `_attend`, `_mass` and `_tile` emit their
+vector instructions themselves. `_attend` takes the sizes of a head from the element types of its
+arrays, `query_heads(group, width)` and `head(dtype, width)`, so that every loop over a head is
+unrolled.
 
 One module, because Numba's cache on disk notices changes of a kernel's own file alone.
 """
@@ -17,11 +23,16 @@ One module, because Numba's cache on disk notices changes of a kernel's own file
 
 from __future__ import annotations
 
+import os
+import platform
+from collections import namedtuple
 from functools import cache
 from math import gcd
 
 import numpy as np
+import torch
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload, register_jitable
@@ -34,9 +45,27 @@ _BLOCK = 256  # tokens of the vocabulary summed in fp32
 _LANES = 16  # logits of a vector
 _AHEAD = 2  # blocks of tokens between prefetching and use
 
+# A tile of a product fills the registers: with AVX-512 28 of 32 hold sums, elsewhere 12 of 16.
+_FEATURES = get_host_cpu_features()
+TILE_ROWS, PANEL = (14, 32) if _FEATURES.get("avx512f") else (6, 16)
+DOTS = bool(_FEATURES.get("avx512bf16"))  # whether it adds up pairs of bfloat16 products
+COUNTER = 16  # numbers of a counter, on cache lines of its own: parts claimed, and parts done
+_SPINS = 4096  # looks at a counter before other processes are let in
+_PAUSE, _YIELD = ("llvm.x86.sse2.pause",), ("llvm.aarch64.hint", 1)
+_HINTS = {"x86_64": _PAUSE, "amd64": _PAUSE, "aarch64": _YIELD, "arm64": _YIELD}
+_STORE, _ADD, _SILU = range(3)
+OPERATIONS = 8  # of a layer
+
 _FLOAT, _INDEX = ir.FloatType(), ir.IntType(64)
 _FAST = ("fast",)
 _POLYNOMIAL = (1.5353359e-4, 1.3398875e-3, 9.6184374e-3, 5.5503323e-2, 2.4022648e-1, 0.6931472, 1.0)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether `forward` is the fast way to multiply numbers of this kind: not bfloat16 where there
+    are instructions for whole tiles of it, or none at all."""
+    bfloat16 = dtype == torch.bfloat16 and DOTS and not torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float32 or bfloat16
 
 
 @cache
@@ -93,6 +122,59 @@ def _narrow(value, like):
 
         return to_bfloat16
     return lambda value, like: value
+
+
+@intrinsic
+def _count(typing_context, counters, index, amount):
+    """Add to `counters[index]`; what it was before."""
+
+    def generate(context, builder, signature, args):
+        pointer = _Shapes(context, builder, signature, args).pointer(0, _INDEX, args[1])
+        return builder.atomic_rmw("add", pointer, args[2], "acq_rel")
+
+    return types.int64(counters, index, types.int64), generate
+
+
+@intrinsic
+def _seen(typing_context, counters, index):
+    """`counters[index]` now, and with it all that was written before it was counted up."""
+
+    def generate(context, builder, signature, args):
+        pointer = _Shapes(context, builder, signature, args).pointer(0, _INDEX, args[1])
+        return builder.load_atomic(pointer, "acquire", 8, typ=_INDEX)
+
+    return types.int64(counters, index), generate
+
+
+@intrinsic
+def _relax(typing_context):
+    """Leave the core to its other thread for a moment."""
+
+    def generate(context, builder, signature, args):
+        hint = _HINTS.get(platform.machine().lower())
+        if hint:
+            name, *values = hint
+            values = [ir.IntType(32)(value) for value in values]
+            kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            builder.call(function, values)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def _give_way(typing_context):
+    """Leave the core to another process that wants it, where there is one."""
+
+    def generate(context, builder, signature, args):
+        if os.name == "posix":
+            kind = ir.FunctionType(ir.IntType(32), [])
+            function = cgutils.get_or_insert_function(builder.module, kind, "sched_yield")
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _exponential(builder, z):
@@ -380,6 +462,109 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
     return types.void(queries, row, head, keys, values, path, scores, out, start), generate
 
 
+def _tile_function(module, rows, x_type, weight_type):
+    """`out [rows, PANEL] = x [rows, 2 pairs] @ w`, for `x` with rows `stride` numbers apart; sums
+    in the order of the columns, whatever the number of rows."""
+    name = f"tile_{rows}_{x_type}_{weight_type}"
+    if name in module.globals:
+        return module.globals[name]
+    address, lanes = ir.PointerType(), _LANES
+    vector, whole = ir.VectorType(_FLOAT, lanes), ir.VectorType(ir.IntType(32), lanes)
+    kind = ir.FunctionType(ir.VoidType(), [address, _INDEX, address, _INDEX, address])
+    function = ir.Function(module, kind, name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    b = ir.IRBuilder(function.append_basic_block())
+    x, stride, w, pairs, out = function.args
+    dots = x_type == types.uint16
+    number = ir.IntType(16) if dots else _FLOAT
+    inputs = [vector, whole, whole] if dots else [vector] * 3
+    add = cgutils.get_or_insert_function(
+        module,
+        ir.FunctionType(vector, inputs),
+        "llvm.x86.avx512bf16.dpbf16ps.512" if dots else f"llvm.fma.v{lanes}f32",
+    )
+    parts = range(0, PANEL, lanes)
+    sums = [[cgutils.alloca_once(b, vector) for _ in parts] for _ in range(rows)]
+    for cells in sums:
+        for cell in cells:
+            b.store(_vector(vector, 0.0), cell)
+    lines = [b.gep(x, [b.mul(stride, _INDEX(r))], source_etype=number) for r in range(rows)]
+
+    def load(start, kind):
+        pointers = (b.gep(w, [b.add(start, _INDEX(i))], source_etype=kind.element) for i in parts)
+        return [b.load(pointer, typ=kind, align=4) for pointer in pointers]
+
+    with cgutils.for_range(b, pairs, intp=_INDEX) as loop:
+        column = b.mul(loop.index, _INDEX(2))
+        start = b.mul(column, _INDEX(PANEL))
+        if weight_type == types.float32:
+            columns = load(start, vector), load(b.add(start, _INDEX(PANEL)), vector)
+        else:  # a word holds one column's number in its low half, the next one's in its high
+            words = load(b.mul(loop.index, _INDEX(PANEL)), whole)
+            columns = (
+                [b.bitcast(b.shl(bits, _vector(whole, 16)), vector) for bits in words],
+                [b.bitcast(b.and_(bits, _vector(whole, -1 << 16)), vector) for bits in words],
+            )
+        for i, weights in enumerate([words] if dots else columns):
+            for line, cells in zip(lines, sums, strict=True):
+                pointer = b.gep(line, [b.add(column, _INDEX(i))], source_etype=number)
+                if dots:
+                    pair = _spread(b, b.load(pointer, typ=ir.IntType(32), align=2), whole)
+                else:
+                    pair = _spread(b, b.load(pointer, typ=_FLOAT, align=4), vector)
+                for cell, weight in zip(cells, weights, strict=True):
+                    total = b.load(cell)
+                    values = [total, pair, weight] if dots else [pair, weight, total]
+                    b.store(b.call(add, values), cell)
+    for r, cells in enumerate(sums):
+        for i, cell in zip(parts, cells, strict=True):
+            pointer = b.gep(out, [_INDEX(r * PANEL + i)], source_etype=_FLOAT)
+            b.store(b.load(cell), b.bitcast(pointer, vector.as_pointer()), align=4)
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def _tile(typing_context, x, first, rows, weight, panel, out):
+    """`out[:rows] = x[first : first + rows] @` one panel of a packed weight.
+
+    `x` float32, or bfloat16 if the weight is and the processor `DOTS` them; with an even number of
+    columns. `rows` from 1 to `TILE_ROWS`; 2, 4, 8 or `TILE_ROWS` are computed, so `x` and `out`
+    have `TILE_ROWS` from `first` on.
+    """
+
+    def generate(context, builder, signature, args):
+        b, a = builder, _Shapes(context, builder, signature, args)
+        _, first, rows, _, panel, _ = args
+        narrow = weight.dtype == types.uint32
+        width = a.size(0, 1)
+        size = b.mul(a.size(3, 1), _INDEX(PANEL))
+        pairs = a.size(3, 1) if narrow else b.udiv(a.size(3, 1), _INDEX(2))
+        number = ir.IntType(16) if x.dtype == types.uint16 else _FLOAT
+        values = (
+            a.pointer(0, number, b.mul(first, width)),
+            width,
+            a.pointer(3, ir.IntType(32) if narrow else _FLOAT, b.mul(panel, size)),
+            pairs,
+            a.arrays[5].data,
+        )
+        end = b.append_basic_block()
+        switch = b.switch(rows, end)
+        sizes = sorted(size for size in {2, 4, 8, TILE_ROWS} if size <= TILE_ROWS)
+        for fewer, size in zip([0, *sizes], sizes, strict=False):
+            block = b.append_basic_block()
+            for count in range(fewer + 1, size + 1):
+                switch.add_case(_INDEX(count), block)
+            with b.goto_block(block):
+                b.call(_tile_function(b.module, size, x.dtype, weight.dtype), values)
+                b.branch(end)
+        b.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(x, first, rows, weight, panel, out), generate
+
+
 def _line_vectors(builder, a, dtype, at):
     """Bits and value of the `_LANES` logits from `at` on."""
     (x,) = a.vectors(0, at, _LANES, _LANES, dtype)
@@ -508,6 +693,24 @@ def _rotate(x, weight, eps, cos, sin, scale, out):
             out[half + i] = narrow((b * cos[i] + a * sin[i]) * scale, out)
 
 
+@njit(**_OPTIONS)
+def _rope_store(qkv, query_norm, key_norm, eps, cos, sin, queries, keys, values):
+    """`rope_store` of one row."""
+    heads, width = queries.shape
+    kv_heads = len(keys)
+    scale = np.float32(1.0 / np.sqrt(width))
+    for h in range(heads):
+        x = qkv[h * width : (h + 1) * width]
+        _rotate(x, query_norm, eps, cos, sin, scale, queries[h])
+    for h in range(kv_heads):
+        start = (heads + h) * width
+        x = qkv[start : start + width]
+        _rotate(x, key_norm, eps, cos, sin, np.float32(1), keys[h])
+        start += kv_heads * width
+        for i in range(width):
+            values[h, i] = narrow(widen(qkv[start + i]), values)
+
+
 @njit(parallel=True, **_OPTIONS)
 def rope_store(qkv, query_norm, key_norm, eps, cos, sin, positions, slots, queries, keys, values):
     """Norm and rotate queries (scaled, into `queries`) and keys; store keys and values.
@@ -515,23 +718,10 @@ def rope_store(qkv, query_norm, key_norm, eps, cos, sin, positions, slots, queri
     `qkv` `[Q, (heads + 2 kv_heads) D]`, `queries` `[Q, heads, D]` fp32, `keys` and `values`
     `[S, kv_heads, D]`, `cos` and `sin` `[positions, D / 2]`.
     """
-    rows, heads, width = queries.shape
-    kv_heads = keys.shape[1]
-    scale = np.float32(1.0 / np.sqrt(width))
-    one = np.float32(1)
-    for r in prange(rows):
+    for r in prange(len(queries)):
         c, s = cos[positions[r]], sin[positions[r]]
         slot = slots[r]
-        for h in range(heads):
-            x = qkv[r, h * width : (h + 1) * width]
-            _rotate(x, query_norm, eps, c, s, scale, queries[r, h])
-        for h in range(kv_heads):
-            start = (heads + h) * width
-            x = qkv[r, start : start + width]
-            _rotate(x, key_norm, eps, c, s, one, keys[slot, h])
-            start += kv_heads * width
-            for i in range(width):
-                values[slot, h, i] = narrow(widen(qkv[r, start + i]), values)
+        _rope_store(qkv[r], query_norm, key_norm, eps, c, s, queries[r], keys[slot], values[slot])
 
 
 @njit(parallel=True, **_OPTIONS)
@@ -541,15 +731,198 @@ def attend(queries, keys, values, table, first, positions, out):
     `queries` `[Q, kv_heads]` of `query_heads`, scaled; `keys` and `values` `[S, kv_heads]` of
     `head`; `out` `[Q, heads * D]`.
     """
-    nodes, kv_heads = queries.shape
+    for item in prange(queries.size):
+        _attend_item(item, queries, keys, values, table, first, positions, out)
+
+
+@njit(**_OPTIONS)
+def _attend_item(item, queries, keys, values, table, first, positions, out):
+    """`attend` of node `item // kv_heads` with key head `item % kv_heads`."""
+    kv_heads = queries.shape[1]
     group, width = queries[0, 0].x.shape
     tokens, room = block_sizes(group, width)
-    for item in prange(nodes * kv_heads):
-        q, h = item // kv_heads, item % kv_heads
-        length = positions[q] + 1
-        path = table[first[q] : first[q] + length]
-        scores = np.empty(((length + tokens - 1) // tokens, room), np.float32)
-        _attend(queries, q, h, keys, values, path, scores, out, h * group * width)
+    q, h = item // kv_heads, item % kv_heads
+    length = positions[q] + 1
+    path = table[first[q] : first[q] + length]
+    scores = np.empty(((length + tokens - 1) // tokens, room), np.float32)
+    _attend(queries, q, h, keys, values, path, scores, out, h * group * width)
+
+
+class Weights(
+    namedtuple(
+        "Weights",
+        "before_attention query_norm key_norm qkv qkv_bias out out_bias "
+        "before_mlp gate_up gate_up_bias down down_bias norm head head_bias",
+    )
+):
+    """All of a decoder, fp32. The first axis is the layer, but for the last three.
+
+    Matrices are packed in panels of `PANEL` outputs, the last one filled up with zeros: `[...,
+    panels, inputs, PANEL]` float32, or `[..., panels, inputs / 2, PANEL]` `uint32` of two bfloat16,
+    the first input's in the low half. The first half of a panel of `gate_up` is of the gate, the
+    second of the same outputs of the up projection. Biases have the padded outputs, an odd number
+    of inputs is padded too; norms of queries and keys are empty where there are none.
+    """
+
+
+class Buffers(namedtuple("Buffers", "residual hidden qkv queries heads mixed inner last logits")):
+    """What a step computes.
+
+    fp32 `residual` `[Q, H]`, `qkv` `[Q, (heads + 2 kv_heads) D]`, `queries` `[Q, heads, D]` and the
+    same memory as `heads` `[Q, kv_heads]` of `query_heads`, and `logits` `[F, V]` of the chosen
+    nodes. Fp32 or bfloat16, as it is multiplied, with at least `TILE_ROWS` rows more and an even
+    number of columns: `hidden` `[Q, H]`, `mixed` `[Q, heads * D]`, `inner` `[Q, I]`, `last`
+    `[F, H]`.
+    """
+
+
+@njit(**_OPTIONS)
+def _claim(counters, operation, parts, chunk):
+    """Bounds of the next parts to do; the first is not below `parts` when none are left."""
+    start = _count(counters, operation * COUNTER, chunk)
+    return start, min(start + chunk, parts)
+
+
+@njit(**_OPTIONS)
+def _done(counters, operation, parts):
+    _count(counters, operation * COUNTER + COUNTER // 2, parts)
+
+
+@njit(**_OPTIONS)
+def _wait(counters, operation, parts):
+    """Until all parts are done."""
+    spins = 0
+    while _seen(counters, operation * COUNTER + COUNTER // 2) < parts:
+        spins += 1
+        if spins < _SPINS:
+            _relax()
+        else:
+            _give_way()
+
+
+@njit(**_OPTIONS)
+def _norms(counters, operation, share, x, rows, weight, eps, out):
+    """`out[i] = x[rows[i]] / rms(x[rows[i]]) * weight`."""
+    width = x.shape[1]
+    chunk = max(1, rows.size // share)
+    start, stop = _claim(counters, operation, rows.size, chunk)
+    while start < rows.size:
+        for i in range(start, stop):
+            line = x[rows[i]]
+            total = np.float32(0)
+            for j in range(width):
+                total += line[j] * line[j]
+            scale = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+            for j in range(width):
+                out[i, j] = narrow(line[j] * scale * weight[j], out)
+        _done(counters, operation, stop - start)
+        start, stop = _claim(counters, operation, rows.size, chunk)
+    _wait(counters, operation, rows.size)
+
+
+@njit(**_OPTIONS)
+def _multiply(counters, operation, share, x, rows, weight, bias, out, how):
+    """`x[:rows] @ weight + bias`: stored, added to `out`, or its gated half."""
+    panels = len(weight)
+    chunk = max(1, panels // share)
+    tile = np.empty((TILE_ROWS, PANEL), np.float32)
+    start, stop = _claim(counters, operation, panels, chunk)
+    while start < panels:
+        for p in range(start, stop):
+            for first in range(0, rows, TILE_ROWS):
+                count = min(rows - first, TILE_ROWS)
+                _tile(x, first, count, weight, p, tile)
+                _finish(tile[:count], bias[p * PANEL : (p + 1) * PANEL], out, first, p, how)
+        _done(counters, operation, stop - start)
+        start, stop = _claim(counters, operation, panels, chunk)
+    _wait(counters, operation, panels)
+
+
+@njit(**_OPTIONS)
+def _finish(tile, bias, out, first, panel, how):
+    """From a tile of sums to `out`."""
+    one, half = np.float32(1), PANEL // 2
+    for r in range(len(tile)):
+        if how == _SILU:
+            line = out[first + r, panel * half : (panel + 1) * half]
+            for i in range(half):
+                x = tile[r, i] + bias[i]
+                e = exp(-abs(x))
+                sigmoid = (one if x >= 0 else e) / (one + e)
+                line[i] = narrow(x * sigmoid * (tile[r, half + i] + bias[half + i]), line)
+        else:
+            width = min(PANEL, out.shape[1] - panel * PANEL)
+            line = out[first + r, panel * PANEL : panel * PANEL + width]
+            if how == _ADD:
+                for i in range(width):
+                    line[i] = narrow(widen(line[i]) + tile[r, i] + bias[i], line)
+            else:
+                for i in range(width):
+                    line[i] = narrow(tile[r, i] + bias[i], line)
+
+
+@njit(inline="always", **_OPTIONS)
+def _work(counters, share, w, b, cos, sin, eps, keys, values, key_heads, value_heads, nodes, ends):
+    """What each thread of `forward` does."""
+    positions, slots, table, first = nodes
+    rows = len(positions)
+    every = np.arange(rows)
+    n = 0
+    for layer in range(len(w.qkv)):
+        _norms(counters, n, share, b.residual, every, w.before_attention[layer], eps, b.hidden)
+        qkv, bias = w.qkv[layer], w.qkv_bias[layer]
+        _multiply(counters, n + 1, share, b.hidden, rows, qkv, bias, b.qkv, _STORE)
+
+        chunk = max(1, rows // share)
+        start, stop = _claim(counters, n + 2, rows, chunk)
+        while start < rows:
+            for r in range(start, stop):
+                c, s = cos[positions[r]], sin[positions[r]]
+                key, value = keys[layer, slots[r]], values[layer, slots[r]]
+                norms = w.query_norm[layer], w.key_norm[layer]
+                _rope_store(b.qkv[r], norms[0], norms[1], eps, c, s, b.queries[r], key, value)
+            _done(counters, n + 2, stop - start)
+            start, stop = _claim(counters, n + 2, rows, chunk)
+        _wait(counters, n + 2, rows)
+
+        key, value = key_heads[layer], value_heads[layer]
+        items = rows * b.heads.shape[1]
+        chunk = max(1, items // share)
+        start, stop = _claim(counters, n + 3, items, chunk)
+        while start < items:
+            for item in range(start, stop):
+                _attend_item(item, b.heads, key, value, table, first, positions, b.mixed)
+            _done(counters, n + 3, stop - start)
+            start, stop = _claim(counters, n + 3, items, chunk)
+        _wait(counters, n + 3, items)
+
+        out, bias = w.out[layer], w.out_bias[layer]
+        _multiply(counters, n + 4, share, b.mixed, rows, out, bias, b.residual, _ADD)
+        _norms(counters, n + 5, share, b.residual, every, w.before_mlp[layer], eps, b.hidden)
+        gate_up, bias = w.gate_up[layer], w.gate_up_bias[layer]
+        _multiply(counters, n + 6, share, b.hidden, rows, gate_up, bias, b.inner, _SILU)
+        down, bias = w.down[layer], w.down_bias[layer]
+        _multiply(counters, n + 7, share, b.inner, rows, down, bias, b.residual, _ADD)
+        n += OPERATIONS
+    _norms(counters, n, share, b.residual, ends, w.norm, eps, b.last)
+    _multiply(counters, n + 1, share, b.last, ends.size, w.head, w.head_bias, b.logits, _STORE)
+
+
+@njit(parallel=True, **_OPTIONS)
+def forward(
+    threads, counters, w, b, cos, sin, eps, keys, values, key_heads, value_heads, nodes, ends
+):
+    """A step: keys and values of all nodes, logits of the nodes `ends`; writes `Buffers`.
+
+    `counters` zeros `[(OPERATIONS * layers + 2) * COUNTER]`, `keys` and `values`
+    `[layers, S, kv_heads, D]` and again as `[layers, S, kv_heads]` of `head`, `nodes` positions,
+    slots, table and first of a `NodeBatch`.
+    """
+    share = 8 * threads
+    for _ in prange(threads):
+        _work(
+            counters, share, w, b, cos, sin, eps, keys, values, key_heads, value_heads, nodes, ends
+        )
 
 
 @njit(**_OPTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -14,15 +15,14 @@ from elpo_fast.rollout.decoder import (
     Decoder,
     NodeBatch,
     _CpuStep,
-    _elements,
     _Linear,
     _TorchStep,
-    as_numpy,
     padded,
-    products_dtype,
 )
+from elpo_fast.rollout.decoder_fused import FusedForward, as_numpy, elements, packed
 
 SLOTS = 200
+needs_dots = pytest.mark.skipif(not decoder_cpu.DOTS, reason="needs a CPU with AVX-512 BF16")
 
 
 @njit
@@ -74,38 +74,43 @@ def irregular_batch() -> NodeBatch:
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "products"),
-    [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-    ],
-    ids=["fp32", "bf16", "bf16 with fp32 products"],
-)
+def loaded(
+    model: Any, dtype: torch.dtype, *, fused: bool, products: torch.dtype | None = None
+) -> Decoder:
+    """A decoder with something in all slots, its steps fused or operation by operation."""
+    decoder = Decoder(model, SLOTS, dtype)
+    decoder.products = products or dtype
+    decoder._fused = FusedForward(decoder, len(decoder.layers)) if fused else None
+    tensors = dict(model.named_parameters())
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
+    decoder.load(tensors)
+    generator = torch.Generator().manual_seed(1)
+    for store in (decoder.keys, decoder.values):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    return decoder
+
+
+def plain_forward(decoder: Decoder, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("elpo_fast.rollout.decoder._CpuStep", _TorchStep)
+        return decoder.forward(batch, ends)
+
+
 @torch.inference_mode()
-def test_cpu_kernels_equal_plain_operations(
-    any_model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, products: torch.dtype
-) -> None:
-    monkeypatch.setattr("elpo_fast.rollout.decoder.products_dtype", lambda *_: products)
+def test_cpu_kernels_equal_plain_operations(any_model: Any) -> None:
     batch = irregular_batch()
     outputs = []
     for kind in (_TorchStep, _CpuStep):
-        decoder = Decoder(any_model, SLOTS, dtype)
-        tensors = dict(any_model.named_parameters())
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-        decoder.load(tensors)
-        generator = torch.Generator().manual_seed(1)
-        for store in (decoder.keys, decoder.values):
-            store.copy_(torch.randn(store.shape, generator=generator))
+        decoder = loaded(any_model, torch.bfloat16, fused=False)
         step = kind(decoder, batch)
+        generator = torch.Generator().manual_seed(2)
         qkv = torch.randn(
             len(batch.tokens),
             (decoder.heads + 2 * decoder.kv_heads) * decoder.width,
             generator=generator,
-        ).to(products)
+        ).bfloat16()
         residual = torch.randn(9, 96, generator=generator)
-        delta = torch.randn(9, 96, generator=generator).to(products)
+        delta = torch.randn(9, 96, generator=generator).bfloat16()
         norm = torch.randn(96, generator=generator)
         outputs.append(
             {
@@ -117,13 +122,12 @@ def test_cpu_kernels_equal_plain_operations(
                 "mlp": step.silu_mul(qkv[:, :320]),
             }
         )
-    relative = 1e-5 if dtype == torch.float32 else 2.0**-7
     plain, fused = outputs
     for name, expected in plain.items():
         scale = expected.float().abs().max()
         result = fused[name][: len(expected)]  # without the padding
         error = (result.float() - expected.float()).abs().max()
-        assert error <= relative * scale, name
+        assert error <= 2.0**-7 * scale, name
     assert torch.equal(fused["values"], plain["values"])
 
 
@@ -143,8 +147,8 @@ def test_attention_of_every_head_size(group: int, width: int, dtype: torch.dtype
     out = np.full((len(lengths), kv_heads * group * width), np.nan, np.float32)
     head = decoder_cpu.head(as_numpy(keys).dtype, width)
     decoder_cpu.attend(
-        _elements(query.numpy(), decoder_cpu.query_heads(group, width)),
-        *(_elements(as_numpy(store), head) for store in (keys, values)),
+        elements(query.flatten(1, 2).numpy(), decoder_cpu.query_heads(group, width)),
+        *(elements(as_numpy(store), head) for store in (keys, values)),
         torch.cat(paths).numpy(),
         np.cumsum([0, *lengths[:-1]]),
         np.array(lengths) - 1,
@@ -157,21 +161,40 @@ def test_attention_of_every_head_size(group: int, width: int, dtype: torch.dtype
 
 
 @torch.inference_mode()
-def test_forward_is_the_same_with_plain_operations(
-    any_model: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_fused_forward_equals_plain_operations(any_model: Any) -> None:
+    batch, ends = irregular_batch(), np.array([3, 36, 37, 40])
+    plain, fused = (loaded(any_model, torch.float32, fused=fused) for fused in (False, True))
+    logits = [plain_forward(plain, batch, ends), fused.forward(batch, ends)]
+    for one, other in (logits, (plain.keys, fused.keys), (plain.values, fused.values)):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-4)
+    assert fused.forward(batch, ends[:0]).shape == (0, len(logits[0][0]))
+
+
+@pytest.mark.parametrize(
+    ("products", "limit"),
+    [
+        pytest.param(torch.float32, 1.0, id="fp32 products"),
+        pytest.param(torch.bfloat16, 1.1, id="bf16 products", marks=needs_dots),
+    ],
+)
+@torch.inference_mode()
+def test_a_fused_bfloat16_forward_is_as_close_to_exact_as_plain_operations(
+    qwen3: Any, products: torch.dtype, limit: float
 ) -> None:
-    batch = irregular_batch()
-    results = []
-    for kind in (_CpuStep, _TorchStep):
-        monkeypatch.setattr("elpo_fast.rollout.decoder._CpuStep", kind)
-        decoder = Decoder(any_model, SLOTS, torch.float32)
-        tensors = dict(any_model.named_parameters())
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-        decoder.load(tensors)
-        for store in (decoder.keys, decoder.values):
-            store.copy_(torch.randn(store.shape, generator=torch.Generator().manual_seed(1)))
-        results.append(decoder.forward(batch, np.array([3, 36, 37, 40])))
-    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    """Exact: the same rounded weights, keys and values before, all else in fp32."""
+    batch, ends = irregular_batch(), np.array([3, 36, 37, 40])
+    plain, fused = (
+        loaded(qwen3, torch.bfloat16, fused=fused, products=products) for fused in (False, True)
+    )
+    exact = loaded(copy.deepcopy(qwen3).bfloat16().float(), torch.float32, fused=False)
+    for store in (exact.keys, exact.values):
+        store.copy_(store.bfloat16())
+    expected = plain_forward(exact, batch, ends)
+    errors = [
+        (logits - expected).abs().mean()
+        for logits in (fused.forward(batch, ends), plain_forward(plain, batch, ends))
+    ]
+    assert errors[0] < limit * errors[1] < 0.01 * expected.abs().max()
 
 
 def test_padding_adds_an_eighth_at_most_and_leaves_few_sizes() -> None:
@@ -181,19 +204,50 @@ def test_padding_adds_an_eighth_at_most_and_leaves_few_sizes() -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 96), (192, 1024), (1536, 576)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_of_a_product_does_not_depend_on_the_others(
-    dtype: torch.dtype, size: tuple[int, int]
-) -> None:
-    products = products_dtype(torch.device("cpu"), dtype)
+def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_others(size: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     linear = _Linear("some")
     weight = torch.randn(size[1], size[0], generator=generator)
-    linear.load({"some.weight": weight}, torch.empty(0, dtype=dtype), products)
-    rows = torch.randn(padded(200), size[0], generator=generator).to(products)
+    linear.load({"some.weight": weight}, torch.empty(0, dtype=torch.bfloat16), torch.bfloat16)
+    rows = torch.randn(padded(200), size[0], generator=generator).bfloat16()
     together = linear(rows)
     for count in (padded(1), 3, 5, 8, 15, 16, 31, 64, 120):
         assert torch.equal(linear(rows[:count]), together[:count]), count
+
+
+def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T` by a fused step's product, into NaN."""
+    rows, inputs = x.shape
+    numbers = as_numpy(x)
+    padded_x = np.zeros((rows + decoder_cpu.TILE_ROWS, inputs + inputs % 2), numbers.dtype)
+    padded_x[:rows, :inputs] = numbers
+    out = np.full((rows, len(weight)), np.nan, np.float32)
+    counters = np.zeros(decoder_cpu.COUNTER, np.int64)
+    bias = np.zeros(len(weight) + decoder_cpu.PANEL, np.float32)
+    decoder_cpu._multiply(counters, 0, 8, padded_x, rows, packed(weight), bias, out, 0)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize(
+    ("x_dtype", "dtype"),
+    [
+        pytest.param(torch.float32, torch.float32, id="fp32"),
+        pytest.param(torch.float32, torch.bfloat16, id="bf16 weight"),
+        pytest.param(torch.bfloat16, torch.bfloat16, id="bf16", marks=needs_dots),
+    ],
+)
+@pytest.mark.parametrize("size", [(64, 96), (7, 1), (193, 1001), (576, 333)], ids=str)
+def test_products_add_up_in_fp32_and_a_row_does_not_depend_on_the_others(
+    size: tuple[int, int], x_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(size[1], size[0], generator=generator).to(dtype)
+    rows = torch.randn(67, size[0], generator=generator).to(x_dtype)
+    together = multiplied(rows, weight)
+    exact = rows.double() @ weight.double().T
+    assert (together - exact).abs().max() <= 1e-6 * exact.abs().max() * size[0] ** 0.5
+    for count in (1, 2, 3, 5, 8, 13, 14, 15, 28, 31, 64):
+        assert torch.equal(multiplied(rows[:count], weight), together[:count]), count
 
 
 def test_views_of_bfloat16_share_memory() -> None:
