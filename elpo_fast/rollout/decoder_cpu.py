@@ -887,7 +887,7 @@ def _work(counters, share, w, b, cos, sin, eps, keys, values, key_heads, value_h
 
         key, value = key_heads[layer], value_heads[layer]
         items = rows * b.heads.shape[1]
-        chunk = max(1, items // share)
+        chunk = max(1, items // (4 * share))  # paths differ in length
         start, stop = _claim(counters, n + 3, items, chunk)
         while start < items:
             for item in range(start, stop):
@@ -918,7 +918,7 @@ def forward(
     `[layers, S, kv_heads, D]` and again as `[layers, S, kv_heads]` of `head`, `nodes` positions,
     slots, table and first of a `NodeBatch`.
     """
-    share = 8 * threads
+    share = 8 * threads  # pieces in which an operation is claimed: threads differ in speed
     for _ in prange(threads):
         _work(
             counters, share, w, b, cos, sin, eps, keys, values, key_heads, value_heads, nodes, ends
