@@ -52,6 +52,7 @@ OVERLAP = (
     "train.old_logprob=recompute",
     "train.importance_sampling=token",
 )
+LEFTOVERS = (".writing-*", ".deleting-*", "*.tmp")
 _MARK = "ELPO_KILL_RESUME"  # in the environment of all processes of a run
 
 
@@ -282,7 +283,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
                     f"{expected['phase']} {expected['step']}: {name} is {mine.get(name)!r} "
                     f"instead of {expected.get(name)!r}"
                 )
-    files = [sorted((run / "trees").iterdir()) for run in (killed, whole)]
+    files = [sorted((run / "trees").glob("*.npz")) for run in (killed, whole)]
     tasks = [[io.load(file).task_ids for file in each] for each in files]
     if tasks[0] != tasks[1]:
         faults.append("other tasks were trained on")
@@ -293,7 +294,7 @@ def differences(whole: Path, killed: Path) -> list[str]:
     for name, tensor in expected.items():
         if not torch.equal(mine[name], tensor):
             faults.append(f"weight {name} differs")
-    for leftover in (*killed.rglob(".writing-*"), *killed.rglob(".deleting-*")):
+    for leftover in (path for kind in LEFTOVERS for path in killed.rglob(kind)):
         faults.append(f"left behind: {leftover}")
     return faults
 

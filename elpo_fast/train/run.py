@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from elpo_fast.config import Config, ConfigError, dump_config, load_config
+from elpo_fast.tree import io
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,8 +102,11 @@ class RunFolder:
                 self._board.add_scalar(f"{record['phase']}/{name}", value, record["step"])
 
     def rewind(self, records: int) -> None:
-        """Keep the first `records` metric records only: the rest belongs to work done again."""
+        """Keep the first `records` metric records only: the rest belongs to work done again. What a
+        killed run was writing goes too."""
         self._metrics.close()
+        for leftover in self.path.rglob(f"*{io.TEMPORARY}"):
+            leftover.unlink()
         # Events cannot be taken back one by one, and their steps count anew in every phase.
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         path = self.path / "metrics.jsonl"

@@ -28,6 +28,9 @@ import numpy as np
 
 from elpo_fast.tree.store import ARRAYS, Forest, Tree, TreeError
 
+TEMPORARY = ".tmp"
+"""How the name of a file ends that is being written; one that is killed leaves it behind."""
+
 _FORMAT = "elpo-forest-1"
 _TEXTS = ("task_ids", "infos", "ends", "reasons")
 
@@ -40,7 +43,7 @@ def save(forest: Forest, path: str | Path) -> None:
         meta = json.dumps(texts).encode()
     except TypeError as error:
         raise TreeError(f"a tree's info must be plain JSON values: {error}") from None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with temporary.open("wb") as file:
             arrays = {name: getattr(forest, name) for name in ARRAYS}
