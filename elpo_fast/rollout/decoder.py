@@ -109,8 +109,8 @@ class _Layer:
         self.norms = {
             "before_attention": f"{prefix}.input_layernorm.weight",
             "before_mlp": f"{prefix}.post_attention_layernorm.weight",
-            "query": f"{attention}.q_norm.weight",
-            "key": f"{attention}.k_norm.weight",
+            "query_norm": f"{attention}.q_norm.weight",
+            "key_norm": f"{attention}.k_norm.weight",
         }
         self.norm: dict[str, torch.Tensor] = {}
 
@@ -172,7 +172,7 @@ class Decoder:
         self.keys = torch.empty(shape, dtype=dtype, device=self.device)
         self.values = torch.empty(shape, dtype=dtype, device=self.device)
         fuses = self.device.type == "cpu" and decoder_cpu.multiplies(self.products)
-        self._fused = FusedForward(self, len(self.layers)) if fuses else None
+        self._fused = FusedForward(self) if fuses else None
 
     @cached_property
     def cache_views(self) -> list[tuple[np.ndarray, ...]]:
@@ -259,9 +259,9 @@ class _TorchStep:
         norm = d.layers[index].norm
         heads = qkv.unflatten(-1, (-1, d.width)).float()
         query, key, value = heads.split((d.heads, d.kv_heads, d.kv_heads), 1)
-        if norm["query"].numel():
-            query = F.rms_norm(query, (d.width,), norm["query"], d.eps)
-            key = F.rms_norm(key, (d.width,), norm["key"], d.eps)
+        if norm["query_norm"].numel():
+            query = F.rms_norm(query, (d.width,), norm["query_norm"], d.eps)
+            key = F.rms_norm(key, (d.width,), norm["key_norm"], d.eps)
         query = decoder_torch.rotate(query, self.cos, self.sin).to(d.dtype)
         keys, values = d.keys[index], d.values[index]
         keys[self.slots] = decoder_torch.rotate(key, self.cos, self.sin).to(d.dtype)
@@ -329,8 +329,8 @@ class _CpuStep:
             self.queries.size,
             decoder_cpu.rope_store,
             as_numpy(qkv),
-            norm["query"].numpy(),
-            norm["key"].numpy(),
+            norm["query_norm"].numpy(),
+            norm["key_norm"].numpy(),
             self.eps,
             self.cos,
             self.sin,

@@ -17,25 +17,14 @@ if TYPE_CHECKING:
     from elpo_fast.rollout.decoder import Decoder, NodeBatch
 
 _WORTH_WAKING = 10_000_000  # multiplications; waking a thread takes as long
-_MATRICES = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "out": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-_NORMS = {
-    "before_attention": "input_layernorm",
-    "before_mlp": "post_attention_layernorm",
-    "query_norm": "self_attn.q_norm",
-    "key_norm": "self_attn.k_norm",
-}
+_MATRICES = ("qkv", "out", "gate_up", "down")  # of a layer
 
 
 class FusedForward:
     """The weights of `decoder`, packed, and its steps."""
 
-    def __init__(self, decoder: Decoder, layers: int) -> None:
-        self._decoder, self._layers = decoder, layers
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
         self._cos, self._sin = decoder.cos.numpy(), decoder.sin.numpy()
         stores = as_numpy(decoder.keys), as_numpy(decoder.values)
         head = decoder_cpu.head(stores[0].dtype, decoder.width)
@@ -44,25 +33,24 @@ class FusedForward:
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Pack all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
-        dtype = self._decoder.dtype
+        dtype, layers = self._decoder.dtype, self._decoder.layers
         stacks: dict[str, np.ndarray] = {}
 
-        def put(role: str, layer: int, array: np.ndarray) -> None:
+        def put(role: str, index: int, array: np.ndarray) -> None:
             if role not in stacks:
-                stacks[role] = np.empty((self._layers, *array.shape), array.dtype)
-            stacks[role][layer] = array
+                stacks[role] = np.empty((len(layers), *array.shape), array.dtype)
+            stacks[role][index] = array
 
-        for layer in range(self._layers):
-            prefix = f"model.layers.{layer}"
-            for role, parts in _MATRICES.items():
-                pairs = [_projection(tensors, f"{prefix}.{part}", dtype) for part in parts]
+        for index, layer in enumerate(layers):
+            for role in _MATRICES:
+                names = getattr(layer, role).names
+                pairs = [_projection(tensors, name, dtype) for name in names]
                 join = _interleaved if role == "gate_up" else torch.cat
                 weight, bias = (join(list(x)) for x in zip(*pairs, strict=True))
-                put(role, layer, packed(weight))
-                put(f"{role}_bias", layer, _filled(bias, PANEL).numpy())
-            for role, part in _NORMS.items():
-                weight = tensors.get(f"{prefix}.{part}.weight", torch.empty(0))
-                put(role, layer, weight.float().numpy())
+                put(role, index, packed(weight))
+                put(f"{role}_bias", index, _filled(bias, PANEL).numpy())
+            for role, name in layer.norms.items():
+                put(role, index, tensors.get(name, torch.empty(0)).float().numpy())
         head, bias = _projection(tensors, "lm_head", dtype)
         norm = tensors["model.norm.weight"].float().clone().numpy()
         self._weights = Weights(
@@ -100,7 +88,7 @@ class FusedForward:
         numba.set_num_threads(threads)
         decoder_cpu.forward(
             threads,
-            np.zeros((OPERATIONS * self._layers + 2) * COUNTER, np.int64),
+            np.zeros((OPERATIONS * len(d.layers) + 2) * COUNTER, np.int64),
             w,
             buffers,
             self._cos,

@@ -80,7 +80,7 @@ def loaded(
     """A decoder with something in all slots, its steps fused or operation by operation."""
     decoder = Decoder(model, SLOTS, dtype)
     decoder.products = products or dtype
-    decoder._fused = FusedForward(decoder, len(decoder.layers)) if fused else None
+    decoder._fused = FusedForward(decoder) if fused else None
     tensors = dict(model.named_parameters())
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     decoder.load(tensors)
