@@ -136,7 +136,8 @@ class Tool(Protocol):
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample. `stop` strings end a completion as soon as its text contains one; the token
-    that completed it is kept. `stop_token_ids` end it too and are kept."""
+    that completed it is kept. `stop_token_ids` end it too and are kept; where there are any, an
+    engine may also end it with what the model's own folder calls an end of text."""
 
     max_tokens: int
     temperature: float = 1.0

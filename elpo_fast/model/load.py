@@ -65,6 +65,15 @@ class LoadedModel:
     name: str
     root: nn.Module | None = None
 
+    @property
+    def end_token_ids(self) -> set[int]:
+        """Tokens that end a text, by the configuration of the model or of its generation."""
+        ends: set[int] = set()
+        for config in (self.model.config, self.model.generation_config):
+            eos = getattr(config, "eos_token_id", None)
+            ends |= {eos} if isinstance(eos, int) else set(eos or ())
+        return ends
+
 
 class _Read(NamedTuple):
     """`missing` weights were not found; `stored` holds those of a model on the meta device."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,11 +52,16 @@ class Chat:
 
     `hermes`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, tools described to the
     model by their JSON schemas. `code`: `<code>...</code>` for the one tool whose only required
-    argument is `code`; the task's system message tells the model so.
+    argument is `code`; the task's system message tells the model so. `end_token_ids` are the
+    model's own ends of text: they end an assistant message as its end of turn does.
     """
 
     def __init__(
-        self, tokenizer: Any, call_format: CallFormat, tools: Sequence[Mapping[str, Any]]
+        self,
+        tokenizer: Any,
+        call_format: CallFormat,
+        tools: Sequence[Mapping[str, Any]],
+        end_token_ids: Iterable[int] = (),
     ) -> None:
         if call_format == "code" and len(tools) != 1:
             names = [tool["function"]["name"] for tool in tools]
@@ -88,13 +93,9 @@ class Chat:
                 "set a chat template that does, for example ChatML"
             )
         self.end_of_turn = int(first[0])
+        ends = {self.end_of_turn, tokenizer.eos_token_id, *end_token_ids} - {None}
+        self.stop_token_ids: tuple[int, ...] = tuple(sorted(ends))  # end an assistant message
         self._special_texts = list(special.values())
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an assistant message."""
-        eos = self.tokenizer.eos_token_id
-        return tuple({self.end_of_turn} | ({eos} if eos is not None else set()))
 
     @property
     def stop(self) -> tuple[str, ...]:

@@ -82,7 +82,12 @@ async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts
                 ranks=ranks,
                 root=loaded.root,
             )
-            chat = Chat(loaded.tokenizer, config.rollout.call_format, toolbox.schemas)
+            chat = Chat(
+                loaded.tokenizer,
+                config.rollout.call_format,
+                toolbox.schemas,
+                loaded.end_token_ids,
+            )
             tokens = config.tools.output_tokens
             collector = SharedCollector(
                 ranks, engine, toolbox, chat, source, config.rollout, output_tokens=tokens

@@ -86,6 +86,15 @@ def test_saved_folder_loads_as_it_was(scratch: LoadedModel, folder: Path) -> Non
     assert loaded.tokenizer.encode(TEXTS[0]) == scratch.tokenizer.encode(TEXTS[0])
 
 
+def test_ends_of_text_are_those_of_the_model_and_of_its_generation(
+    scratch: LoadedModel, folder: Path
+) -> None:
+    end = scratch.tokenizer.eos_token_id
+    assert load_model(named(str(folder)), seed=0).end_token_ids == {end}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert load_model(named(str(folder)), seed=0).end_token_ids == {end, 7, 9}
+
+
 def test_half_precision_folder_gets_float32_masters(scratch: LoadedModel, folder: Path) -> None:
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.save_pretrained(folder)

@@ -121,6 +121,14 @@ def test_message_without_call_is_an_answer() -> None:
     assert make_chat().parse_call("<answer>3</answer>") is None
 
 
+def test_an_end_of_text_of_the_model_ends_a_message_and_is_none_of_its_text() -> None:
+    tokenizer = make_chat().tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    chat = Chat(tokenizer, "code", [TOOL], [end])
+    assert chat.stop_token_ids == tuple(sorted({end, tokenizer.eos_token_id, chat.end_of_turn}))
+    assert chat.message_text(np.array([*chat.encode("12345"), end])) == "12345"
+
+
 def test_code_format_needs_exactly_one_tool() -> None:
     tokenizer = train_tokenizer(["x"])
     with pytest.raises(ValueError, match="exactly one tool"):

@@ -161,9 +161,9 @@ def test_a_faulty_update_is_refused_and_changes_nothing(
 
 
 def test_stop_tokens_end_a_completion_and_are_kept(
-    qwen3: Any, with_engine: Any, prompt: Any, check: Any
+    qwen3: Any, with_engine: Any, prompt: Any, check: Any, tokenizer: Any
 ) -> None:
-    stops = tuple(range(0, 320, 3))
+    stops = (*range(0, 320, 3), tokenizer.eos_token_id)
 
     async def work(engine: Engine) -> Any:
         return await engine.generate(prompt(6), 6, Sampling(max_tokens=40, stop_token_ids=stops))
