@@ -43,6 +43,9 @@ from elpo_kernels._head import (
 ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
 
+# The weight's gradient lends its memory if that holds the rows of as many rounds.
+LENT_ROUNDS = 2
+
 # Least size of a piece of a weight's sum: from 32 MiB on, glibc gives each back to the system.
 PIECE_BYTES = 34 * MIB
 
@@ -125,9 +128,27 @@ class Gradients:
             self.bias = torch.zeros(head.vocabulary, dtype=acc, device=xs[0].device)
         self.written = False
 
-    def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool) -> None:
-        """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`."""
+    def lend(self, rows: int) -> Tensor | None:
+        """Memory for the powers of the first of `rows` rows, `[n, V]` with n at most the head's
+        width: the weight's gradient, each row in a column, until `add` writes it. None where it
+        would not save rounds, and on a GPU, whose kernels want rows next to each other."""
+        result = self.weights[0]
+        if result is None or result is self.main_grad or len(self.weights) > 1:
+            return None
+        summed = result.dtype == self.tiles.acc == self.head.dtype and result.device.type == "cpu"
+        if not summed or min(rows, result.shape[1]) < LENT_ROUNDS * self.head.tiling.kept:
+            return None
+        return result[:, :rows].t()
+
+    def add(
+        self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool, lent: bool = False
+    ) -> None:
+        """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`; `lent`: they
+        lie in what `lend` returned."""
         self.written |= last
+        if self.bias is not None:
+            for strip in self.head.strips():
+                self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
         for i, x in enumerate(self.inputs):
             gradient = self.xs[i]
             if gradient is not None:
@@ -136,12 +157,9 @@ class Gradients:
                 del product
             if self.weights[i] is not None:
                 scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(self.head.dtype)
-                self._add_weight(i, kept, scaled, last)
-        if self.bias is not None:
-            for strip in self.head.strips():
-                self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
+                self._add_weight(i, kept, scaled, last, lent)
 
-    def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool) -> None:
+    def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool, lent: bool) -> None:
         result, sums, tiles = self.weights[i], self._sums[i], self.tiles
         assert result is not None
         if result is self.main_grad:
@@ -149,6 +167,7 @@ class Gradients:
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
         wider = result.dtype != tiles.acc
+        update = self.head.tiling.strip if lent else self.head.tiling.update
         pieces = max(1, result.numel() * tiles.acc.itemsize // PIECE_BYTES) if wider else 1
         for piece in cut(0, len(result), -(-len(result) // pieces)):
             total = sums.pop(piece.start, None)
@@ -157,12 +176,17 @@ class Gradients:
                 total = result[piece]
                 if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
-            for rows in cut(piece.start, piece.stop, self.head.tiling.update):
-                part = total[rows.start - piece.start : rows.stop - piece.start]
+            for rows in cut(piece.start, piece.stop, update):
+                part, powers = (
+                    total[rows.start - piece.start : rows.stop - piece.start],
+                    kept[:, rows].t(),
+                )
                 if part.dtype != tiles.acc:  # all rows at once
-                    part.copy_(tiles.product(kept[:, rows].t(), x))
+                    part.copy_(tiles.product(powers, x))
                     continue
-                tiles.accumulate(part, kept[:, rows].t(), x, first)
+                if lent:  # they lie where their products go
+                    powers = powers.clone(memory_format=torch.contiguous_format)
+                tiles.accumulate(part, powers, x, first)
                 if last and wider:
                     result[rows] = part
             if not last:

@@ -3,6 +3,9 @@
 Two passes are made where the weight's gradient is narrower than its sum, which would have to be
 kept from the first block of tokens to the last, and there is no room for it: see `Tiling`.
 
+Where the weight's gradient is summed in its result, and this has room for more rows than are kept
+otherwise, the first rows' powers lie there until it is written, each row in a column.
+
 Tokens are dropped twice: those without a coefficient before they meet the head, those whose
 gradient turns out to be zero (clipped) before the backward products. The powers E of the remaining
 rows are packed into one buffer, and whenever it is full both backward products run over all of it;
@@ -135,29 +138,31 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor]:
     logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
     entropy = torch.zeros_like(logprob)
-    rounds = -(-len(index) // head.tiling.kept)  # of equal size: a short last one is inefficient
-    capacity = -(-len(index) // max(1, rounds))
-    # With rows whole pages apart the same columns of all would share a few sets of the caches.
-    row_bytes = head.vocabulary * head.dtype.itemsize
-    stride = head.vocabulary + (64 // head.dtype.itemsize if row_bytes % 4096 == 0 else 0)
-    kept = torch.empty(capacity, stride, dtype=head.dtype, device=targets.device)
-    kept = kept[:, : head.vocabulary]
+    kept = gradients.lend(len(index))
+    lent = kept is not None
+    if kept is None:
+        kept = _memory(head, len(index))
     pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
-    filled = 0
+    start = filled = 0
 
     def flush(last: bool) -> None:
         nonlocal filled
         if filled or last:
             where, factor = (torch.cat(parts) for parts in zip(*pending, strict=True))
-            gradients.add(where, kept[:filled], factor, last)
+            gradients.add(where, kept[:filled], factor, last, lent)
         pending.clear()
         filled = 0
 
-    start = 0
     while start < len(index):
-        if capacity - filled < min(head.tiling.rows // 2, capacity // 2, len(index) - start):
+        rest, room = len(index) - start, len(kept) - filled
+        if room < min(head.tiling.rows // 2, head.tiling.kept, len(kept) // 2, rest):
             flush(last=False)
-        block = index[start : start + min(head.tiling.rows, capacity - filled)]
+            if lent:
+                kept, lent = _memory(head, rest), False
+            room = len(kept)
+        # Measured: 1,536 rows as columns are made a tenth faster at once than in two halves.
+        most = head.tiling.rows * (2 if lent else 1)
+        block = index[start : start + min(_equal(len(kept), most), room)]
         start += len(block)
         place = kept[filled : filled + len(block)]
         rows = gather_rows(head, xs, targets, block)
@@ -185,12 +190,27 @@ def _one_pass(
             at_target *= column(rows.inv_temperature)
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
-        order = _compacted(place, live)
+        order = _compacted(head, place, live)
         pending.append((block[order], factor[order]))
         filled += len(order)
     if pending:
         flush(last=True)
     return logprob, entropy
+
+
+def _equal(count: int, most: int) -> int:
+    """Size of as few parts of equal size as hold `count`: a short last one is inefficient."""
+    return -(-count // max(1, -(-count // most)))
+
+
+def _memory(head: Head, count: int) -> Tensor:
+    """Where the powers of some of `count` rows are kept, `[n, V]`."""
+    # With rows whole pages apart the same columns of all would share a few sets of the caches.
+    row_bytes = head.vocabulary * head.dtype.itemsize
+    stride = head.vocabulary + (64 // head.dtype.itemsize if row_bytes % 4096 == 0 else 0)
+    rows = _equal(count, head.tiling.kept)
+    kept = torch.empty(rows, stride, dtype=head.dtype, device=head.weights[0].device)
+    return kept[:, : head.vocabulary]
 
 
 def _powers(
@@ -216,13 +236,17 @@ def _powers(
     return rows, sums[0], sums[1], log_total
 
 
-def _compacted(place: Tensor, live: Tensor) -> Tensor:
+def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
     """Move the last live rows of `place` onto the dead ones among the first, so that the live ones
     come first; the rows they were, in their new order. As little is moved as can be."""
     count = int(live.sum())
     order = torch.arange(count, device=live.device)
     holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
-    if len(holes):
+    if len(holes) and place.stride(0) < place.stride(1):
+        for columns in place.t().split(head.tiling.strip):
+            columns.index_copy_(1, holes, columns.gather(1, movers.expand(len(columns), -1)))
+        order[holes] = movers
+    elif len(holes):
         moves = zip(holes.tolist(), movers.tolist(), strict=True)
         if place.device.type == "cpu":
             # PyTorch would wake its threads for every row, which takes five times as long.
