@@ -30,6 +30,12 @@ _CPU_ARGS = {
     "grammar_backend": "none",
     "sleep_on_idle": True,  # else a core is busy waiting
 }
+# What torchrun tells its workers about themselves. PyTorch reads it in the server too, which would
+# take torchrun's store for its own and wait for it until its start times out.
+_TORCHRUN = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+}
 _TAIL_LINES = 12
 _STOP_TIMEOUT_S = 20.0
 
@@ -49,8 +55,13 @@ class ServerProcess:
             **(_CPU_ARGS if on_cpu else {}),
             **args,
         }
+        self._environment: dict[str, str] = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _TORCHRUN and not name.startswith("TORCHELASTIC_")
+        }
         # Sockets and other leavings go where our own files go, and are removed with them.
-        self._environment: dict[str, str] = {**os.environ, "TMPDIR": str(model)}
+        self._environment["TMPDIR"] = str(model)
         if on_cpu:
             self._environment["SGLANG_USE_CPU_ENGINE"] = "1"
             self._environment["PYTHONPATH"] = str(_HERE / "cpu")
