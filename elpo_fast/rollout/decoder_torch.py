@@ -43,12 +43,16 @@ def attend(
     A query at position p sees the first p + 1 slots of its path; `positions` `[B, q]`, `keys` and
     `values` `[S, kv_heads, D]`. Returns `[B, q, heads * D]`.
     """
+    # The query heads of a key head become queries of it. Told of grouped heads, PyTorch 2.13 leaves
+    # its memory-efficient kernel out and, where cuDNN cannot serve, repeats keys and values.
+    grouped = queries.unflatten(2, (keys.shape[1], -1))
+    groups = grouped.shape[3]
+    positions = positions.repeat(1, groups)
     seen = torch.arange(paths.shape[1], device=paths.device) <= positions[..., None]
     mean = F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
+        grouped.permute(0, 2, 3, 1, 4).flatten(2, 3),
         keys[paths].transpose(1, 2),
         values[paths].transpose(1, 2),
         attn_mask=seen[:, None],
-        enable_gqa=True,
     )
-    return mean.transpose(1, 2).flatten(2)
+    return mean.unflatten(2, (groups, -1)).permute(0, 3, 1, 2, 4).flatten(2)
