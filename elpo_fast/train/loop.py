@@ -193,6 +193,7 @@ class _Run:
 
             phase.detail(f"running the tools of {sft.demonstrations} demonstrations")
             seed = self.stream(_SFT, 0)
+            await self.parts.engine.release()
             await cold_start(
                 self.config,
                 self.parts.collector,

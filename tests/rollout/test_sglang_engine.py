@@ -144,6 +144,7 @@ def test_memory_is_lent_to_the_trainer_between_collecting_and_the_update(
             await control(path, **body)
 
         monkeypatch.setattr(server, "control", record)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: asked.append("empty_cache"))
         await engine.release()
         await engine.update_weights(qwen3.named_parameters(), 1)
         await engine.generate(prompt(10), 1, Sampling(max_tokens=1))
@@ -152,6 +153,7 @@ def test_memory_is_lent_to_the_trainer_between_collecting_and_the_update(
     assert use_sglang(qwen3, work, [server[1]]) == [
         "/flush_cache",
         "/release_memory_occupation",
+        "empty_cache",
         "/resume_memory_occupation",
         "/pause_generation",
         "/flush_cache",

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast.config import Config, ConfigError, load_config, parse_config
+from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run
 from elpo_fast.train.run import RunFolder
-from elpo_fast.train.step import NonFiniteError
+from elpo_fast.train.step import NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io as tree_io
 from elpo_fast.tree.store import Forest
@@ -125,6 +127,31 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
         str(run),
     ):
         assert said in shown
+
+
+def test_the_engine_lends_its_memory_to_all_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def record(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return method(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    for name in ("generate", "release", "update_weights"):
+        record(LocalEngine, name)
+    record(PolicyOptimizer, "nll_update")
+    record(loop._Run, "update")
+    loop.train(make_config(tmp_path, train={"steps": 1}), console=quiet())
+    assert [name for name, _ in groupby(called)] == [
+        *("generate", "release", "nll_update", "update_weights"),
+        *("generate", "release", "update", "update_weights", "generate"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,8 @@ class SGLangEngine:
     async def _ready(self, server: Server) -> None:
         """It is up and holds the current weights."""
         async with server.lock:
+            if self._colocated and (self._asleep or not server.up):
+                torch.cuda.empty_cache()  # what the trainer has freed is the server's again
             if not server.up:
                 assert self._http is not None
                 if server.process:
