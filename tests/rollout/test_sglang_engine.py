@@ -162,6 +162,31 @@ def test_memory_is_lent_to_the_trainer_between_collecting_and_the_update(
     ]
 
 
+def beside_the_trainer(model: Any, sglang: dict[str, Any], log: Path) -> dict[str, Any]:
+    """Arguments of a server on the trainer's accelerator; "meta" stands in for one."""
+    config = RolloutConfig.model_validate({"sglang": sglang})
+    held = type(model)(model.config).to("meta")
+    engine = SGLangEngine(
+        config, held, None, dtype=torch.float32, log=log, weights=model.named_parameters()
+    )
+    asyncio.run(engine.close())
+    (server,) = engine._servers
+    assert server.process is not None
+    return server.process._args
+
+
+def test_broadcasts_to_a_server_on_the_trainers_gpu_are_refused(
+    qwen3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elpo_fast.rollout.sglang.engine.find_python", lambda _: "python")
+    sglang = {"weight_sync": "distributed", "args": {"base_gpu_id": 0}}
+    for refused in (sglang, {"weight_sync": "distributed"}):
+        with pytest.raises(ConfigError, match="NCCL refuses two processes on one GPU"):
+            beside_the_trainer(qwen3, refused, tmp_path / "log")
+    elsewhere = sglang | {"args": {"base_gpu_id": 1}}
+    assert beside_the_trainer(qwen3, elsewhere, tmp_path / "log")["base_gpu_id"] == 1
+
+
 def test_too_long_trajectories_are_refused_at_once(
     qwen3: Any, server: Any, tokenizer: Any, tmp_path: Path, prompt: Any
 ) -> None:

@@ -71,6 +71,19 @@ class SGLangEngine:
         self._weights = Weights(model, dtype, weights or model.named_parameters())
         on_cpu = model.device.type == "cpu"
         own = not self._sglang.urls
+        gpu = model.device.index or 0
+        # A server beside the trainer on its GPU lends it its memory while it trains.
+        self._colocated = own and not on_cpu
+        if (
+            self._colocated
+            and self._sglang.weight_sync == "distributed"
+            and self._sglang.args.get("base_gpu_id", gpu) == gpu
+        ):
+            raise ConfigError(
+                "rollout.sglang.weight_sync: distributed cannot reach our own server on the "
+                f"trainer's GPU {gpu}, since NCCL refuses two processes on one GPU; use auto, or "
+                "put the server on another GPU by rollout.sglang.args.base_gpu_id"
+            )
         python = find_python(self._sglang.python) if own else ""
         self._folder = _folder(self._sglang.folder, self._weights.bytes)
         self._way: Way
@@ -78,8 +91,6 @@ class SGLangEngine:
             self._way = "tensor" if own and not on_cpu else "disk"
         else:
             self._way = self._sglang.weight_sync
-        # A server beside the trainer on its GPU lends it its memory while it trains.
-        self._colocated = own and not on_cpu
         self._asleep = False
         if own:
             described = copy.deepcopy(model.config)
@@ -92,7 +103,7 @@ class SGLangEngine:
                     "max_running_requests": config.max_batch,
                 }
             else:
-                args |= {"enable_memory_saver": True, "base_gpu_id": model.device.index or 0}
+                args |= {"enable_memory_saver": True, "base_gpu_id": gpu}
             if tokenizer is None:
                 args["skip_tokenizer_init"] = True
             else:
