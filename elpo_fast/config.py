@@ -111,7 +111,9 @@ class SGLangConfig(Section):
 
     urls: list[str] = []  # of running servers, each addressed itself; empty: start one
     python: str | None = None  # interpreter with SGLang; None: .venv-sglang beside ours, or ours
-    args: dict[str, Any] = {}  # further arguments of our server, e.g. {tp_size: 2}
+    # Further arguments of our server, e.g. {tp_size: 2}. mem_fraction_static is 0.5 on a GPU: the
+    # server's share of what is free at its start, when the trainer has but its weights
+    args: dict[str, Any] = {}
     # "auto": "tensor" for a server of our own on a GPU, else "disk"
     weight_sync: Literal["auto", "tensor", "distributed", "disk"] = "auto"
     folder: str | None = None  # for weights on "disk", readable by the servers; None: in memory

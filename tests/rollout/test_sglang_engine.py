@@ -175,6 +175,16 @@ def beside_the_trainer(model: Any, sglang: dict[str, Any], log: Path) -> dict[st
     return server.process._args
 
 
+def test_a_server_beside_the_trainer_leaves_it_memory(
+    qwen3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elpo_fast.rollout.sglang.engine.find_python", lambda _: "python")
+    for given, expected in (({}, 0.5), ({"mem_fraction_static": 0.7}, 0.7)):
+        args = beside_the_trainer(qwen3, {"args": given}, tmp_path / "log")
+        assert args["mem_fraction_static"] == expected
+        assert args["enable_memory_saver"]
+
+
 def test_broadcasts_to_a_server_on_the_trainers_gpu_are_refused(
     qwen3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

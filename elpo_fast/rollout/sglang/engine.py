@@ -42,6 +42,9 @@ from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 _ATTEMPTS = 3
 _FLUSH_TIMEOUT_S = 20.0
+# SGLang takes all but a few GiB of what is free otherwise. Weights and key-value memory together,
+# as a share of what is free at the server's start, before the trainer has gradients and moments.
+_COLOCATED_MEMORY = 0.5
 
 _Answer = TypeVar("_Answer")
 
@@ -103,7 +106,11 @@ class SGLangEngine:
                     "max_running_requests": config.max_batch,
                 }
             else:
-                args |= {"enable_memory_saver": True, "base_gpu_id": gpu}
+                args |= {
+                    "enable_memory_saver": True,
+                    "base_gpu_id": gpu,
+                    "mem_fraction_static": _COLOCATED_MEMORY,
+                }
             if tokenizer is None:
                 args["skip_tokenizer_init"] = True
             else:
