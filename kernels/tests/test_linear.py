@@ -7,6 +7,7 @@ to multiply bfloat16 are tested, whichever this CPU would choose.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
@@ -401,6 +402,17 @@ def test_bfloat16_is_widened_where_it_is_slow(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(_backend, "_processor", lambda: vendor)
     assert _backend.widens_bfloat16.__wrapped__() is widens
+
+
+def test_triton_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo traces the choice, but not through the import system."""
+    monkeypatch.setattr(_backend, "_interpreted", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked again"))
+    cpu = torch.device("cpu")
+    assert _backend.resolve_backend("triton", cpu, torch.float32) == "triton"
+    monkeypatch.setattr(_backend, "TRITON", False)
+    with pytest.raises(RuntimeError, match="needs the triton package"):
+        _backend.resolve_backend("triton", cpu, torch.float32)
 
 
 def test_gradients_are_bitwise_repeatable() -> None:

@@ -14,6 +14,8 @@ import torch
 logger = logging.getLogger("elpo_kernels")
 
 BACKENDS = ("auto", "triton", "torch")
+# Looked for once: Dynamo traces `resolve_backend`, but not through the import system.
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -24,7 +26,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
     if backend == "auto":
         return _automatic(device.type, dtype)
     if backend == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not TRITON:
             raise RuntimeError(
                 "backend 'triton' needs the triton package; install it, or use 'torch'"
             )
@@ -40,7 +42,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype) -> s
 @functools.cache
 def _automatic(device_type: str, dtype: torch.dtype) -> str:
     on_gpu = device_type == "cuda" and dtype != torch.float64
-    chosen = "triton" if on_gpu and importlib.util.find_spec("triton") else "torch"
+    chosen = "triton" if on_gpu and TRITON else "torch"
     logger.info("backend for %s tensors on %s: %s", dtype, device_type, chosen)
     return chosen
 
