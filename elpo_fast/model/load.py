@@ -46,6 +46,9 @@ SCRATCH = "scratch"
 HUB_TIMEOUT_S = 10.0
 NEEDS = {"path": "cpu", "triton": "cuda", "flex": "cuda", "varlen": "cuda"}
 """The device that an attention runs on, where it does not run on all of them."""
+EXACT_HEAD_DIM = 128
+"""The largest head dimension for which the Triton attention has float32. Flash attention has none
+at all."""
 Shard = Callable[[PreTrainedModel], nn.Module]
 """Spreads a model over processes in place; the module that it belongs to, which runs a function
 with the parameters gathered."""
@@ -122,9 +125,8 @@ def load_model(
     if found.stored is None:
         model.to(device)
     _switch_dropout_off(model)
-    # Flash attention has no float32, in which models are loaded.
-    checked = "sdpa" if config.attention == "varlen" else config.attention
-    model.set_attn_implementation(attention_name(checked))
+    dim = getattr(model.config, "head_dim", None)
+    model.set_attn_implementation(attention_name(_checked_attention(config, device, dim or 0)))
     if config.lora is not None:
         _cast(model, _base_dtype(config))
         add_adapters(model, config.lora)
@@ -185,6 +187,18 @@ def _check_attention(config: ModelConfig, device: torch.device) -> None:
             "model.attention: 'varlen' is flash attention, which has no float32; "
             "use model.dtype=bfloat16 or another attention"
         )
+
+
+def _checked_attention(config: ModelConfig, device: torch.device, head_dim: int) -> str:
+    """The attention of the check of the packed forward, which is in the dtype of `_base_dtype`."""
+    wide = (
+        device.type == "cuda"
+        and config.attention in ("auto", "triton")
+        and head_dim > EXACT_HEAD_DIM
+        and _base_dtype(config) == torch.float32
+        and resolve_dtype(config) != "float32"  # else there is no training with it either
+    )
+    return "sdpa" if wide or config.attention == "varlen" else config.attention
 
 
 def scratch_model(

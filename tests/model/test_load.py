@@ -238,3 +238,20 @@ def test_an_attention_of_another_device_is_refused(attention: str) -> None:
     config = ModelConfig(name="scratch", device="cpu", attention=attention)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"'{attention}' runs on cuda and the model is on cpu"):
         load_model(config, seed=0, tokenizer_texts=["text"])
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_a_model_that_the_triton_attention_trains_passes_its_check(
+    dim: int, dtype: str, chip: str
+) -> None:
+    """Models are checked in float32, for which it takes smaller heads than for bfloat16."""
+    from elpo_kernels._triton_attention import TILES
+
+    config = ModelConfig(device="cpu", dtype=dtype, attention="auto")
+    checked = load._checked_attention(config, torch.device("cuda"), dim)
+    assert checked in ("auto", "sdpa")
+    trains = (getattr(torch, dtype).itemsize, dim) in TILES[chip]
+    passes = checked == "sdpa" or (torch.float32.itemsize, dim) in TILES[chip]
+    assert passes is trains
