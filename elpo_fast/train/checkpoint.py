@@ -36,7 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from elpo_fast.train.parallel import ALONE, Ranks
+from elpo_fast.train.parallel import ALONE, Ranks, on_own_gpu
 from elpo_fast.train.step import WEIGHTS, PolicyOptimizer
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest
@@ -78,7 +78,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, keep: int, ranks: Ranks = ALONE) -> None:
         self._root, self._keep, self._ranks = run_dir / _FOLDER, keep, ranks
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", **on_own_gpu(ranks))
         self._writing: Future[None] | None = None
 
     def save(self, state: TrainState, policy: PolicyOptimizer) -> None:

@@ -141,11 +141,16 @@ def joined(config: Config) -> Iterator[Ranks]:
 
 def threads(ranks: Ranks) -> ThreadPoolExecutor | None:
     """Worker threads that use this rank's GPU; `None`: the default ones do."""
+    options = on_own_gpu(ranks)
+    return ThreadPoolExecutor(**options) if options else None
+
+
+def on_own_gpu(ranks: Ranks) -> dict[str, Any]:
+    """Options of a `ThreadPoolExecutor` whose threads use this rank's GPU; new ones use the first,
+    and a rank that touches it takes hundreds of MiB there."""
     if ranks.mesh is None or ranks.mesh.device_type != "cuda":
-        return None
-    return ThreadPoolExecutor(
-        initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),)
-    )
+        return {}
+    return {"initializer": torch.cuda.set_device, "initargs": (torch.cuda.current_device(),)}
 
 
 class Sharded(nn.Module):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from elpo_fast.train.checkpoint import (
     latest,
     load_checkpoint,
 )
+from elpo_fast.train.parallel import Ranks
 from elpo_fast.train.step import PolicyOptimizer
 
 TEXTS = ["add 12 to the balance\n"] * 10
@@ -314,3 +316,17 @@ def test_full_disk_leaves_the_last_checkpoint(
     checkpoints.close()
     assert "\n" not in str(caught.value)
     assert latest(tmp_path) == good
+
+
+def test_the_thread_uses_the_gpu_of_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda gpu: used.append((gpu, threading.current_thread().name))
+    )
+    ranks = Ranks(rank=3, size=4, mesh=SimpleNamespace(device_type="cuda"))  # type: ignore[arg-type]
+    with closing(Checkpoints(tmp_path, keep=1, ranks=ranks)) as checkpoints:
+        checkpoints._thread.submit(int).result()
+    assert used == [(3, "checkpoint_0")]
