@@ -1,8 +1,8 @@
 """Tree attention by PyTorch's FlexAttention.
 
 The block mask is made from extremes of `end` and `position` over blocks (`elpo_kernels.TreePlan`),
-never from an `N x N` mask. On CUDA the kernel is compiled. On CPUs FlexAttention runs eagerly, with
-dense scores and without a backward, which suffices for tests.
+never from an `N x N` mask. On CUDA the kernel is compiled, and what cannot be raises: eager
+FlexAttention has dense scores. On CPUs it runs so, without a backward, which suffices for tests.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from elpo_fast.model.tree_mask import TreeMask
 
 BLOCK = 128
+COMPILATIONS = 64
+"""Dynamo's limit for FlexAttention; its own is 8. One model takes up to 10: with and without a
+window, one block and more, with gradients and without, and those of its check in float32."""
 
 
 def flex_tree_attention(
@@ -25,9 +29,14 @@ def flex_tree_attention(
     tree: TreeMask,
     scale: float,
     window: int | None = None,
+    *,
+    dynamic: bool = True,
 ) -> torch.Tensor:
-    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
-    attend = flex_attention if query.device.type == "cpu" else _compiled()
+    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`.
+
+    Compiled once for any `N`, or else for each: then a multiple of 128 needs no checks of bounds.
+    """
+    attend = flex_attention if query.device.type == "cpu" else _compiled(dynamic)
     mask = tree.kept(("flex", window), lambda: block_mask(tree, window))
     output = attend(query[None], key[None], value[None], None, mask, scale, enable_gqa=True)
     return output[0]
@@ -58,5 +67,13 @@ def block_mask(tree: TreeMask, window: int | None) -> BlockMask:
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _compiled(dynamic: bool) -> Any:
+    # Without `fullgraph`, whatever is beyond Dynamo's limit runs eagerly.
+    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
+
+    def attend(*arguments: Any, **options: Any) -> Any:
+        # For each call: some releases keep settings by thread, and recomputation has its own.
+        with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+            return compiled(*arguments, **options)
+
+    return attend

@@ -8,7 +8,6 @@ flash-attn's where that is installed, else PyTorch's own.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -88,31 +87,31 @@ class _Gather(torch.autograd.Function):
 @cache
 def flash_kernel() -> Kernel:
     """flash-attn, or else PyTorch's variable-length attention; which one is logged once."""
-    if importlib.util.find_spec("flash_attn") is None:
-        logger.warning("flash-attn is not installed: model.attention=varlen runs PyTorch's kernel")
+    try:  # flash-attn 4 is a `flash_attn` too, without this function
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        logger.warning("model.attention=varlen runs PyTorch's kernel, not flash-attn's: %s", error)
         return _torch_kernel
-    return _flash_attn_kernel
 
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: Segments,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
+            softmax_scale=scale,
+            causal=True,
+            window_size=_reach(window),
+        )
 
-def _flash_attn_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    parts: Segments,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
-        softmax_scale=scale,
-        causal=True,
-        window_size=_reach(window),
-    )
+    return attend
 
 
 def _torch_kernel(

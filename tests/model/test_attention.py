@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from elpo_fast.model import varlen_attention
+from elpo_fast.model import flex_attention, varlen_attention
 from elpo_fast.model.attention import masked_attention, tree_attention
 from elpo_fast.model.flex_attention import BLOCK, block_mask, flex_tree_attention
 from elpo_fast.model.path_attention import TILE, path_attention
 from elpo_fast.model.tree_mask import TreeMask
-from elpo_fast.model.varlen_attention import Kernel, varlen_tree_attention
+from elpo_fast.model.varlen_attention import Kernel, flash_kernel, varlen_tree_attention
 
 SCALE = 0.3
 
@@ -191,3 +196,48 @@ def test_soft_capping_is_refused() -> None:
     chain = TreeMask(torch.full((10,), 10), torch.arange(10))
     with pytest.raises(ValueError, match="soft-capping"):
         tree_attention(torch.nn.Module(), *tensors, None, tree=chain, softcap=30.0)
+
+
+def test_compiled_flex_takes_all_shapes_and_beyond_its_limit_it_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eager FlexAttention, into which Dynamo falls back elsewhere, has dense scores."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compiled = flex_attention._compiled.__wrapped__(dynamic=True)
+
+    def attend(tokens: int, heads: int, window: int | None, dtype: torch.dtype) -> None:
+        before = random_trees(np.random.default_rng(tokens), 3, tokens)
+        allowed, position, end = ancestors(before)
+        if window is not None:
+            allowed &= position[:, None] - position < window
+        tensors = [part.detach() for part in inputs(len(before), heads, 2, dtype)]
+        mask = block_mask(TreeMask(end, position), window)
+        actual = compiled(*(x[None] for x in tensors), None, mask, SCALE, enable_gqa=True)
+        torch.testing.assert_close(actual[0], eager(*tensors, allowed))
+
+    torch._dynamo.reset()
+    for dtype in (torch.float64, torch.float32):
+        for window, heads in ((None, 6), (None, 2), (9, 6), (9, 2)):
+            for tokens in (40, 2 * BLOCK, 2 * BLOCK + 5):  # one block and more
+                attend(tokens, heads, window, dtype)
+    plain = torch.nn.attention.flex_attention.flex_attention
+    graphs = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(plain))
+    assert 8 < graphs <= 16
+    monkeypatch.setattr(flex_attention, "COMPILATIONS", graphs)
+    with pytest.raises(FailOnRecompileLimitHit):
+        attend(40, 2, None, torch.float16)
+    torch._dynamo.reset()
+
+
+def test_varlen_takes_only_a_flash_attn_that_has_the_function(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = ModuleType("flash_attn")  # as flash-attn 4 leaves it
+    monkeypatch.setitem(sys.modules, "flash_attn", made)
+    assert flash_kernel.__wrapped__() is varlen_attention._torch_kernel
+    calls = []
+    made.flash_attn_varlen_func = lambda *arguments, **options: calls.append(options)  # type: ignore[attr-defined]
+    query = torch.zeros(3, 1, 8)
+    parts = varlen_attention.segments(TreeMask(torch.full((3,), 3), torch.arange(3)), None)
+    flash_kernel.__wrapped__()(query, query, query, parts, SCALE, 2)
+    assert calls == [{"softmax_scale": SCALE, "causal": True, "window_size": (1, 0)}]
