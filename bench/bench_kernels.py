@@ -191,7 +191,8 @@ def fused(p: Problem, **options: Any) -> Tensor:
 
 
 def fused_main_grad(p: Problem) -> Tensor:
-    p.main_grad = torch.zeros_like(p.weight, dtype=torch.float32)
+    if p.main_grad is None:
+        p.main_grad = torch.zeros_like(p.weight, dtype=torch.float32)
     return fused(p, main_grad=p.main_grad)
 
 

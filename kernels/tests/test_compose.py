@@ -8,6 +8,7 @@ import pytest
 import torch
 from elpo_kernels import (
     LoRA,
+    _ops,
     linear_logprob,
     linear_policy_loss,
     logits_policy_loss,
@@ -144,6 +145,31 @@ def test_autocast_keeps_a_float32_weight_gradient(monkeypatch: pytest.MonkeyPatc
     assert error(gradient, exact.weight.grad) <= 4e-3
     with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="float16"):
         linear_policy_loss(*leaves.linear, *case.policy)
+
+
+@pytest.mark.parametrize("function", ["fused", "primitive"])
+@pytest.mark.parametrize("widened", [False, True], ids=["bf16", "widened"])
+def test_autocast_rounds_hidden_states_and_nothing_within(
+    function: str, widened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same to the last bit as hidden states in bfloat16 without autocast, backward included."""
+    monkeypatch.setattr(_ops, "widens_bfloat16", lambda: widened)
+    case = make_case(dtype=torch.float32, bias=True)
+    found = []
+    for autocast in (True, False):
+        leaves = case.leaves()
+        hidden = leaves.hidden if autocast else leaves.hidden.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            bias = leaves.options["bias"]
+            if function == "fused":
+                loss = linear_policy_loss(
+                    hidden, leaves.weight, case.targets, *case.policy, bias=bias
+                ).loss
+            else:
+                loss = linear_logprob(hidden, leaves.weight, case.targets, bias=bias).sum()
+            loss.backward()
+        found.append([loss.detach(), *leaves.gradients()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_no_grad_makes_no_gradients() -> None:

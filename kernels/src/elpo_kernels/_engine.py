@@ -116,11 +116,9 @@ class Gradients:
         for i, want in enumerate(wanted.weights):
             weight = like[len(xs) + i]
             assert weight is not None
-            into = (
-                main_grad
-                if i == 0 and main_grad is not None
-                else torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            )
+            into = main_grad if i == 0 else None
+            if want and into is None:
+                into = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
             self.weights.append(into if want else None)
             self._sums.append({})
         self.bias = None
@@ -157,9 +155,22 @@ class Gradients:
                 del product
             if self.weights[i] is not None:
                 scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(self.head.dtype)
-                self._add_weight(i, kept, scaled, last, lent)
+                if lent:
+                    self._write_over(i, kept, scaled)
+                else:
+                    self._add_weight(i, kept, scaled, last)
 
-    def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool, lent: bool) -> None:
+    def _write_over(self, i: int, kept: Tensor, x: Tensor) -> None:
+        """The first rows' part of a weight's gradient, to where their powers lie."""
+        result, strips = self.weights[i], list(self.head.strips())
+        assert result is not None
+        aside = kept.new_empty(strips[0].stop, len(kept))
+        for strip in strips:
+            powers = aside[: strip.stop - strip.start].copy_(kept[:, strip].t())
+            self.tiles.accumulate(result[strip], powers, x, first=True)
+        self._sums[i][0] = result
+
+    def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool) -> None:
         result, sums, tiles = self.weights[i], self._sums[i], self.tiles
         assert result is not None
         if result is self.main_grad:
@@ -167,8 +178,9 @@ class Gradients:
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
         wider = result.dtype != tiles.acc
-        update = self.head.tiling.strip if lent else self.head.tiling.update
-        pieces = max(1, result.numel() * tiles.acc.itemsize // PIECE_BYTES) if wider else 1
+        on_cpu = result.device.type == "cpu"
+        size = result.numel() * tiles.acc.itemsize
+        pieces = max(1, size // PIECE_BYTES) if wider and on_cpu else 1
         for piece in cut(0, len(result), -(-len(result) // pieces)):
             total = sums.pop(piece.start, None)
             first = total is None
@@ -176,17 +188,14 @@ class Gradients:
                 total = result[piece]
                 if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
-            for rows in cut(piece.start, piece.stop, update):
-                part, powers = (
-                    total[rows.start - piece.start : rows.stop - piece.start],
-                    kept[:, rows].t(),
-                )
-                if part.dtype != tiles.acc:  # all rows at once
-                    part.copy_(tiles.product(powers, x))
+            tiling = self.head.tiling
+            at_once = total.dtype != tiles.acc  # with all rows: by way of a product of its own
+            for rows in cut(piece.start, piece.stop, tiling.strip if at_once else tiling.update):
+                part = total[rows.start - piece.start : rows.stop - piece.start]
+                if at_once:
+                    part.copy_(tiles.product(kept[:, rows].t(), x))
                     continue
-                if lent:  # they lie where their products go
-                    powers = powers.clone(memory_format=torch.contiguous_format)
-                tiles.accumulate(part, powers, x, first)
+                tiles.accumulate(part, kept[:, rows].t(), x, first)
                 if last and wider:
                     result[rows] = part
             if not last:
@@ -289,7 +298,10 @@ def backward(
         for total, x in zip(gradients.xs, rows.xs, strict=True)
     ]
     every = torch.arange(len(index), device=index.device)
-    pieces = [(block, subset(rows, block)) for block in blocks(every, head.tiling.rows)]
+    pieces = [
+        (slice(n * head.tiling.rows, n * head.tiling.rows + len(block)), subset(rows, block))
+        for n, block in enumerate(blocks(every, head.tiling.rows))
+    ]
     held = torch.empty(len(index) * head.tiling.strip, dtype=head.dtype, device=index.device)
     for strip in head.strips():
         width = strip.stop - strip.start
@@ -301,7 +313,7 @@ def backward(
                 alpha[block],
                 None if beta is None else beta[block],
                 at_target[block],
-                tile[block[0] : block[0] + len(block)],
+                tile[block],
             )
         for i, x in enumerate(rows.xs):
             if (total := sums[i]) is not None:

@@ -153,18 +153,9 @@ def _one_pass(
         pending.clear()
         filled = 0
 
-    while start < len(index):
-        rest, room = len(index) - start, len(kept) - filled
-        if room < min(head.tiling.rows // 2, head.tiling.kept, len(kept) // 2, rest):
-            flush(last=False)
-            if lent:
-                kept, lent = _memory(head, rest), False
-            room = len(kept)
-        # Measured: 1,536 rows as columns are made a tenth faster at once than in two halves.
-        most = head.tiling.rows * (2 if lent else 1)
-        block = index[start : start + min(_equal(len(kept), most), room)]
-        start += len(block)
-        place = kept[filled : filled + len(block)]
+    def take(block: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Leave the logit gradients of the rows of `block` that have any in the first rows of
+        `place`, but for a factor: these rows and their factors."""
         rows = gather_rows(head, xs, targets, block)
         # With anchors far from the log-sum-exp the entropy's sums would cancel.
         rows = anchored(head, rows, guessed(rows, policy.guess(block)), loose=not want_entropy)
@@ -191,16 +182,31 @@ def _one_pass(
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
         order = _compacted(head, place, live)
-        pending.append((block[order], factor[order]))
-        filled += len(order)
+        return block[order], factor[order]
+
+    while start < len(index):
+        rest, room = len(index) - start, len(kept) - filled
+        if room < min(head.tiling.rows // 2, head.tiling.kept, len(kept) // 2, rest):
+            flush(last=False)
+            if lent:
+                kept, lent = _memory(head, rest), False
+            room = len(kept)
+        # Measured: 1,536 rows as columns are made a tenth faster at once than in two halves.
+        most = head.tiling.rows * (2 if lent else 1)
+        block = index[start : start + min(_equal(len(kept), most, head.tiling.grain), room)]
+        start += len(block)
+        pending.append(take(block, kept[filled : filled + len(block)]))
+        filled += len(pending[-1][0])
     if pending:
         flush(last=True)
     return logprob, entropy
 
 
-def _equal(count: int, most: int) -> int:
-    """Size of as few parts of equal size as hold `count`: a short last one is inefficient."""
-    return -(-count // max(1, -(-count // most)))
+def _equal(count: int, most: int, grain: int) -> int:
+    """Size of as few parts of equal size as hold `count`, rounded up to `grain`, which divides
+    `most`: a short last one is inefficient."""
+    size = -(-count // max(1, -(-count // most)))
+    return min(count, -(-size // grain) * grain)
 
 
 def _memory(head: Head, count: int) -> Tensor:
@@ -208,7 +214,7 @@ def _memory(head: Head, count: int) -> Tensor:
     # With rows whole pages apart the same columns of all would share a few sets of the caches.
     row_bytes = head.vocabulary * head.dtype.itemsize
     stride = head.vocabulary + (64 // head.dtype.itemsize if row_bytes % 4096 == 0 else 0)
-    rows = _equal(count, head.tiling.kept)
+    rows = _equal(count, head.tiling.kept, head.tiling.grain)
     kept = torch.empty(rows, stride, dtype=head.dtype, device=head.weights[0].device)
     return kept[:, : head.vocabulary]
 
@@ -241,25 +247,18 @@ def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
     come first; the rows they were, in their new order. As little is moved as can be."""
     count = int(live.sum())
     order = torch.arange(count, device=live.device)
+    if count == len(live):
+        return order
     holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
-    if len(holes) and place.stride(0) < place.stride(1):
-        for columns in place.t().split(head.tiling.strip):
-            columns.index_copy_(1, holes, columns.gather(1, movers.expand(len(columns), -1)))
-        order[holes] = movers
-    elif len(holes):
-        moves = zip(holes.tolist(), movers.tolist(), strict=True)
-        if place.device.type == "cpu":
-            # PyTorch would wake its threads for every row, which takes five times as long.
-            pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
-            for to, source in moves:
-                ctypes.memmove(
-                    place.data_ptr() + to * pitch, place.data_ptr() + source * pitch, size
-                )
-        else:
-            rows = place.unbind()
-            into, out_of = zip(*((rows[to], rows[source]) for to, source in moves), strict=True)
-            torch._foreach_copy_(into, out_of)
-        order[holes] = movers
+    order[holes] = movers
+    if place.device.type == "cpu" and place.stride(1) == 1:
+        # PyTorch would wake its threads for every row, which takes five times as long.
+        pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
+        for to, source in zip(holes.tolist(), movers.tolist(), strict=True):
+            ctypes.memmove(place.data_ptr() + to * pitch, place.data_ptr() + source * pitch, size)
+    else:
+        for part in place.split(head.tiling.strip, 1):
+            part.index_copy_(0, holes, part.gather(0, movers[:, None].expand(-1, part.shape[1])))
     return order
 
 
@@ -268,5 +267,8 @@ def _write_targets(head: Head, rows: Rows, place: Tensor, values: Tensor) -> Non
     if head.softcap:
         capped = rows.logit / column(rows.inv_temperature) / head.softcap
         values = values * (1 - capped * capped)
-    mine = (rows.column >= 0).nonzero()[:, 0]
+    if head.group is None:  # every target is here: nothing to wait for on a GPU
+        mine = torch.arange(len(values), device=values.device)
+    else:
+        mine = (rows.column >= 0).nonzero()[:, 0]
     place[mine, rows.column[mine]] = values[mine].to(place.dtype)

@@ -29,7 +29,8 @@ class Tiling:
     the number of rows whose whole vocabulary is held between the forward and the backward,
     `update` the rows of the weight's gradient that are brought up to date at once. `sums_fit`:
     beside `kept` there is room for sums of the weights' gradients wider than their results.
-    `wide`: strip of the powers where these need no scratch memory."""
+    `wide`: strip of the powers where these need no scratch memory. `grain`: what numbers of rows
+    are a multiple of where they can be."""
 
     rows: int
     strip: int
@@ -37,6 +38,7 @@ class Tiling:
     update: int
     sums_fit: bool = True
     wide: int | None = None  # None: `strip`
+    grain: int = 1
 
     @staticmethod
     def of(
@@ -61,7 +63,9 @@ class Tiling:
             update = max(128, 400_000 // max(1, width) // 32 * 32)
             return Tiling(max(64, min(256, kept // 2)), strip, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
-        return Tiling(rows=min(2048, kept), strip=4096, kept=kept, update=4096)
+        return Tiling(
+            rows=min(2048, kept), strip=4096, kept=kept, update=max(1, vocabulary), grain=128
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,10 @@ def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tens
     acc = accumulation(head.dtype)
     raw = torch.zeros(len(targets), dtype=acc, device=targets.device)
     for x, weight in zip(xs, head.weights, strict=True):
-        raw += (x.to(acc) * weight[safe].to(acc)).sum(1)
+        for part in cut(
+            0, len(raw), head.tiling.rows
+        ):  # with all rows at once the copies would be the peak
+            raw[part] += weight[safe[part]].to(acc).mul_(x[part]).sum(1)
     logit = raw if head.bias is None else raw + head.bias[safe]
     both = torch.where(mine, torch.stack([raw, logit]), 0)
     raw, logit = head.all_reduce(both)

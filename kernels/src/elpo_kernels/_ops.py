@@ -9,7 +9,8 @@ weights, bias; what was not asked for is an empty tensor, because operators cann
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,17 @@ from elpo_kernels._engine import Tiles, Wanted, backward, forward
 from elpo_kernels._fused import Policy, fused
 from elpo_kernels._head import Head, Tiling
 from elpo_kernels._torch_tiles import TorchTiles
+
+
+def _as_asked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast is off within: the dtypes of all products are chosen here."""
+
+    @functools.wraps(function)
+    def run(xs: Sequence[Tensor], *rest: Any, **named: Any) -> Any:
+        with torch.autocast(xs[0].device.type, enabled=False):
+            return function(xs, *rest, **named)
+
+    return run
 
 
 def _head(
@@ -116,6 +128,7 @@ def _five(gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 
 
 @library.custom_op("elpo_kernels::linear_logprob", mutates_args=())
+@_as_asked
 def linear_logprob_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -145,6 +158,7 @@ def _(xs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @library.custom_op("elpo_kernels::linear_logprob_backward", mutates_args=())
+@_as_asked
 def linear_logprob_backward_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -229,6 +243,7 @@ linear_logprob_op.register_autograd(_logprob_backward, setup_context=_save_logpr
 
 
 @library.custom_op("elpo_kernels::linear_policy", mutates_args=("main_grad",))
+@_as_asked
 def linear_policy_op(
     xs: Sequence[Tensor],
     weights: Sequence[Tensor],

@@ -66,12 +66,18 @@ class TritonTiles:
     def _every(self, rows: Rows) -> Tensor:
         return torch.arange(len(rows.column), device=rows.column.device)
 
-    def _row_arguments(self, rows: Rows, strip: slice) -> tuple[Tensor, ...]:
-        """bias, scale, offset and target column of a strip."""
-        scale = torch.ones_like(rows.raw) * (LOG2E * column(rows.inv_temperature))
-        bias = rows.raw if self.head.bias is None else self.head.bias[strip]
-        target = rows.column - strip.start
-        return bias, scale, rows.offset, target
+    def _scale(self, rows: Rows) -> Tensor:
+        return torch.ones_like(rows.raw) * (LOG2E * column(rows.inv_temperature))
+
+    def _bias(self, rows: Rows, strip: slice) -> Tensor:
+        return rows.raw if self.head.bias is None else self.head.bias[strip]
+
+    def _targets(self, rows: Rows) -> Tensor:
+        """Target columns within each strip `[strips, R]`."""
+        starts = torch.arange(
+            0, self.head.vocabulary, self.head.tiling.strip, device=rows.column.device
+        )
+        return rows.column - starts[:, None]
 
     def _flags(self, entropy: bool) -> dict[str, bool | float]:
         return {
@@ -83,14 +89,18 @@ class TritonTiles:
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]:
         top = torch.full_like(rows.raw, -torch.inf)
         total, moment = torch.zeros_like(top), torch.zeros_like(top)
-        for strip in self.head.strips():
+        every, scale = self._every(rows), self._scale(rows)
+        for strip, target in zip(self.head.strips(), self._targets(rows), strict=True):
             tile = self._logits(rows, strip)
             launch(
                 sums_kernel,
                 len(top),
                 tile,
-                self._every(rows),
-                *self._row_arguments(rows, strip),
+                every,
+                self._bias(rows, strip),
+                scale,
+                rows.offset,
+                target,
                 top,
                 total,
                 moment,
@@ -107,13 +117,17 @@ class TritonTiles:
         moment = torch.zeros_like(total)
         if position is None:
             position = self._every(rows)
-        for strip in self.head.strips():
+        scale = self._scale(rows)
+        for strip, target in zip(self.head.strips(), self._targets(rows), strict=True):
             tile = self._logits(rows, strip)
             launch(
                 powers_kernel,
                 len(total),
                 tile,
-                *self._row_arguments(rows, strip),
+                self._bias(rows, strip),
+                scale,
+                rows.offset,
+                target,
                 out[:, strip],
                 position,
                 total,
@@ -144,7 +158,10 @@ class TritonTiles:
             len(alpha),
             tile,
             self._every(rows),
-            *self._row_arguments(rows, strip),
+            self._bias(rows, strip),
+            self._scale(rows),
+            rows.offset,
+            rows.column - strip.start,
             alpha,
             alpha if beta is None else beta,
             at_target,
