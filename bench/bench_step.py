@@ -130,7 +130,7 @@ def test_all_layouts_have_the_same_loss_and_gradient(benchmark: BenchmarkFixture
             assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
 
 
-@pytest.mark.timeout(1800)  # six updates of a whole model, minutes each on a slow machine
+@pytest.mark.timeout(1800)  # updates of a whole model take minutes on a slow machine
 @pytest.mark.parametrize("name", ["recorded", "star"])
 def test_speed_up(benchmark: BenchmarkFixture, name: str) -> None:
     dtype = "fp32" if widens_bfloat16() else "bf16"
