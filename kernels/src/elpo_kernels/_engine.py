@@ -138,9 +138,7 @@ class Gradients:
             return None
         return result[:, :rows].t()
 
-    def add(
-        self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool, lent: bool = False
-    ) -> None:
+    def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool, lent: bool) -> None:
         """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`; `lent`: they
         lie in what `lend` returned."""
         self.written |= last
@@ -177,7 +175,7 @@ class Gradients:
             for rows in cut(0, len(result), self.head.tiling.update):
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
-        wider = result.dtype != tiles.acc
+        wider, tiling = result.dtype != tiles.acc, self.head.tiling
         on_cpu = result.device.type == "cpu"
         size = result.numel() * tiles.acc.itemsize
         pieces = max(1, size // PIECE_BYTES) if wider and on_cpu else 1
@@ -188,7 +186,6 @@ class Gradients:
                 total = result[piece]
                 if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
-            tiling = self.head.tiling
             at_once = total.dtype != tiles.acc  # with all rows: by way of a product of its own
             for rows in cut(piece.start, piece.stop, tiling.strip if at_once else tiling.update):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
@@ -297,11 +294,7 @@ def backward(
         None if total is None else torch.zeros_like(x, dtype=tiles.acc)
         for total, x in zip(gradients.xs, rows.xs, strict=True)
     ]
-    every = torch.arange(len(index), device=index.device)
-    pieces = [
-        (slice(n * head.tiling.rows, n * head.tiling.rows + len(block)), subset(rows, block))
-        for n, block in enumerate(blocks(every, head.tiling.rows))
-    ]
+    pieces = [(part, subset(rows, part)) for part in cut(0, len(index), head.tiling.rows)]
     held = torch.empty(len(index) * head.tiling.strip, dtype=head.dtype, device=index.device)
     for strip in head.strips():
         width = strip.stop - strip.start

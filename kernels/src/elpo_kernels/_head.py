@@ -157,9 +157,8 @@ def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tens
     acc = accumulation(head.dtype)
     raw = torch.zeros(len(targets), dtype=acc, device=targets.device)
     for x, weight in zip(xs, head.weights, strict=True):
-        for part in cut(
-            0, len(raw), head.tiling.rows
-        ):  # with all rows at once the copies would be the peak
+        # With all rows at once the copies would be the peak of the memory.
+        for part in cut(0, len(raw), head.tiling.rows):
             raw[part] += weight[safe[part]].to(acc).mul_(x[part]).sum(1)
     logit = raw if head.bias is None else raw + head.bias[safe]
     both = torch.where(mine, torch.stack([raw, logit]), 0)
@@ -205,7 +204,7 @@ def anchored(head: Head, rows: Rows, log_sum: Tensor, *, loose: bool = False) ->
     )
 
 
-def subset(rows: Rows, index: Tensor) -> Rows:
+def subset(rows: Rows, index: Tensor | slice) -> Rows:
     """Rows `index` of a block."""
     scale = rows.inv_temperature
     return Rows(
