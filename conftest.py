@@ -6,6 +6,7 @@ what it leaves in shared memory. What takes longest begins first.
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ _LONGEST = ("test_tiny", "sglang", "test_aot")
 def _group(path: str) -> str:
     name = Path(path).stem
     return "sglang" if name.startswith(("test_sglang", "test_engine")) else name
+
+
+def pytest_configure() -> None:
+    # Shells start what runs in the background deaf to Ctrl-C, which tests send to their children.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

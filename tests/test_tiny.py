@@ -14,7 +14,7 @@ from elpo_fast.tree import io
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_tiny_tier_learns(tmp_path: Path) -> None:
     elpo = Path(sys.executable).with_name("elpo")
     subprocess.run(

@@ -17,7 +17,9 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(make: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Tensor:
             tensor = make(*args, **kwargs)
-            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(torch.nan)
+            return tensor
 
         return call
 

@@ -193,11 +193,42 @@ def ready() -> Callable[[ServerProcess, str], str]:
     return wait
 
 
+TORCHRUN = {
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "9",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_WORLD_SIZE": "2",
+}
+"""What torchrun tells its second worker; a server told so would wait for torchrun's store."""
+
+
 @pytest.fixture(scope="session")
 def server(start_server: Any, ready: Any) -> tuple[ServerProcess, str]:
-    """The server that all tests share."""
+    """The server that all tests share, as users have it."""
     process, url = start_server()
     return process, ready(process, url)
+
+
+@pytest.fixture(scope="session")
+def others() -> list[tuple[ServerProcess, str]]:
+    """What `servers` has started beside `server`."""
+    return []
+
+
+@pytest.fixture
+def servers(server: Any, others: Any, start_server: Any, ready: Any) -> list[Any]:
+    """`server` and one to maltreat, which shares no prefix, started as by torchrun's second
+    worker."""
+    if not others or not others[-1][0].alive:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in TORCHRUN.items():
+                patch.setenv(name, value)
+            others.append(start_server(disable_radix_cache=True))
+        ready(*others[-1])
+    return [server, others[-1]]
 
 
 @pytest.fixture

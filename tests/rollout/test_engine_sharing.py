@@ -102,8 +102,7 @@ def test_each_prefix_is_computed_once(with_engine: Any, collect: Any) -> None:
 
 
 def test_without_sharing_every_prefix_is_computed_as_often_as_asked(
-    qwen3: Any, use_sglang: Any, start_server: Any, ready: Any, collect: Any
+    qwen3: Any, use_sglang: Any, servers: Any, collect: Any
 ) -> None:
-    url = ready(*start_server(disable_radix_cache=True))
-    stats, asked, unique = use_sglang(qwen3, collect, [url])
+    stats, asked, unique = use_sglang(qwen3, collect, [servers[1][1]])
     assert stats.computed_tokens == stats.prompt_tokens == asked > 4 * unique

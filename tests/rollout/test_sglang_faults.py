@@ -29,13 +29,6 @@ from elpo_fast.types import RunError, Sampling
 ROWS, TOKENS = 16, 200
 
 
-@pytest.fixture
-def two_servers(server: Any, start_server: Any, ready: Any) -> list[tuple[Any, str]]:
-    """The shared one and one to maltreat."""
-    other, url = start_server()
-    return [server, (other, ready(other, url))]
-
-
 def members(server: process.ServerProcess) -> list[psutil.Process]:
     """SGLang's own processes, without the one that watches them and Python's resource tracker."""
     assert server._process is not None
@@ -95,15 +88,15 @@ def ask_for_many(
 
 def test_a_killed_and_a_hanging_server_are_replaced_by_the_other(
     qwen3: Any,
-    two_servers: Any,
+    servers: Any,
     use_sglang: Any,
     prompt: Any,
     check: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(server_module, "_HEALTH_PERIOD_S", 0.5)
-    urls = [url for _, url in two_servers]
-    victim = two_servers[1][0]
+    urls = [url for _, url in servers]
+    victim = servers[1][0]
 
     def hang(_: SGLangEngine) -> None:
         for member in members(victim):

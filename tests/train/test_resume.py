@@ -200,7 +200,7 @@ def test_killed_in_every_phase() -> None:
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills: equal to the uninterrupted run" in done.stdout
