@@ -22,11 +22,14 @@ def packed_hidden(
     end: torch.Tensor,
     *,
     embed: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Last hidden states `[N, H]` of the backbone, after its final norm, in the model's dtype.
+    """Last hidden states `[N, H]` of the backbone, after its final norm, in `dtype` (the model's).
 
     `token_ids`, `position` and `end` are integer `[N]`, as in `tree.pack`. `embed` looks the tokens
-    up instead of the model's own embedding (for one with more precise weights).
+    up instead of the model's own embedding (for one with more precise weights). `dtype` is for a
+    model that lies in one and computes in another, as under FSDP: some versions of that do not cast
+    what a checkpointed block is given when they compute it again.
     """
     if model.config._attn_implementation not in NAMES:
         raise ValueError(
@@ -38,7 +41,7 @@ def packed_hidden(
         token_ids, position, end = padded(token_ids, position, end, bucket(count))
     embeddings = (embed or model.get_input_embeddings())(token_ids.long()[None])
     output = model.base_model(
-        inputs_embeds=embeddings.to(model.dtype),
+        inputs_embeds=embeddings.to(dtype or model.dtype),
         position_ids=position.long()[None],
         # Four dimensions mean "already prepared" to transformers: no N x N mask is built.
         attention_mask=embeddings.new_empty(1, 1, 1, 1),

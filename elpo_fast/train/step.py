@@ -129,6 +129,7 @@ class PolicyOptimizer:
         self.lr = lr
         self.grad_clip = grad_clip
         self.temperature = temperature
+        self.dtype = dtype
         self.schedule = schedule or warmup_constant(0)
         self.updates = 0
         self._inside: Callable[[Callable[[], Any]], Any] = lambda call: call()
@@ -370,7 +371,9 @@ class PolicyOptimizer:
         """Hidden states `[N, H]` of packed trees, and the head in their dtype."""
         # A token's embedding gradient sums over all its occurrences: that needs the master.
         embed = self.model.get_input_embeddings()
-        hidden = packed_hidden(self.compute, token_ids, position, end, embed=embed)
+        hidden = packed_hidden(
+            self.compute, token_ids, position, end, embed=embed, dtype=self.dtype
+        )
         head, dtype = self.compute.get_output_embeddings(), hidden.dtype
         bias = None if head.bias is None else head.bias.to(dtype)
         lora = lora_of(head)
