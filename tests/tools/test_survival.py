@@ -43,14 +43,14 @@ def test_100_mb_of_output_would_arrive(safe_box) -> None:
     "code",
     [
         "import ctypes\nctypes.string_at(0)",
-        "import sys\nsys.setrecursionlimit(10**9)\nf = lambda *_: sorted([1], key=f)\nf()",
+        "x = iter([1])\nfor _ in range(10**6): x = map(abs, x)\nnext(x)",
     ],
     ids=["segfault through ctypes", "recursion in C"],
 )
 def test_crash_would_take_the_process_along(safe_box, code: str) -> None:
     assert plain(code).returncode == -signal.SIGSEGV
     execution = safe_box.run(code, timeout_s=20.0)
-    assert not execution.finished or "RecursionError" in execution.error
+    assert not execution.finished
     assert safe_box.run("1 + 1").value == "2"
 
 
