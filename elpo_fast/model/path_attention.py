@@ -13,7 +13,7 @@ from torch import library
 
 from elpo_fast.model.tree_mask import Run, TreeMask
 
-TILE = 128  # queries at once: its scores should stay in cache
+TILE = 256  # queries at once: its scores should stay in cache
 
 
 def path_attention(
