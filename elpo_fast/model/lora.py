@@ -50,7 +50,7 @@ class Merged:
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
     """Freeze `model` and give its layers adapters, in place; `initialise` must follow.
-    Raises `ConfigError` where peft is missing or the targets do not fit."""
+    Raises `ConfigError` where peft is missing or too old, or the targets do not fit."""
     try:
         import peft
     except ImportError:
@@ -68,7 +68,10 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig) -> None:
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):  # peft fills them at random, before we do
-        model.add_adapter(described, _ADAPTER)
+        try:
+            model.add_adapter(described, _ADAPTER)
+        except ValueError as error:  # transformers asks for a newer peft
+            raise ConfigError(f"model.lora: {error}") from error
     for parameter in adapters(model).values():
         parameter.data = parameter.data.float()
 

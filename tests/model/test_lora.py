@@ -149,6 +149,12 @@ def test_without_peft_a_sentence_names_the_remedy(monkeypatch: pytest.MonkeyPatc
         load()
 
 
+def test_a_peft_too_old_for_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "99.0.0")
+    with pytest.raises(ConfigError, match=r"model.lora: .*use a version >= 99"):
+        load()
+
+
 def test_configuration_may_say_that_there_are_none() -> None:
     assert parse_config({"model": {"lora": None}}).model.lora is None
     assert parse_config({"model": {"lora": {}}}).model.lora == LoraConfig()
