@@ -150,10 +150,12 @@ def forest() -> Forest:
 
 def plain_loss(
     model: PreTrainedModel, forest: Forest, scored: Scored, config: AlgoConfig
-) -> tuple[torch.Tensor, dict[str, int]]:
-    """Eq. 1 with Eq. 12's bounds over padded rows, and how many tokens each bound holds."""
+) -> tuple[torch.Tensor, float, dict[str, int]]:
+    """Eq. 1 with Eq. 12's bounds over padded rows, the same of the terms' absolute values, and how
+    many tokens each bound holds."""
     held = {"low": 0, "high": 0}
     total = torch.zeros((), dtype=model.dtype)
+    size = 0.0
     for tree in range(len(forest)):
         leaves = forest.leaf_node[list(forest.leaves(tree))]
         rewards = forest.reward[leaves]
@@ -185,9 +187,10 @@ def plain_loss(
             clipped = ratio.clamp(low, torch.full_like(low, 1 + scored.eps_high))
             surrogate = torch.minimum(ratio * advantage, clipped * advantage)
             total = total - surrogate.mean() / len(rows) / len(forest)
+            size += surrogate.abs().mean().item() / len(rows) / len(forest)
             held["low"] += int(((ratio < low) & (advantage < 0)).sum())
             held["high"] += int(((ratio > 1 + scored.eps_high) & (advantage > 0)).sum())
-    return total, held
+    return total, size, held
 
 
 def token_rows(forest: Forest, path: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +226,7 @@ def test_packed_step_equals_one_row_per_trajectory(
 ) -> None:
     trees, config = forest(), ALGORITHMS[algorithm]
     scored = score(trees, config)
-    expected, held = plain_loss(model, trees, scored, config)
+    expected, size, held = plain_loss(model, trees, scored, config)
     assert min(held.values()) >= 20, f"the bounds hardly act: {held}"
     expected.backward()
     expected_gradients = gradients(model)
@@ -240,7 +243,8 @@ def test_packed_step_equals_one_row_per_trajectory(
     parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]
 
     loss = sum(part.loss for part in parts)
-    assert loss == pytest.approx(expected.item(), rel=tolerance)
+    # Its terms nearly cancel: of itself it would be off by whatever float32 happens to leave.
+    assert loss == pytest.approx(expected.item(), abs=tolerance / 50 * size)
     actual = gradients(model)
     assert actual.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
