@@ -17,7 +17,7 @@ from elpo_fast.model import path_cpu
 from elpo_fast.model.path_cpu import BLOCK, PANEL, Layout
 from elpo_fast.model.tree_mask import TreeMask
 
-_SHARES = 4  # of the backward, for each thread
+_SHARES = 2  # of the backward, for each thread
 _ALL = 1 << 40  # a window that hides nothing
 
 
