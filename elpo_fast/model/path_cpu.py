@@ -114,11 +114,10 @@ def _exponential(builder, z):
     return b.select(tiny, _constant(0.0), b.fmul(p, power))
 
 
-def _pointer(context, builder, signature, args, array, offset):
-    """Address of a number of an array argument."""
-    kind = signature.args[array]
-    data = context.make_array(kind)(context, builder, value=args[array]).data
-    return _at(builder, data, args[offset])
+def _addresses(context, builder, signature, args, *which):
+    """Of the numbers of array arguments."""
+    for i in which:
+        yield context.make_array(signature.args[i])(context, builder, value=args[i]).data
 
 
 @intrinsic
@@ -126,7 +125,7 @@ def _claim(typing_context, counter, index):
     """One more than anyone else got from `counter[index]`, from 0 on."""
 
     def generate(context, builder, signature, args):
-        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        (data,) = _addresses(context, builder, signature, args, 0)
         pointer = builder.gep(data, [args[1]], source_etype=_INDEX)
         return builder.atomic_rmw("add", pointer, _INDEX(1), "monotonic")
 
@@ -193,7 +192,8 @@ def _product_function(module, rows, transposed):
 
 def _call_product(context, builder, signature, args, transposed):
     """`_product_function` for the number of rows, or the next larger one."""
-    x, w, c = (_pointer(context, builder, signature, args, i, i + 1) for i in (0, 3, 5))
+    arrays = _addresses(context, builder, signature, args, 0, 3, 5)
+    x, w, c = (_at(builder, data, args[i]) for data, i in zip(arrays, (1, 4, 6), strict=True))
     stride, rows, depth, add = args[2], *args[7:]
     values = x, stride, w, c, depth, builder.trunc(add, _BIT)
     sizes = sorted({size for _, size in _TILES}) if transposed else _SIZES
@@ -257,9 +257,7 @@ def _maxima(typing_context, scores, panels, rows, lanes, highest):
 
     def generate(context, builder, signature, args):
         b = builder
-        s, work, out = (
-            context.make_array(signature.args[i])(context, b, value=args[i]).data for i in (0, 3, 4)
-        )
+        s, work, out = _addresses(context, b, signature, args, 0, 3, 4)
         with cgutils.for_range(b, args[2], intp=_INDEX) as loop:
             _store(b, _constant(-3e38), work, b.mul(loop.index, _INDEX(_LANES)))
         for offsets, row in _for_rows(b, args[1], args[2]):
@@ -283,10 +281,7 @@ def _powers(typing_context, scores, panels, rows, lanes, highest, sums):
 
     def generate(context, builder, signature, args):
         b = builder
-        s, work, top, out = (
-            context.make_array(signature.args[i])(context, b, value=args[i]).data
-            for i in (0, 3, 4, 5)
-        )
+        s, work, top, out = _addresses(context, b, signature, args, 0, 3, 4, 5)
         with cgutils.for_range(b, args[2], intp=_INDEX) as loop:
             _store(b, _constant(0.0), work, b.mul(loop.index, _INDEX(_LANES)))
         for offsets, row in _for_rows(b, args[1], args[2]):
@@ -313,10 +308,7 @@ def _score_gradients(typing_context, scores, grads, panels, rows, highest, inver
 
     def generate(context, builder, signature, args):
         b = builder
-        s, g, *numbers = (
-            context.make_array(signature.args[i])(context, b, value=args[i]).data
-            for i in (0, 1, 4, 5, 6)
-        )
+        s, g, *numbers = _addresses(context, b, signature, args, 0, 1, 4, 5, 6)
         for offsets, row in _for_rows(b, args[2], args[3]):
             top, inverse, correction = (_spread(b, x, row) for x in numbers)
             for offset in offsets:
