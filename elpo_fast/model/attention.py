@@ -3,7 +3,7 @@
 All compute the same function of packed trees (`tree_mask`), equal up to rounding:
 
     sdpa    a dense mask per tree; any device, the reference
-    path    allowed pairs only, tile by tile; the fast one on CPUs
+    path    allowed pairs only, by kernels in Numba; the fast one on CPUs
     triton  `elpo_kernels.tree_attention`; the fast one on CUDA
     flex    PyTorch's FlexAttention, compiled on CUDA
     varlen  flash attention over gathered paths, CUDA only
