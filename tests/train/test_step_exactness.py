@@ -243,8 +243,9 @@ def test_packed_step_equals_one_row_per_trajectory(
     parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]
 
     loss = sum(part.loss for part in parts)
-    # Its terms nearly cancel: of itself it would be off by whatever float32 happens to leave.
-    assert loss == pytest.approx(expected.item(), abs=tolerance / 50 * size)
+    # Its terms nearly cancel: what float32 leaves of it is a matter of luck, of them it is not.
+    bound = tolerance / 50 * size if dtype == torch.float32 else tolerance * abs(expected.item())
+    assert loss == pytest.approx(expected.item(), abs=bound)
     actual = gradients(model)
     assert actual.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
