@@ -92,8 +92,7 @@ def _path_backward_op(
         score_grad = torch.bmm(above, _gather(value, tile.path).transpose(1, 2))
         score_grad = score_grad - correction[:, own].reshape(key.shape[0], -1, 1)
         score_grad = weights.mul_(score_grad).mul_(scale)
-        part = torch.bmm(score_grad, _gather(key, tile.path)).view(heads, -1, size)
-        query_grad[:, own] = part
+        query_grad[:, own] = torch.bmm(score_grad, _gather(key, tile.path)).view(heads, -1, size)
         part = torch.bmm(score_grad.transpose(1, 2), query[:, own].reshape(shared))
         _scatter_add(key_grad, part, tile.path)
     return query_grad, key_grad, value_grad

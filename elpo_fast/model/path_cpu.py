@@ -6,7 +6,9 @@ five products a pair, and no sums but those of its gradients. All arithmetic is 
 A matrix `[rows, columns]` is stored in panels of `PANEL` columns, `[columns / PANEL, rows, PANEL]`,
 the last one filled up with zeros. With this every distance in a product's inner loop is a constant;
 LLVM would otherwise spend more on addresses than on the products. It does not keep a tile of a
-product in registers by itself either, so the vector instructions are emitted here.
+product in registers by itself either, so the vector instructions are emitted here: with helpers of
+this module's own, because Numba's cache on disk notices changes of a kernel's own file alone, and
+without the decoder's licence to forget infinities and NaN, which must show in a loss.
 """
 
 # Kernels are typed by their compilation.
@@ -214,7 +216,8 @@ def _call_product(context, builder, signature, args, transposed):
 def _multiply(typing_context, x, x_at, stride, w, w_at, c, c_at, rows, depth, add):
     """`c [rows, PANEL]`, from `c_at` on, is or is added `x @ w`, of `depth` panels of `x`.
 
-    `rows` up to `ROWS`; there is room for so many in `x` and `c`.
+    Places are counted in numbers, in arrays without gaps, of any shape. `rows` up to `ROWS`; there
+    is room for so many in `x` and `c`.
     """
 
     def generate(context, builder, signature, args):
@@ -382,14 +385,34 @@ def _take(x, block, group, head, scale, rows):
 
 
 @njit(**_OPTIONS)
+def _give(rows, block, group, head, factor, out):
+    """The way back: `out [N, heads, D]` of a block is `rows`, each times its `factor`."""
+    size = out.shape[2]
+    for r in range(block[4] - block[3]):
+        row = block[3] + r
+        line = out[block[1] + row // group, head * group + row % group]
+        for start in range(0, size, PANEL):
+            part = rows[start // PANEL, r]
+            for i in range(min(PANEL, size - start)):
+                line[start + i] = part[i] * factor[r]
+
+
+@njit(**_OPTIONS)
+def _against(rows, count, columns, slot, out, n):
+    """Panel `n` of `out` is the first `count` of `rows` times panel `slot` of `columns`."""
+    at, panel = slot * columns.shape[1] * PANEL, BLOCK * PANEL
+    for r in range(0, count, ROWS):
+        some, to = min(ROWS, count - r), n * panel + r * PANEL
+        _multiply(rows, r * PANEL, panel, columns, at, out, to, some, len(rows), False)
+
+
+@njit(**_OPTIONS)
 def _scores(queries, columns, slices, block, group, window, scores, segments):
     """Scores of a block, -inf of what a query does not see.
 
     `columns [panels, D, PANEL]`. Returns the number of their panels and of `segments [*, 3]`: panel
     of scores, panel of slots and panels of keys that follow each other in both.
     """
-    parts, size, panel = len(queries), columns.shape[1], BLOCK * PANEL
-    flat, keys, out = queries.reshape(-1), columns.reshape(-1), scores.reshape(-1)
     rows = block[4] - block[3]
     lowest, highest = block[2] + block[3] // group, block[2] + (block[4] - 1) // group
     n = m = 0
@@ -402,10 +425,7 @@ def _scores(queries, columns, slices, block, group, window, scores, segments):
         segments[m, 0], segments[m, 1], segments[m, 2] = n, home + low, high - low
         m += 1
         for j in range(low, high):
-            for r in range(0, rows, ROWS):
-                key, to = (home + j) * size * PANEL, n * panel + r * PANEL
-                count = min(ROWS, rows - r)
-                _multiply(flat, r * PANEL, panel, keys, key, out, to, count, parts, False)
+            _against(queries, rows, columns, home + j, scores, n)
             first, left = place + j * PANEL, length - j * PANEL
             if left < PANEL or first + PANEL - 1 > lowest or first <= highest - window:
                 for r in range(rows):
@@ -421,7 +441,6 @@ def _scores(queries, columns, slices, block, group, window, scores, segments):
 @njit(**_OPTIONS)
 def _sum_up(weights, values, segments, rows, out):
     """`out = weights @ values`, of the values in slots; both in panels."""
-    w, v, c = weights.reshape(-1), values.reshape(-1), out.reshape(-1)
     parts, slots, panel = len(values), values.shape[1], BLOCK * PANEL
     for p in range(parts):
         for r in range(0, rows, ROWS):
@@ -429,13 +448,12 @@ def _sum_up(weights, values, segments, rows, out):
             for i in range(len(segments)):
                 n, home, depth = segments[i]
                 x, y = n * panel + r * PANEL, (p * slots + home * PANEL) * PANEL
-                _multiply(w, x, panel, v, y, c, to, count, depth, i > 0)
+                _multiply(weights, x, panel, values, y, out, to, count, depth, i > 0)
 
 
 @njit(**_OPTIONS)
 def _pass_on(weights, rows, base, segments, count, out):
     """`out += weights^T @ rows`, in slots from `base` panels before a segment's own on."""
-    w, v, c = weights.reshape(-1), rows.reshape(-1), out.reshape(-1)
     parts, slots, panel = len(rows), out.shape[1], BLOCK * PANEL
     for i in range(len(segments)):
         n, home, depth = segments[i]
@@ -444,7 +462,7 @@ def _pass_on(weights, rows, base, segments, count, out):
                 to = (p * slots + (home + j - base) * PANEL) * PANEL
                 for start, size in _TILES:
                     x, y = (n + j) * panel + start, to + start * PANEL
-                    _multiply_transposed(w, x, 0, v, p * panel, c, y, size, count, True)
+                    _multiply_transposed(weights, x, 0, rows, p * panel, out, y, size, count, True)
 
 
 @njit(**_OPTIONS)
@@ -458,10 +476,10 @@ def forward(counter, layout, query, columns, values, scale, window, work, out, s
     `[threads, parts, BLOCK, PANEL]`.
     """
     kv_heads = len(columns)
-    group, size = query.shape[1] // kv_heads, query.shape[2]
+    group = query.shape[1] // kv_heads
     thread = _claim(counter, 1)
     scores, queries, sums = work[0][thread], work[1][thread], work[2][thread]
-    highest, total = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    highest, total = np.empty(BLOCK, np.float32), np.ones(BLOCK, np.float32)
     lanes = np.empty(BLOCK * _LANES, np.float32)
     segments = np.empty((len(layout.slices), 3), np.int64)
     items = len(layout.blocks) * kv_heads
@@ -480,11 +498,7 @@ def forward(counter, layout, query, columns, values, scale, window, work, out, s
             row = block[3] + r
             token, own = block[1] + row // group, head * group + row % group
             statistics[0, token, own], statistics[1, token, own] = highest[r], total[r]
-            inverse = np.float32(1) / total[r]
-            for start in range(0, size, PANEL):
-                part = sums[start // PANEL, r]
-                for i in range(min(PANEL, size - start)):
-                    out[token, own, start + i] = part[i] * inverse
+        _give(sums, block, group, head, np.float32(1) / total, out)
         item = _claim(counter, 0)
 
 
@@ -513,24 +527,22 @@ def backward(
     gradients, both zero, and sums.
     """
     kv_heads = len(keys)
-    group, size = query.shape[1] // kv_heads, query.shape[2]
+    group = query.shape[1] // kv_heads
     thread = _claim(counter, 1)
     scores, score_grads = work[0][thread], work[1][thread]
     queries, above, sums = work[2][thread], work[3][thread], work[4][thread]
-    flat, to = above.reshape(-1), score_grads.reshape(-1)
     highest, inverse = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    correction = np.empty(BLOCK, np.float32)
+    correction, scales = np.empty(BLOCK, np.float32), np.full(BLOCK, scale)
     segments = np.empty((len(layout.slices), 3), np.int64)
-    panel = BLOCK * PANEL
     items = len(layout.reach) * kv_heads
     item = _claim(counter, 0)
     while item < items:
         head, share = item % kv_heads, item // kv_heads
         start, stop = PANEL * layout.offsets[share], PANEL * layout.offsets[share + 1]
         base = layout.reach[share, 0] - layout.offsets[share]
+        values = value_columns[head]
         key_sums[head, :, start:stop] = 0
         value_sums[head, :, start:stop] = 0
-        values = value_columns[head].reshape(-1)
         for b in range(layout.bounds[share], layout.bounds[share + 1]):
             block = layout.blocks[b]
             slices = layout.slices[layout.first[block[0]] : layout.first[block[0] + 1]]
@@ -541,12 +553,9 @@ def backward(
                 queries, key_columns[head], slices, block, group, window, scores, segments
             )
             for i in range(m):
-                for j in range(segments[i, 2]):
-                    at = (segments[i, 1] + j) * value_columns.shape[2] * PANEL
-                    for r in range(0, rows, ROWS):
-                        x, y = r * PANEL, (segments[i, 0] + j) * panel + r * PANEL
-                        count, parts = min(ROWS, rows - r), len(above)
-                        _multiply(flat, x, panel, values, at, to, y, count, parts, False)
+                place, home, depth = segments[i]
+                for j in range(depth):
+                    _against(above, rows, values, home + j, score_grads, place + j)
             for r in range(rows):
                 row = block[3] + r
                 token, own = block[1] + row // group, head * group + row % group
@@ -555,13 +564,7 @@ def backward(
                 correction[r] = np.sum(grad[token, own] * out[token, own])
             _score_gradients(scores, score_grads, n, rows, highest, inverse, correction)
             _sum_up(score_grads, keys[head], segments[:m], rows, sums)
-            for r in range(rows):
-                row = block[3] + r
-                line = query_grad[block[1] + row // group, head * group + row % group]
-                for first in range(0, size, PANEL):
-                    part = sums[first // PANEL, r]
-                    for i in range(min(PANEL, size - first)):
-                        line[first + i] = part[i] * scale
+            _give(sums, block, group, head, scales, query_grad)
             _pass_on(scores, above, base, segments[:m], rows, value_sums[head])
             _pass_on(score_grads, queries, base, segments[:m], rows, key_sums[head])
         item = _claim(counter, 0)

@@ -152,7 +152,8 @@ def make_layout(tree: TreeMask, group: int, shares: int, window: int | None) -> 
     inner = np.searchsorted(work, work[-1] * np.arange(1, shares) / shares)
     bounds = np.unique([0, *inner, len(blocks)])
     spans = np.array([(reach[a][0], reach[b - 1][1]) for a, b in pairwise(bounds)])
-    arrays = slots, slices, first, blocks, bounds, spans, [0, *np.cumsum(spans[:, 1] - spans[:, 0])]
+    offsets = [0, *np.cumsum(np.diff(spans))]
+    arrays = slots, slices, first, blocks, bounds, spans, offsets
     return Layout(*(np.asarray(array, np.int64) for array in arrays)), longest
 
 
