@@ -8,6 +8,7 @@ to multiply bfloat16 are tested, whichever this CPU would choose.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -318,6 +319,15 @@ def test_frozen_head_and_frozen_body() -> None:
         assert error(getattr(leaves, other).grad, getattr(exact, other).grad) <= 1e-12
 
 
+@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("sums_fit", [True, False], ids=["one-pass", "two-passes"])
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
 def test_small_tiles_and_many_flushes(
@@ -341,6 +351,7 @@ def test_small_tiles_and_many_flushes(
 
 
 @by_variant
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
 @pytest.mark.parametrize("precise", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 def test_powers_in_the_memory_of_the_weights_gradient(

@@ -41,7 +41,11 @@ from elpo_kernels._head import (
     guessed,
     subset,
 )
+from elpo_kernels._threads import spread
 from elpo_kernels.policy import statistics, surrogate
+
+# Columns of rows that a thread moves at once where each row lies in a column.
+_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ def _one_pass(
 
     while start < len(index):
         rest, room = len(index) - start, len(kept) - filled
-        if room < min(head.tiling.rows // 2, head.tiling.kept, len(kept) // 2, rest):
+        if room < min(5 * min(head.tiling.rows, len(kept)) // 8, head.tiling.kept, rest):
             flush(last=False)
             if lent:
                 kept, lent = _memory(head, rest), False
@@ -251,14 +255,24 @@ def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
         return order
     holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
     order[holes] = movers
-    if place.device.type == "cpu" and place.stride(1) == 1:
-        # PyTorch would wake its threads for every row, which takes five times as long.
-        pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
-        for to, source in zip(holes.tolist(), movers.tolist(), strict=True):
-            ctypes.memmove(place.data_ptr() + to * pitch, place.data_ptr() + source * pitch, size)
-    else:
+
+    def move_columns(strip: slice) -> None:
+        part = place.t()[strip]  # as it lies in memory
+        part.index_copy_(1, holes, part.index_select(1, movers))
+
+    if place.device.type != "cpu":
         for part in place.split(head.tiling.strip, 1):
             part.index_copy_(0, holes, part.gather(0, movers[:, None].expand(-1, part.shape[1])))
+    elif place.stride(1) > 1:
+        spread(move_columns, list(head.strips(_CHUNK)))
+    else:  # PyTorch would look at every row in all threads
+        pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
+        start = place.data_ptr()
+
+        def move_row(pair: tuple[int, int]) -> None:
+            ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
+
+        spread(move_row, list(zip(holes.tolist(), movers.tolist(), strict=True)))
     return order
 
 

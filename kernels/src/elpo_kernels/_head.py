@@ -29,15 +29,13 @@ class Tiling:
     the number of rows whose whole vocabulary is held between the forward and the backward,
     `update` the rows of the weight's gradient that are brought up to date at once. `sums_fit`:
     beside `kept` there is room for sums of the weights' gradients wider than their results.
-    `wide`: strip of the powers where these need no scratch memory. `grain`: what numbers of rows
-    are a multiple of where they can be."""
+    `grain`: what numbers of rows are a multiple of where they can be."""
 
     rows: int
     strip: int
     kept: int
     update: int
     sums_fit: bool = True
-    wide: int | None = None  # None: `strip`
     grain: int = 1
 
     @staticmethod
@@ -59,7 +57,7 @@ class Tiling:
             kept = min(1024, max(64, beside_sums if sums and sums_fit else alone))
             strip = 4096 if dtype == torch.bfloat16 or width <= 1024 else 2048
             if dtype != torch.bfloat16:
-                return Tiling(1024, strip, kept, max(1, vocabulary), sums_fit, 2 * strip)
+                return Tiling(1024, strip, kept, max(1, vocabulary), sums_fit)
             update = max(128, 400_000 // max(1, width) // 32 * 32)
             return Tiling(max(64, min(256, kept // 2)), strip, kept, update, sums_fit)
         kept = min(8192, max(256, 1024 * MIB // row_bytes // 128 * 128))
