@@ -190,6 +190,7 @@ def _one_pass(
 
     while start < len(index):
         rest, room = len(index) - start, len(kept) - filled
+        # Measured: on a CPU a block of half size costs more than adding half as many rows at once.
         if room < min(5 * min(head.tiling.rows, len(kept)) // 8, head.tiling.kept, rest):
             flush(last=False)
             if lent:
