@@ -268,9 +268,9 @@ def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
         spread(move_columns, list(head.strips(_CHUNK)))
     else:  # PyTorch would look at every row in all threads
         pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
-        start = place.data_ptr()
 
         def move_row(pair: tuple[int, int]) -> None:
+            start = place.data_ptr()  # `place` lives as long as somebody moves its rows
             ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
 
         spread(move_row, list(zip(holes.tolist(), movers.tolist(), strict=True)))
