@@ -104,7 +104,7 @@ class TorchTiles:
             return self.product(kept, weight)
 
         def part(share: slice) -> Tensor:
-            total = torch.zeros(len(kept), weight.shape[1], dtype=kept.dtype)
+            total = kept.new_zeros(len(kept), weight.shape[1])
             for strip in cut(share.start, share.stop, self.head.tiling.strip):
                 operand = self.weight(i, strip)
                 for rows in cut(0, len(kept), _GROUP):
