@@ -36,8 +36,8 @@ def test_threads_share_the_work_and_each_computes_alone(threads: int) -> None:
     with ThreadPoolExecutor(1) as pool:  # nor is a new thread's number changed
         assert pool.submit(torch.get_num_threads).result() == threads
     began = time.perf_counter()
-    spread(lambda _: time.sleep(0.2), range(threads))
-    assert time.perf_counter() - began < 0.35
+    spread(lambda _: time.sleep(0.5), range(threads))
+    assert time.perf_counter() - began < 1.2  # one after the other: 1.5
 
 
 def test_nothing_is_recorded_for_gradients() -> None:
