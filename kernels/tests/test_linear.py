@@ -8,7 +8,6 @@ to multiply bfloat16 are tested, whichever this CPU would choose.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -317,14 +316,6 @@ def test_frozen_head_and_frozen_body() -> None:
         linear_policy_loss(*leaves.linear, *case.policy).loss.backward()
         assert getattr(leaves, frozen).grad is None
         assert error(getattr(leaves, other).grad, getattr(exact, other).grad) <= 1e-12
-
-
-@pytest.fixture(params=[1, 3], ids=["one-thread", "three-threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")

@@ -265,7 +265,7 @@ def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
         for part in place.split(head.tiling.strip, 1):
             part.index_copy_(0, holes, part.gather(0, movers[:, None].expand(-1, part.shape[1])))
     elif place.stride(1) > 1:
-        spread(move_columns, list(head.strips(_CHUNK)))
+        spread(move_columns, head.strips(_CHUNK))
     else:  # PyTorch would look at every row in all threads
         pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
 
@@ -273,7 +273,7 @@ def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
             start = place.data_ptr()  # `place` lives as long as somebody moves its rows
             ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
 
-        spread(move_row, list(zip(holes.tolist(), movers.tolist(), strict=True)))
+        spread(move_row, zip(holes.tolist(), movers.tolist(), strict=True))
     return order
 
 

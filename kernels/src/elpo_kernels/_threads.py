@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -20,17 +20,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def spread(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`work` of every item, in their order, on as many threads as PyTorch uses in this one.
     Nothing is recorded for gradients."""
-    threads = min(torch.get_num_threads(), len(items))
-    left = iter(range(len(items)))  # shared: whoever is free takes the next
+    given = list(items)
+    threads = min(torch.get_num_threads(), len(given))
+    left = iter(range(len(given)))  # shared: whoever is free takes the next
     results: dict[int, Result] = {}
 
     @torch.no_grad()
     def share() -> None:
         for i in left:
-            results[i] = work(items[i])
+            results[i] = work(given[i])
 
     if threads <= 1:
         share()
@@ -38,7 +39,7 @@ def spread(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result
         pool = _pool(os.getpid(), torch.get_num_threads())
         for call in [pool.submit(share) for _ in range(threads)]:
             call.result()
-    return [results[i] for i in range(len(items))]
+    return [results[i] for i in range(len(given))]
 
 
 @cache

@@ -60,12 +60,12 @@ class TorchTiles:
             return [work(strip) for strip in self.head.strips()]
         width = self.head.tiling.strip
         width = max(min(width, _NARROWEST), width // torch.get_num_threads())
-        return spread(work, list(self.head.strips(width)))
+        return spread(work, self.head.strips(width))
 
     def _rows(self, work: Callable[[slice], None], count: int) -> None:
         """`work` of all of `count` rows of a product."""
         threads = torch.get_num_threads() if self._spreads else 1
-        spread(work, list(cut(0, count, max(1, -(-count // threads)))))
+        spread(work, cut(0, count, max(1, -(-count // threads))))
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a·b, perhaps rounded to the operands' dtype."""
@@ -112,7 +112,7 @@ class TorchTiles:
             return total
 
         share = -(-len(weight) // torch.get_num_threads())
-        first, *others = spread(part, list(cut(0, len(weight), share)))
+        first, *others = spread(part, cut(0, len(weight), share))
         for other in others:
             first += other
         return first
