@@ -93,21 +93,36 @@ def entropy_coefficient(value: Number, like: Tensor) -> Tensor | None:
 
 def check_signs(pos: Tensor, neg: Tensor) -> None:
     """A pair of other signs is no sum of clipped surrogates. Reads the device."""
-    for name, wrong, sign in (("pos_coef", pos < 0, ">="), ("neg_coef", neg > 0, "<=")):
-        if wrong.any():
+    _raise_for_signs(*torch.stack([(pos < 0).any(), (neg > 0).any()]).tolist())
+
+
+def _raise_for_signs(pos_wrong: bool, neg_wrong: bool) -> None:
+    for name, wrong, sign in (("pos_coef", pos_wrong, ">="), ("neg_coef", neg_wrong, "<=")):
+        if wrong:
             raise ValueError(
                 f"{name} must be {sign} 0 everywhere; give advantages= for mixed signs"
             )
 
 
-def valid_targets(targets: Tensor, size: int, ignore_index: int) -> Tensor:
-    """Mask of the tokens with a target; a target that is no token is an error. Reads the device."""
-    valid = targets != ignore_index
-    wrong = valid & ((targets < 0) | (targets >= size))
-    if wrong.any():
+def chosen_tokens(
+    chosen: Tensor, targets: Tensor, size: int, ignore_index: int, *signed: Tensor
+) -> Tensor:
+    """Where the mask `chosen` `[T]` is true; `ValueError` for a target that is no token, and for
+    `signed`, c⁺ and c⁻, of other signs. Reads the device once where all are chosen, else twice."""
+    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= size))
+    counts = [chosen.sum(), wrong.sum()]
+    if signed:
+        pos, neg = signed
+        counts += [(pos < 0).sum(), (neg > 0).sum()]
+    count, wrong_targets, *wrong_signs = torch.stack(counts).tolist()
+    if wrong_targets:
         at = int(wrong.nonzero()[0])
         raise ValueError(
             f"targets[{at}] = {int(targets[at])} is outside the vocabulary of {size}; "
             f"give tokens without a target ignore_index={ignore_index}"
         )
-    return valid
+    if signed:
+        _raise_for_signs(*wrong_signs)
+    if count == len(chosen):
+        return torch.arange(count, device=chosen.device)
+    return chosen.nonzero()[:, 0]

@@ -177,8 +177,8 @@ class Gradients:
             return
         wider, tiling = result.dtype != tiles.acc, self.head.tiling
         on_cpu = result.device.type == "cpu"
-        size = result.numel() * tiles.acc.itemsize
-        pieces = max(1, size // PIECE_BYTES) if wider and on_cpu else 1
+        sum_bytes = result.numel() * tiles.acc.itemsize
+        pieces = max(1, sum_bytes // PIECE_BYTES) if wider and on_cpu else 1
         for piece in cut(0, len(result), -(-len(result) // pieces)):
             total = sums.pop(piece.start, None)
             first = total is None
@@ -186,14 +186,12 @@ class Gradients:
                 total = result[piece]
                 if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
-            at_once = total.dtype != tiles.acc  # with all rows: by way of a product of its own
-            for rows in cut(piece.start, piece.stop, tiling.strip if at_once else tiling.update):
+            at_once = total.dtype != tiles.acc  # with all rows: rounded to the result's dtype
+            size = tiling.strip if at_once and on_cpu else tiling.update
+            for rows in cut(piece.start, piece.stop, size):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
-                if at_once:
-                    part.copy_(tiles.product(kept[:, rows].t(), x))
-                    continue
                 tiles.accumulate(part, kept[:, rows].t(), x, first)
-                if last and wider:
+                if last and wider and not at_once:
                     result[rows] = part
             if not last:
                 sums[piece.start] = total

@@ -147,6 +147,7 @@ def _one_pass(
     if kept is None:
         kept = _memory(head, len(index))
     pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
+    limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT
     start = filled = 0
 
     def flush(last: bool) -> None:
@@ -159,34 +160,54 @@ def _one_pass(
 
     def take(block: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the logit gradients of the rows of `block` that have any in the first rows of
-        `place`, but for a factor: these rows and their factors."""
+        `place`, but for a factor: these rows and their factors. The device is waited for once."""
         rows = gather_rows(head, xs, targets, block)
         # With anchors far from the log-sum-exp the entropy's sums would cancel.
         rows = anchored(head, rows, guessed(rows, policy.guess(block)), loose=not want_entropy)
-        rows, total, moment, log_total = _powers(head, tiles, rows, place, want_entropy)
-        odds = (total.log2() - rows.target) * LN2
-        found = -torch.logaddexp(torch.zeros_like(odds), odds)
+        sums = _powers(head, tiles, rows, place, None, want_entropy)
+        log_total, found, slope, live = measure(rows, sums, block)
+        far = ~(log_total.abs() <= limit)
+        lost, count = torch.stack([far.sum(), live.sum()]).tolist()
+        if lost:  # anchors too far from their log-sum-exp
+            again = far.nonzero()[:, 0]
+            worst = subset(rows, again)
+            logprob_there, _ = measured(worst.target, *tiles.sums(worst, False))
+            nearer = anchored(head, worst, guessed(worst, logprob_there))
+            sums[:, again] = _powers(head, tiles, nearer, place, again, want_entropy)
+            rows.target[again] = nearer.target
+            log_total, found, slope, live = measure(rows, sums, block)
+            count = int(live.sum())
+        total, moment = sums
         logprob[block] = found
         if want_entropy:
             others = (total * log_total - moment) * torch.exp2(-log_total)
             entropy[block] = others * LN2 - found.exp() * found
-        _, slope, _, _ = policy.surrogate(found, block)
         factor = torch.exp2(-log_total) * column(rows.inv_temperature)
-        live = slope != 0
         if policy.entropy_coef is None:
             factor = -slope * factor
             at_target = -total
         else:
             pull, spread = policy.entropy_coef[block], entropy[block]  # dloss/dentropy = -pull
-            live |= pull != 0
             offset = pull * (spread - log_total * LN2) - slope
             tiles.with_entropy(place, offset * factor, pull * factor)
             at_target = pull * found.exp() * (found + spread) - slope * torch.expm1(found)
             at_target *= column(rows.inv_temperature)
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
-        order = _compacted(head, place, live)
+        if count == len(live):
+            return block, factor
+        order = _compacted(head, place, live, count)
         return block[order], factor[order]
+
+    def measure(rows: Rows, sums: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log2 Z, the log-prob, the loss's derivative by it, and which rows have a gradient."""
+        odds = (sums[0].log2() - rows.target) * LN2
+        found = -torch.logaddexp(torch.zeros_like(odds), odds)
+        _, slope, _, _ = policy.surrogate(found, block)
+        live = slope != 0
+        if policy.entropy_coef is not None:
+            live |= policy.entropy_coef[block] != 0
+        return torch.logaddexp2(rows.target, sums[0].log2()), found, slope, live
 
     while start < len(index):
         rest, room = len(index) - start, len(kept) - filled
@@ -197,7 +218,7 @@ def _one_pass(
                 kept, lent = _memory(head, rest), False
             room = len(kept)
         # Measured: 1,536 rows as columns are made a tenth faster at once than in two halves.
-        most = head.tiling.rows * (2 if lent else 1)
+        most = head.tiling.at_once * (2 if lent else 1)
         block = index[start : start + min(_equal(len(kept), most, head.tiling.grain), room)]
         start += len(block)
         pending.append(take(block, kept[filled : filled + len(block)]))
@@ -219,41 +240,29 @@ def _memory(head: Head, count: int) -> Tensor:
     # With rows whole pages apart the same columns of all would share a few sets of the caches.
     row_bytes = head.vocabulary * head.dtype.itemsize
     stride = head.vocabulary + (64 // head.dtype.itemsize if row_bytes % 4096 == 0 else 0)
-    rows = _equal(count, head.tiling.kept, head.tiling.grain)
+    rows = _equal(count, head.tiling.held(count), head.tiling.grain)
     kept = torch.empty(rows, stride, dtype=head.dtype, device=head.weights[0].device)
     return kept[:, : head.vocabulary]
 
 
 def _powers(
-    head: Head, tiles: Tiles, rows: Rows, place: Tensor, want_entropy: bool
-) -> tuple[Rows, Tensor, Tensor, Tensor]:
-    """Fill `place` with E; Σ E, Σ E·L and log2 Z over all shards. Rows whose anchor was too far
-    from their log-sum-exp are measured and filled once more; the rows returned say so."""
-
-    def fill(part: Rows, position: Tensor | None) -> Tensor:
-        return head.all_reduce(torch.stack(tiles.powers(part, place, position, want_entropy)))
-
-    sums = fill(rows, None)
-    log_total = torch.logaddexp2(rows.target, sums[0].log2())
-    limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT
-    far = (~(log_total.abs() <= limit)).nonzero()[:, 0]
-    if len(far):
-        lost = subset(rows, far)
-        logprob, _ = measured(lost.target, *tiles.sums(lost, False))
-        nearer = anchored(head, lost, guessed(lost, logprob))
-        sums[:, far] = fill(nearer, far)
-        rows.target[far] = nearer.target
-        log_total = torch.logaddexp2(rows.target, sums[0].log2())
-    return rows, sums[0], sums[1], log_total
+    head: Head,
+    tiles: Tiles,
+    rows: Rows,
+    place: Tensor,
+    position: Tensor | None,
+    want_entropy: bool,
+) -> Tensor:
+    """Fill rows `position` of `place` (by default all) with E; Σ E and Σ E·L over all shards,
+    `[2, R]`."""
+    return head.all_reduce(torch.stack(tiles.powers(rows, place, position, want_entropy)))
 
 
-def _compacted(head: Head, place: Tensor, live: Tensor) -> Tensor:
-    """Move the last live rows of `place` onto the dead ones among the first, so that the live ones
-    come first; the rows they were, in their new order. As little is moved as can be."""
-    count = int(live.sum())
+def _compacted(head: Head, place: Tensor, live: Tensor, count: int) -> Tensor:
+    """Move the last of the `count` live rows of `place` onto the dead ones among the first, so that
+    the live ones come first; the rows they were, in their new order. As little is moved as can
+    be."""
     order = torch.arange(count, device=live.device)
-    if count == len(live):
-        return order
     holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
     order[holes] = movers
 

@@ -19,7 +19,7 @@ from torch import Tensor, library
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from elpo_kernels._backend import resolve_backend, widens_bfloat16
-from elpo_kernels._checks import accumulation, check_signs, valid_targets
+from elpo_kernels._checks import accumulation, chosen_tokens
 from elpo_kernels._engine import Tiles, Wanted, backward, forward
 from elpo_kernels._fused import Policy, fused
 from elpo_kernels._head import Head, Tiling
@@ -93,11 +93,11 @@ def _tiles(head: Head, backend: str) -> Tiles:
     return TritonTiles(head)
 
 
-def _valid(head: Head, targets: Tensor, ignore_index: int) -> Tensor:
-    size = head.vocabulary
-    if head.group is not None:
-        size = int(head.all_reduce(torch.tensor(size, device=targets.device)))
-    return valid_targets(targets, size, ignore_index)
+def _size(head: Head, device: torch.device) -> int:
+    """Tokens of the vocabulary, over all shards."""
+    if head.group is None:
+        return head.vocabulary
+    return int(head.all_reduce(torch.tensor(head.vocabulary, device=device)))
 
 
 def _wanted(needs: Sequence[bool], parts: int) -> Wanted:
@@ -147,7 +147,8 @@ def linear_logprob_op(
     head, xs = _head(
         xs, weights, bias, token_temperature, temperature, softcap, first, group, backend
     )
-    index = _valid(head, targets, ignore_index).nonzero()[:, 0]
+    size = _size(head, targets.device)
+    index = chosen_tokens(targets != ignore_index, targets, size, ignore_index)
     return forward(head, xs, targets, _tiles(head, backend), index, want_entropy)
 
 
@@ -283,8 +284,7 @@ def linear_policy_op(
         xs, weights, bias, token_temperature, temperature, softcap, first, group, backend, sums
     )
     tiles = _tiles(head, backend)
-    valid = _valid(head, targets, ignore_index)
-    check_signs(pos, neg)
+    valid = targets != ignore_index
     policy = Policy(
         old_logprob=old_logprob,
         pos=torch.where(valid, pos, 0),
@@ -298,7 +298,8 @@ def linear_policy_op(
     live = (policy.pos != 0) | (policy.neg != 0)
     if policy.entropy_coef is not None:
         live |= policy.entropy_coef != 0
-    index = (valid if all_tokens else live).nonzero()[:, 0]
+    size, chosen = _size(head, targets.device), valid if all_tokens else live
+    index = chosen_tokens(chosen, targets, size, ignore_index, pos, neg)
     result = fused(
         head,
         cast,
@@ -339,6 +340,27 @@ def _(
     return values.new_empty(()), values, torch.empty_like(values), values.new_empty(7), *gradients
 
 
+@library.custom_op("elpo_kernels::scale_", mutates_args=("values",))
+def scale_op(values: Tensor, factor: Tensor) -> None:
+    """values · factor in place, the factor a 0-dimensional tensor: values are touched only where it
+    is not 1, as in almost every backward of a loss, and the device is not waited for."""
+    if values.device.type == "cpu":
+        if factor != 1:
+            values.mul_(factor)
+    elif resolve_backend("auto", values.device, values.dtype) == "triton":
+        # Imported here: whether kernels are compiled or interpreted is settled at import.
+        from elpo_kernels._triton_rows import scale_in_place
+
+        scale_in_place(values, factor)
+    else:
+        values.mul_(factor)
+
+
+@scale_op.register_fake
+def _(values: Tensor, factor: Tensor) -> None:
+    return None
+
+
 @library.custom_op("elpo_kernels::with_gradients", mutates_args=())
 def with_gradients_op(
     loss: Tensor, tensors: Sequence[Tensor], gradients: Sequence[Tensor], fixed: bool
@@ -366,7 +388,9 @@ def _scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
         )
     # In place: a second copy of the weight's gradient would be the largest tensor of the step.
     # A second backward through the same loss therefore raises autograd's in-place error.
-    scaled = [saved.mul_(grad_loss) for saved in ctx.saved_tensors]
+    scaled = list(ctx.saved_tensors)
+    for gradient in scaled:
+        torch.ops.elpo_kernels.scale_(gradient, grad_loss)
     return None, scaled, [None] * len(scaled), None
 
 

@@ -189,3 +189,24 @@ def launch(kernel: Any, rows: int, *arguments: Any, **constants: Any) -> None:
     if rows:
         with torch.cuda.device_of(arguments[0]):
             kernel[(rows,)](*arguments, **constants, BLOCK=BLOCK, num_warps=WARPS)
+
+
+@triton.jit
+def scale_kernel(values, factor, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """values · factor in place; nothing is read or written where the factor is 1."""
+    by = tl.load(factor).to(tl.float32)
+    if by != 1:
+        first, step = tl.program_id(0).to(tl.int64) * BLOCK, tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(first, count, step):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < count
+            value = tl.load(values + at, mask=inside, other=0.0).to(tl.float32) * by
+            tl.store(values + at, value.to(values.dtype.element_ty), mask=inside)
+
+
+def scale_in_place(values: torch.Tensor, factor: torch.Tensor) -> None:
+    """`values`, contiguous, times `factor` `[]`, see `scale_kernel`."""
+    programs = min(triton.cdiv(values.numel(), BLOCK), 2048)
+    if programs:
+        with torch.cuda.device_of(values):
+            scale_kernel[(programs,)](values, factor, values.numel(), BLOCK=BLOCK, num_warps=WARPS)

@@ -6,12 +6,13 @@ cache, so that of the `[rows, V]` block only the powers, in the operands' dtype,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elpo_kernels._head import LOG2E, Head, Rows, column
+from elpo_kernels._head import LOG2E, Head, Rows, column, cut
 from elpo_kernels._torch_tiles import combined
 from elpo_kernels._triton_rows import (
     gradient_kernel,
@@ -41,7 +42,14 @@ class TritonTiles:
         return torch.mm(a, b, **self._out(a))
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-        torch.addmm(total, a, b, beta=0 if first else 1, **self._out(a), out=total)
+        if not first:
+            torch.addmm(total, a, b, **self._out(a), out=total)
+        elif total.dtype == self.acc:
+            torch.mm(a, b, **self._out(a), out=total)
+        elif total.dtype == a.dtype:  # rounded once, as it is written
+            torch.mm(a, b, out=total)
+        else:
+            total.copy_(torch.mm(a, b))
 
     def weight(self, i: int, strip: slice) -> Tensor:
         return self.head.weights[i][strip]
@@ -49,19 +57,22 @@ class TritonTiles:
     def through_weight(self, kept: Tensor, i: int) -> Tensor:
         return self.product(kept, self.head.weights[i])
 
-    def _logits(self, rows: Rows, strip: slice) -> Tensor:
-        """Raw logits `[R, strip]`, float32, in scratch memory."""
-        shape = len(rows.column), strip.stop - strip.start
+    def _logits(self, xs: tuple[Tensor, ...], weights: Sequence[Tensor]) -> Tensor:
+        """Raw logits `[R, strip]`, float32, in scratch memory; `weights` each `[H_i, strip]`."""
+        shape = len(xs[0]), weights[0].shape[1]
         if self._held is None or self._held.numel() < shape[0] * shape[1]:
-            self._held = torch.empty(shape, dtype=self.acc, device=rows.column.device).view(-1)
+            self._held = torch.empty(shape, dtype=self.acc, device=xs[0].device).view(-1)
         tile = self._held[: shape[0] * shape[1]].view(shape)
-        for i, (x, weight) in enumerate(zip(rows.xs, self.head.weights, strict=True)):
-            operand = weight[strip].t()
-            if i == 0:
-                torch.mm(x, operand, **self._out(x), out=tile)
-            else:
-                self.accumulate(tile, x, operand)
+        for i, (x, weight) in enumerate(zip(xs, weights, strict=True)):
+            self.accumulate(tile, x, weight, first=i == 0)
         return tile
+
+    def _strips(self) -> list[tuple[slice, list[Tensor]]]:
+        """Every strip of the vocabulary, and the weights `[H_i, strip]` there."""
+        return [
+            (strip, [weight[strip].t() for weight in self.head.weights])
+            for strip in self.head.strips()
+        ]
 
     def _every(self, rows: Rows) -> Tensor:
         return torch.arange(len(rows.column), device=rows.column.device)
@@ -90,8 +101,8 @@ class TritonTiles:
         top = torch.full_like(rows.raw, -torch.inf)
         total, moment = torch.zeros_like(top), torch.zeros_like(top)
         every, scale = self._every(rows), self._scale(rows)
-        for strip, target in zip(self.head.strips(), self._targets(rows), strict=True):
-            tile = self._logits(rows, strip)
+        for (strip, weights), target in zip(self._strips(), self._targets(rows), strict=True):
+            tile = self._logits(rows.xs, weights)
             launch(
                 sums_kernel,
                 len(top),
@@ -117,26 +128,31 @@ class TritonTiles:
         moment = torch.zeros_like(total)
         if position is None:
             position = self._every(rows)
-        scale = self._scale(rows)
-        for strip, target in zip(self.head.strips(), self._targets(rows), strict=True):
-            tile = self._logits(rows, strip)
-            launch(
-                powers_kernel,
-                len(total),
-                tile,
-                self._bias(rows, strip),
-                scale,
-                rows.offset,
-                target,
-                out[:, strip],
-                position,
-                total,
-                moment,
-                tile.shape[1],
-                tile.stride(0),
-                out.stride(0),
-                **self._flags(want_entropy),
-            )
+        scale, targets = self._scale(rows), self._targets(rows)
+        strips = [
+            (weights, self._bias(rows, strip), out[:, strip]) for strip, weights in self._strips()
+        ]
+        flags = self._flags(want_entropy)
+        for part in cut(0, len(total), self.head.tiling.rows):  # a strip each is a product
+            xs = tuple(x[part] for x in rows.xs)
+            per_row = scale[part], rows.offset[part]
+            sums = position[part], total[part], moment[part]
+            for (weights, bias, place), target in zip(strips, targets[:, part], strict=True):
+                tile = self._logits(xs, weights)
+                launch(
+                    powers_kernel,
+                    len(tile),
+                    tile,
+                    bias,
+                    *per_row,
+                    target,
+                    place,
+                    *sums,
+                    tile.shape[1],
+                    tile.stride(0),
+                    out.stride(0),
+                    **flags,
+                )
         return total, moment
 
     def with_entropy(self, kept: Tensor, alpha: Tensor, beta: Tensor) -> None:
@@ -152,7 +168,7 @@ class TritonTiles:
         at_target: Tensor,
         out: Tensor,
     ) -> None:
-        tile = self._logits(rows, strip)
+        tile = self._logits(rows.xs, [weight[strip].t() for weight in self.head.weights])
         launch(
             gradient_kernel,
             len(alpha),

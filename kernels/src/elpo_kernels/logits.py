@@ -20,9 +20,9 @@ from elpo_kernels._checks import (
     check_dtype,
     check_softcap,
     check_targets,
+    chosen_tokens,
     entropy_coefficient,
     split_temperature,
-    valid_targets,
 )
 from elpo_kernels._engine import measured
 from elpo_kernels._head import LN2, LOG2E, blocks
@@ -62,7 +62,7 @@ def logits_logprob_op(
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy `[T]`; `in_place` lets the backward write over the logits."""
-    index = valid_targets(targets, logits.shape[1], ignore_index).nonzero()[:, 0]
+    index = chosen_tokens(targets != ignore_index, targets, logits.shape[1], ignore_index)
     column, scale = targets[index], _scale(temperature, temperatures, logits)[index]
     level = logits[index, column].to(scale.dtype)
     if softcap:
