@@ -51,10 +51,9 @@ def one_run(part: Part, name: str, options: list[str]) -> None:
         (file,) = Path(folder).glob("**/metrics.jsonl")
         lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:
-        if line["phase"] == "train":
-            seconds = {
-                k: round(v, 2) for k, v in line.items() if k.endswith("seconds") or "_s" in k
-            }
-            part.row(f"{name} step {line['step']}: {seconds}", metrics=line)
+        if line["phase"] == "rl":
+            shown = ("seconds_collect", "seconds_train", "generated_per_s", "trained_tokens_per_s")
+            figures = ", ".join(f"{key} {line[key]:.4g}" for key in shown)
+            part.row(f"{name} step {line['step']}: {figures}", metrics=line)
         elif line["phase"] == "eval":
             part.row(f"{name} {line['name']}: success {line['success']}, {line['seconds']:.1f} s")
