@@ -319,16 +319,28 @@ def test_frozen_head_and_frozen_body() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("sums_fit", [True, False], ids=["one-pass", "two-passes"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sums_fit": False},
+        {"block": 1 << 62, "grain": 5},
+        {"block": 1 << 62, "grain": 5, "whole": 61},
+    ],
+    ids=["one-pass", "two-passes", "blocks-of-tiles", "all-rows-held"],
+)
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
 def test_small_tiles_and_many_flushes(
-    sums_fit: bool, entropy_coef: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    entropy_coef: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Strips and blocks that divide nothing evenly; the result does not depend on the cut, nor on
     whether there is room for the weight's sum."""
     case = make_case(dtype=dtype)
     exact, loss, _ = true_policy(case, entropy_coef)
-    cut = Tiling(rows=5, strip=19, kept=12, update=50, sums_fit=sums_fit)
+    cut = Tiling(rows=5, strip=19, kept=10, update=50, **options)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
     leaves = case.leaves()
     out = linear_policy_loss(*leaves.linear, *case.policy, entropy_coef=entropy_coef)

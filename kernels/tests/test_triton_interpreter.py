@@ -38,13 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several loop turns a kernel, several strips a row, several flushes a call."""
+    """Several loop turns a kernel, several strips a row, several products a block of rows and
+    several flushes a call, as on a GPU."""
     from elpo_kernels import _triton_rows
 
     monkeypatch.setattr(_triton_rows, "BLOCK", 64)
-    monkeypatch.setattr(
-        Tiling, "of", staticmethod(lambda *_: Tiling(rows=6, strip=96, kept=9, update=70))
-    )
+    cut = Tiling(rows=3, strip=96, kept=9, update=70, grain=3, block=1 << 62)
+    monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
 
 
 @interpreted
@@ -89,6 +89,19 @@ def test_linear_policy_loss(variant: str, entropy_coef: float) -> None:
     out.loss.backward()
     found = [out.loss, out.logprob, out.entropy, *leaves.gradients()]
     compare(variant, found, [loss, logprob, truth(case)[1], *exact.gradients()])
+
+
+@interpreted
+def test_gradients_are_scaled_where_the_loss_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from elpo_kernels import _triton_rows
+
+    monkeypatch.setattr(_triton_rows, "BLOCK", 64)
+    values = torch.randn(5, 37)
+    values[0, 0] = torch.nan  # is not touched by a factor of 1
+    for factor in (1.0, -2.5):
+        scaled = values.clone()
+        _triton_rows.scale_in_place(scaled, torch.tensor(factor))
+        assert torch.equal(scaled.nan_to_num(7), (values * factor).nan_to_num(7))
 
 
 @interpreted
