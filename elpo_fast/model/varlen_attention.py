@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ def flash_kernel() -> Kernel:
         from flash_attn import flash_attn_varlen_func
     except ImportError as error:
         logger.warning("model.attention=varlen runs PyTorch's kernel, not flash-attn's: %s", error)
-        return _torch_kernel
+        return _torch_kernel()
 
     def attend(
         query: torch.Tensor,
@@ -114,27 +115,34 @@ def flash_kernel() -> Kernel:
     return attend
 
 
-def _torch_kernel(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    parts: Segments,
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
+def _torch_kernel() -> Kernel:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = query.shape[1] // key.shape[1]  # not every release knows grouped queries
-    output = varlen_attn(
-        query.contiguous(),
-        key.repeat_interleave(groups, dim=1),
-        value.repeat_interleave(groups, dim=1),
-        *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
-        scale=scale,
-        window_size=_reach(window),
-    )
-    assert isinstance(output, torch.Tensor)  # no log-sum-exp was asked for
-    return output
+    # Grouped heads are taken as they are: unasked in PyTorch 2.11, on this word from 2.12 on.
+    told = "enable_gqa" in signature(varlen_attn).parameters
+    grouped: dict[str, Any] = {"enable_gqa": True} if told else {}
+
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        parts: Segments,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        output = varlen_attn(
+            query.contiguous(),
+            key,
+            value,
+            *(parts.queries, parts.keys, parts.longest_query, parts.longest_key),
+            scale=scale,
+            window_size=_reach(window),
+            **grouped,
+        )
+        assert isinstance(output, torch.Tensor)  # no log-sum-exp was asked for
+        return output
+
+    return attend
 
 
 def _reach(window: int | None) -> tuple[int, int]:

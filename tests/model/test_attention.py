@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elpo_fast.model import flex_attention, varlen_attention
 from elpo_fast.model.attention import masked_attention, tree_attention
@@ -234,10 +235,24 @@ def test_varlen_takes_only_a_flash_attn_that_has_the_function(
 ) -> None:
     made = ModuleType("flash_attn")  # as flash-attn 4 leaves it
     monkeypatch.setitem(sys.modules, "flash_attn", made)
-    assert flash_kernel.__wrapped__() is varlen_attention._torch_kernel
+    monkeypatch.setattr(varlen_attention, "_torch_kernel", lambda: "PyTorch's")
+    assert flash_kernel.__wrapped__() == "PyTorch's"
     calls = []
     made.flash_attn_varlen_func = lambda *arguments, **options: calls.append(options)  # type: ignore[attr-defined]
     query = torch.zeros(3, 1, 8)
     parts = varlen_attention.segments(TreeMask(torch.full((3,), 3), torch.arange(3)), None)
     flash_kernel.__wrapped__()(query, query, query, parts, SCALE, 2)
     assert calls == [{"softmax_scale": SCALE, "causal": True, "window_size": (1, 0)}]
+
+
+def test_pytorchs_varlen_kernel_takes_grouped_heads() -> None:
+    """Shapes alone: the checks of this PyTorch's function run, its kernel needs a GPU."""
+    before = random_trees(np.random.default_rng(3), 2, 20)
+    _, position, end = ancestors(before)
+    parts = varlen_attention.segments(TreeMask(end, position), None)
+    shapes = (40, 6, 8), (len(parts.token), 2, 8), (len(parts.token), 2, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = [torch.empty(shape, requires_grad=True) for shape in shapes]
+        output = varlen_attention._torch_kernel()(*tensors, parts, SCALE, None)
+        found = torch.autograd.grad(output, tensors, torch.empty_like(output))
+    assert output.shape == shapes[0] and [grad.shape for grad in found] == list(shapes)
