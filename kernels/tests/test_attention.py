@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 from elpo_kernels import TreePlan, tree_attention
-from elpo_kernels._tree_blocks import DEAD, FULL
+from elpo_kernels._tree_blocks import DEAD, FULL, NO_WINDOW
 from elpo_kernels.attention import tree_attention_op
 from elpo_kernels.testing import error, make_forest, true_attention
 from torch import Tensor, library
@@ -73,6 +73,19 @@ def test_kernels(name: str, window: int | None) -> None:
 def test_shipped_head_sizes(dim: int) -> None:
     plan = make_forest(2, 18, branching=0.1)
     assert max(compare(plan, operands(36, 3, 1, dim, torch.float32), "triton", None)) <= TOLERANCE
+
+
+@interpreted
+@pytest.mark.parametrize("kernel", ["forward", "query", "key"])
+def test_a_tile_on_trial(kernel: str) -> None:
+    from elpo_kernels._triton_attention import Tile, tiles, trial
+
+    plan, problem = forest("trees"), (torch.device("cpu"), torch.float32, 16)
+    inputs, own = operands(len(plan.end), 2, 1, 16, torch.float32), tiles(*problem)
+    with trial(*problem, kernel, Tile(16, 64, 4, 1)):
+        assert max(compare(plan, inputs, "triton", None)) <= TOLERANCE
+    assert (16, 64, NO_WINDOW, kernel == "key") in plan._lists
+    assert tiles(*problem) == own
 
 
 @interpreted
@@ -207,4 +220,4 @@ def test_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-1000:]
-    assert "20 passed" in run.stdout, run.stdout[-1000:]
+    assert "23 passed" in run.stdout, run.stdout[-1000:]

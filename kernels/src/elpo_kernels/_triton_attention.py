@@ -11,7 +11,9 @@ heads of a group are split over several programs, whose gradients are added afte
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +52,7 @@ EXACT = {
     (4, 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
     (4, 128): Tiles(*[Tile(16, 16, 4, 1)] * 3),
 }
-# By chip, then by bytes of an element and head dimension; `aot` compiles every one.
+# Those that run: by chip, then by bytes of an element and head dimension; `aot` compiles every one.
 TILES: dict[str, dict[tuple[int, int], Tiles]] = {
     "sm_80": {  # within the 99 KiB that the smaller cards of its kind have
         (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
@@ -79,16 +81,98 @@ TILES: dict[str, dict[tuple[int, int], Tiles]] = {
 }
 
 
+# What a measurement decides between, for two-byte elements: by chip, head dimension and kernel.
+# What `TILES` has is among them. All fit the shared memory; a larger tile may be worth some spills.
+CANDIDATES: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
+    "sm_80": {
+        64: {
+            "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
+            "query": (Tile(128, 32, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
+            "key": (Tile(32, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
+        },
+        128: {
+            "forward": (Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
+            "query": (Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
+            "key": (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
+        },
+        256: {"key": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2))},
+    },
+    "sm_90": {
+        64: {
+            "forward": (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 8, 3)),
+            "query": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+            "key": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+        },
+        128: {
+            "forward": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
+            "query": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+            "key": (Tile(32, 128, 8, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2)),
+        },
+        256: {
+            "forward": (Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)),
+            "key": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2)),
+        },
+    },
+    "sm_100": {
+        64: {
+            "forward": (Tile(128, 64, 4, 3), Tile(128, 128, 8, 3)),
+            "query": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
+            "key": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3)),
+        },
+        128: {
+            "forward": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
+            "query": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3)),
+            "key": (Tile(64, 64, 8, 1), Tile(32, 128, 8, 2), Tile(64, 128, 8, 3)),
+        },
+    },
+    "gfx942": {
+        64: {
+            "forward": (Tile(128, 64, 4, 1), Tile(128, 64, 4, 2), Tile(128, 128, 4, 1)),
+            "query": (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(128, 64, 8, 1)),
+            "key": (Tile(64, 64, 4, 1), Tile(64, 128, 4, 1)),
+        },
+        128: {
+            "forward": (Tile(128, 64, 8, 1), Tile(128, 64, 4, 1)),
+            "query": (Tile(128, 32, 8, 1), Tile(64, 64, 4, 1)),
+            "key": (Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)),
+        },
+    },
+}
+
+
 def tiles(device: torch.device, dtype: torch.dtype, dim: int) -> Tiles:
     """The tiles for a head dimension; `ValueError` where none are shipped."""
-    padded = max(64, triton.next_power_of_2(dim))
-    found = TILES[chip(device)].get((dtype.itemsize, padded))
+    found = TILES[chip(device)].get((dtype.itemsize, _padded(dim)))
     if found is None:
         most = 128 if dtype == torch.float32 else 256
         raise ValueError(
             f"backend 'triton' takes {dtype} head dimensions up to {most}, got {dim}; use 'torch'"
         )
     return found
+
+
+def candidates(device: torch.device, dim: int) -> list[tuple[str, Tile]]:
+    """Kernels (fields of `Tiles`) and tiles worth timing here for a head dimension."""
+    found = CANDIDATES[chip(device)].get(_padded(dim), {})
+    return [(kernel, tile) for kernel, some in found.items() for tile in some]
+
+
+@contextmanager
+def trial(
+    device: torch.device, dtype: torch.dtype, dim: int, kernel: str, tile: Tile
+) -> Iterator[None]:
+    """Within the block a kernel takes another tile than that of `TILES`."""
+    of_chip, key = TILES[chip(device)], (dtype.itemsize, _padded(dim))
+    own = of_chip[key]
+    of_chip[key] = replace(own, **{kernel: tile})
+    try:
+        yield
+    finally:
+        of_chip[key] = own
+
+
+def _padded(dim: int) -> int:
+    return max(64, triton.next_power_of_2(dim))
 
 
 def chip(device: torch.device) -> str:
