@@ -3,7 +3,6 @@ and ours under other tiles."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,30 +64,26 @@ def tiles(part: Part, heads: Heads) -> None:
         out = BACKENDS["triton"](*inputs, mask, heads[2] ** -0.5, None)
         torch.autograd.grad(out, inputs, above)
 
-    table = kernels.TILES[kernels.chip(torch.device(part.device))]
-    key = inputs[0].element_size(), max(64, heads[2])
-    shipped = table[key]
+    device = torch.device(part.device)
+    shipped = kernels.tiles(device, part.dtype, heads[2])
 
     def with_tile(kernel: str, tile: kernels.Tile) -> None:
-        table[key] = replace(shipped, **{kernel: tile})
-        try:
+        with kernels.trial(device, part.dtype, heads[2], kernel, tile):
             both()
-        finally:
-            table[key] = shipped
 
     both()
     calls: dict[str, Any] = {"as shipped": both}
-    for kernel, candidates in kernels.CANDIDATES[key[1]].items():
-        for tile in candidates[: 1 if part.tiny else None]:
-            if tile == getattr(shipped, kernel):
-                continue
-            name = f"{kernel} {tile.rows}x{tile.columns}, {tile.warps} warps, {tile.stages} stages"
-            try:
-                with_tile(kernel, tile)
-            except triton.OutOfResources as fault:
-                part.row(f"tiles {heads}: {name} does not fit ({fault})", heads=heads)
-                continue
-            calls[name] = partial(with_tile, kernel, tile)
+    found = kernels.candidates(device, heads[2])
+    for kernel, tile in found[:2] if part.tiny else found:
+        if tile == getattr(shipped, kernel):
+            continue
+        name = f"{kernel} {tile.rows}x{tile.columns}, {tile.warps} warps, {tile.stages} stages"
+        try:
+            with_tile(kernel, tile)
+        except triton.OutOfResources as fault:
+            part.row(f"tiles {heads}: {name} does not fit ({fault})", heads=heads)
+            continue
+        calls[name] = partial(with_tile, kernel, tile)
     times = medians(part.interleaved(f"tiles {heads}", calls, warmup=1, rounds=5, queued=True))
     for name, ms in sorted(times.items(), key=lambda item: item[1]):
         ratio = ms / times["as shipped"]
