@@ -94,7 +94,7 @@ def padded_backward(policy: PolicyOptimizer, batch: PackedBatch) -> Part:
         ),
     )
     out.loss.backward()
-    return Part(out.loss.item(), int(ids.size), len(chosen), {})
+    return Part(int(ids.size), len(chosen), out.loss.detach()[None])
 
 
 def batches(layout: str, trees: list[Tree]) -> list[PackedBatch]:

@@ -11,7 +11,7 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,7 +81,8 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
     gradient_checkpointing: bool = False
-    compile: bool = False  # decoder blocks by torch.compile, in training
+    # decoder blocks by torch.compile, in training; auto: on GPUs, where there is a compiler
+    compile: Literal["auto", True, False] = "auto"
     lora: LoraConfig | None = None  # None: train all weights
     scratch: ScratchConfig = ScratchConfig()
 
@@ -123,6 +124,18 @@ class SGLangConfig(Section):
     health_timeout_s: PositiveFloat = 30.0  # a server silent for so long counts as dead
 
 
+class Sizes(NamedTuple):
+    """Of rollouts. On a GPU, SGLang decides about the last two itself."""
+
+    trees_in_flight: int
+    max_batch: int  # rows decoded together
+    cache_tokens: int  # keys and values kept
+
+
+_CPU_SIZES = Sizes(trees_in_flight=16, max_batch=64, cache_tokens=65536)
+_GPU_SIZES = Sizes(trees_in_flight=128, max_batch=256, cache_tokens=131072)
+
+
 class RolloutConfig(Section):
     engine: Literal["local", "sglang"] = "local"
     sglang: SGLangConfig = SGLangConfig()
@@ -135,10 +148,15 @@ class RolloutConfig(Section):
     max_turns: Positive = 16  # assistant messages in a trajectory, unless the task says otherwise
     max_turn_tokens: Positive = 1024
     max_tokens: Positive = 20480  # whole trajectory, prompt included
-    trees_in_flight: Positive = 16
-    # On a GPU, SGLang decides about these two itself.
-    max_batch: Positive = 64  # rows decoded together
-    cache_tokens: Positive = 65536  # keys and values kept
+    # None: 16, 64 and 65536 on a CPU; 128, 256 and 131072 on a GPU. What they are: see Sizes
+    trees_in_flight: Positive | None = None
+    max_batch: Positive | None = None
+    cache_tokens: Positive | None = None
+
+    def sizes(self, device: str = "cpu") -> Sizes:
+        """What is set, and else what suits a kind of device."""
+        suited = _GPU_SIZES if device == "cuda" else _CPU_SIZES
+        return Sizes(*(getattr(self, name) or value for name, value in suited._asdict().items()))
 
 
 class BelConfig(Section):

@@ -122,7 +122,7 @@ def tree_attention(
         raise ValueError("tree attention has no logit soft-capping; use a model without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = BACKENDS[backend]
-    output = attend(query[0], key[0], value[0], tree, scale, sliding_window)
+    output = attend(*(x.squeeze(0) for x in (query, key, value)), tree, scale, sliding_window)
     return output.transpose(0, 1)[None], None
 
 

@@ -8,6 +8,8 @@ their shape compiles anything again. Calls without trees run as they were.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import cache
 from types import MethodType
@@ -16,12 +18,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError
 
 BACKENDS = ("auto", "path", "triton")
 """The attentions that are one operator to the compiler."""
+
+
+def has_compiler() -> bool:
+    """Whether there is what compiles for a GPU: Triton, and the C compiler that it calls."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return has_triton() and any(map(shutil.which, compilers))
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

@@ -23,22 +23,21 @@ def packed_hidden(
     *,
     embed: nn.Module | None = None,
     dtype: torch.dtype | None = None,
+    host_end: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Last hidden states `[N, H]` of the backbone, after its final norm, in `dtype` (the model's).
 
     `token_ids`, `position` and `end` are integer `[N]`, as in `tree.pack`. `embed` looks the tokens
     up instead of the model's own embedding (for one with more precise weights). `dtype` is for a
     model that lies in one and computes in another, as under FSDP: some versions of that do not cast
-    what a checkpointed block is given when they compute it again.
+    what a checkpointed block is given when they compute it again. `host_end`: `end` in main memory,
+    where it is there, so that no backend has to wait for the device to know it.
     """
     if model.config._attn_implementation not in NAMES:
         raise ValueError(
             f"packed trees need attn_implementation={ATTENTION!r} or another of this package, "
             f"got {model.config._attn_implementation!r}; call model.set_attn_implementation first"
         )
-    count = len(token_ids)
-    if token_ids.device.type != "cpu":
-        token_ids, position, end = padded(token_ids, position, end, bucket(count))
     embeddings = (embed or model.get_input_embeddings())(token_ids.long()[None])
     output = model.base_model(
         inputs_embeds=embeddings.to(dtype or model.dtype),
@@ -46,9 +45,10 @@ def packed_hidden(
         # Four dimensions mean "already prepared" to transformers: no N x N mask is built.
         attention_mask=embeddings.new_empty(1, 1, 1, 1),
         use_cache=False,
-        tree=TreeMask(end, position),
+        tree=TreeMask(end, position, host_end),
     )
-    return output.last_hidden_state[0, :count]
+    hidden: torch.Tensor = output.last_hidden_state.squeeze(0)
+    return hidden
 
 
 def bucket(tokens: int) -> int:

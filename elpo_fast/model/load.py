@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
 from elpo_fast.model.attention import ATTENTION, attention_name
 from elpo_fast.model.compiled import BACKENDS as COMPILED
+from elpo_fast.model.compiled import has_compiler
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import add_adapters, initialise
 from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
@@ -164,6 +165,14 @@ def resolve_dtype(config: ModelConfig) -> Literal["float32", "bfloat16"]:
     return "float32" if on_cpu and widens_bfloat16() else "bfloat16"
 
 
+def resolve_compile(config: ModelConfig) -> bool:
+    """`"auto"`: on a GPU with a compiler, if the attention is one operator to it."""
+    if config.compile != "auto":
+        return config.compile
+    on_gpu = resolve_device(config.device).type == "cuda"
+    return on_gpu and config.attention in COMPILED and has_compiler()
+
+
 def _base_dtype(config: ModelConfig) -> torch.dtype:
     """Of the model as it is loaded: it is trained in float32, and frozen in what it computes in."""
     return torch.float32 if config.lora is None else getattr(torch, resolve_dtype(config))
@@ -177,7 +186,7 @@ def _check_attention(config: ModelConfig, device: torch.device) -> None:
             f"model.attention: {config.attention!r} runs on {needs} and the model is on "
             f"{device.type}; use auto"
         )
-    if config.compile and config.attention not in COMPILED:
+    if config.compile is True and config.attention not in COMPILED:
         raise ConfigError(
             f"model.compile: {config.attention!r} attention cannot be compiled with the blocks; "
             f"set model.attention to one of {', '.join(COMPILED)}"

@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 from elpo_kernels import TreePlan
+from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -43,9 +44,12 @@ class TreeMask(TreePlan):
 
     position: torch.Tensor
 
-    def __init__(self, end: torch.Tensor, position: torch.Tensor) -> None:
-        """Integer `[N]` both."""
+    def __init__(
+        self, end: torch.Tensor, position: torch.Tensor, host_end: torch.Tensor | None = None
+    ) -> None:
+        """Integer `[N]` all. `host_end`: `end` in main memory; `None`: read when it is needed."""
         super().__init__(end, position)
+        self._host_end = host_end
         self._kept: dict[object, object] = {}
 
     def kept(self, key: object, make: Callable[[], T]) -> T:
@@ -55,13 +59,18 @@ class TreeMask(TreePlan):
         return cast(T, self._kept[key])
 
     @cached_property
+    def ends(self) -> NDArray[np.integer]:
+        """`end` in main memory."""
+        return (self.end.cpu() if self._host_end is None else self._host_end).numpy()
+
+    @cached_property
     def spans(self) -> list[tuple[int, int]]:
         """Half-open ranges that see nothing of each other: the trees, in order.
 
         A root's first token spans its whole tree; a tree whose root has no tokens falls into its
         first steps, which do not see each other either.
         """
-        ends = self.end.tolist()
+        ends = self.ends.tolist()
         spans, start = [], 0
         while start < len(ends):
             spans.append((start, ends[start]))
@@ -71,7 +80,7 @@ class TreeMask(TreePlan):
     @cached_property
     def runs(self) -> list[Run]:
         """All queries, in order; token `t` goes on with the path of `t - 1` if `t < end[t - 1]`."""
-        end = self.end.cpu().numpy()
+        end = self.ends
         index = np.arange(len(end))
         runs = []
         for tree_start, tree_stop in self.spans:

@@ -146,7 +146,7 @@ class Collector:
         self, tasks: Sequence[Task], work: Callable[[Task], Awaitable[_Result]]
     ) -> list[_Result]:
         """`work` on `trees_in_flight` tasks at a time; its results in the order of `tasks`."""
-        gate = asyncio.Semaphore(self.config.trees_in_flight)
+        gate = asyncio.Semaphore(self.config.sizes().trees_in_flight)
 
         async def one(task: Task) -> _Result:
             async with gate:

@@ -32,11 +32,12 @@ def make_engine(
         return SGLangEngine(
             rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed, weights=weights
         )
+    sizes = rollout.sizes(model.device.type)
     return LocalEngine(
         model,
         tokenizer,
-        max_batch=rollout.max_batch,
-        cache_tokens=rollout.cache_tokens,
+        max_batch=sizes.max_batch,
+        cache_tokens=sizes.cache_tokens,
         seed=config.run.seed,
         dtype=dtype,
         weights=weights,

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+from elpo_kernels import PolicyStats
 from numpy.typing import NDArray
 
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import Engine
+
+_FIGURES = 1 + len(PolicyStats._fields)
 
 
 def _no_gap() -> NDArray[np.float32]:
@@ -42,21 +45,37 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one micro-batch contributed."""
+    """What one micro-batch contributed. `values`, the loss, `PolicyStats` and the trained tokens'
+    log r, or the loss alone `[1]`, lie on the device until those of a whole update are read."""
 
-    loss: float
     tokens: int
     trained_tokens: int
-    stats: dict[str, float]
-    gap: NDArray[np.float32] = field(default_factory=_no_gap)  # log r of the trained tokens
+    values: Any  # tensor or array [1 + 7 + trained_tokens], or [1]
+
+    @property
+    def loss(self) -> float:
+        """Waits for the device where `values` are there still."""
+        return float(self.values[0])
+
+    @property
+    def stats(self) -> dict[str, float]:
+        """Empty where there are no ratios."""
+        return dict(zip(PolicyStats._fields, self.values[1:_FIGURES].tolist(), strict=False))
+
+    @property
+    def gap(self) -> Any:
+        """`[trained_tokens]` log r, in nats; empty where there are no ratios."""
+        return self.values[_FIGURES:]
 
 
 def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
     """The update that its micro-batches, at least one, make."""
     trained = sum(part.trained_tokens for part in parts)
+    stats = [part.stats for part in parts]
 
     def mean(name: str) -> float:
-        return sum(part.stats[name] * part.trained_tokens for part in parts) / trained
+        pairs = zip(stats, parts, strict=True)
+        return sum(each[name] * part.trained_tokens for each, part in pairs) / trained
 
     return StepStats(
         loss=sum(part.loss for part in parts),
@@ -68,12 +87,12 @@ def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
         **(
             {
                 "ratio_mean": mean("ratio_mean"),
-                "ratio_max": max(part.stats["ratio_max"] for part in parts),
+                "ratio_max": max(each["ratio_max"] for each in stats),
                 "clipped_low": mean("clipped_low"),
                 "clipped_high": mean("clipped_high"),
                 "approx_kl": mean("approx_kl"),
             }
-            if parts[0].stats
+            if stats[0]
             else {}
         ),
     )

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 
 import torch
 
-from elpo_fast.config import Config, load_config
-from elpo_fast.model.load import LoadedModel, load_model, resolve_dtype
+from elpo_fast.config import Config, Sizes, load_config
+from elpo_fast.model.load import (
+    LoadedModel,
+    load_model,
+    resolve_compile,
+    resolve_device,
+    resolve_dtype,
+)
 from elpo_fast.model.lora import named_weights
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
@@ -38,13 +44,29 @@ class Parts:
 
 
 def settled(config: Config, *, goes_on: bool = False) -> Config:
-    """`config` with `model.dtype` decided: by the run folder if the run `goes_on`, else for this
-    machine."""
-    dtype: str = resolve_dtype(config.model)
+    """`config` with all decided that it leaves to the machine: as in the run folder if the run
+    `goes_on`, else for this machine."""
     saved = config.run_dir / "config.yaml"
-    if goes_on and config.model.dtype == "auto" and saved.is_file():
-        dtype = load_config(saved).model.dtype
-    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    if goes_on and saved.is_file():
+        config = _filled(config, load_config(saved))
+    model, sizes = config.model, config.rollout.sizes(resolve_device(config.model.device).type)
+    found = {"dtype": resolve_dtype(model), "compile": resolve_compile(model)}
+    return config.model_copy(
+        update={
+            "model": model.model_copy(update=found),
+            "rollout": config.rollout.model_copy(update=sizes._asdict()),
+        }
+    )
+
+
+def _filled(config: Config, other: Config) -> Config:
+    """`config` with what it leaves to the machine as in `other`."""
+    sections = {}
+    for section, names in (("model", ("dtype", "compile")), ("rollout", Sizes._fields)):
+        ours, theirs = getattr(config, section), getattr(other, section)
+        left = [name for name in names if getattr(ours, name) in ("auto", None)]
+        sections[section] = ours.model_copy(update={name: getattr(theirs, name) for name in left})
+    return config.model_copy(update=sections)
 
 
 @asynccontextmanager
@@ -78,7 +100,7 @@ async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts
                 temperature=config.rollout.temperature,
                 dtype=getattr(torch, config.model.dtype),
                 gradient_checkpointing=config.model.gradient_checkpointing,
-                compiled=config.model.compile,
+                compiled=config.model.compile is True,
                 ranks=ranks,
                 root=loaded.root,
             )

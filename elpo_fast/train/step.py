@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -38,6 +39,7 @@ from elpo_fast.model.lora import lora_of
 from elpo_fast.train import adamw
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
+from elpo_fast.train.staging import Staged, stage, to_device, to_host
 from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
@@ -47,6 +49,9 @@ Schedule = Callable[[int], float]
 
 WEIGHTS, MOMENTS = "weights.", "moments."
 """What the names of a `PolicyOptimizer.state_dict` begin with; a parameter's name follows."""
+
+_POLICY_COLUMNS = ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
+"""Of a batch, in the order in which the loss takes them."""
 
 _T = TypeVar("_T")
 
@@ -172,23 +177,21 @@ class PolicyOptimizer:
         return self._update(batches, self.nll_backward)
 
     def policy_backward(self, batch: PackedBatch) -> Part | None:
-        """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient."""
+        """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient.
+        Nothing here waits for the device."""
         chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
         if not len(chosen):
             return None
-        old = batch.old_logprob[chosen]
+        staged = self._stage(batch, chosen, *_POLICY_COLUMNS)
+        old = staged.columns[0]
 
         def compute() -> PolicyLossOutput:
-            hidden, head, targets = self._predictors(batch, chosen)
+            hidden, head = self._predictors(staged)
             return linear_policy_loss(
                 hidden,
                 head.weight,
-                targets,
-                self._tensor(old),
-                *(
-                    self._tensor(getattr(batch, name)[chosen])
-                    for name in ("pos_coef", "neg_coef", "eps_low", "eps_high")
-                ),
+                staged.targets,
+                *staged.columns,
                 bias=head.bias,
                 lora=head.lora,
                 temperature=self.temperature,
@@ -196,19 +199,19 @@ class PolicyOptimizer:
 
         out = self._inside(compute)
         out.loss.backward()
-        loss, *figures = torch.stack([out.loss.detach(), *out.stats]).tolist()
-        stats = dict(zip(out.stats._fields, figures, strict=True))
-        return Part(loss, len(batch), len(chosen), stats, out.logprob.cpu().numpy() - old)
+        values = torch.hstack([out.loss.detach(), *out.stats, out.logprob - old])
+        return Part(len(batch), len(chosen), values)
 
     def nll_backward(self, batch: PackedBatch) -> Part | None:
         """As `policy_backward`, for `nll_update`."""
         chosen = np.flatnonzero(batch.pos_coef)
         if not len(chosen):
             return None
-        logprob = self._inside(lambda: self._logprob(batch, chosen, 1.0))
-        loss = -(self._tensor(batch.pos_coef[chosen]) * logprob).sum()
+        staged = self._stage(batch, chosen, "pos_coef")
+        logprob = self._inside(lambda: self._logprob(staged, 1.0))
+        loss = -(staged.columns[0] * logprob).sum()
         loss.backward()
-        return Part(loss.item(), len(batch), len(chosen), {})
+        return Part(len(batch), len(chosen), loss.detach()[None])
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
@@ -218,19 +221,21 @@ class PolicyOptimizer:
         With `batch.old_logprob` replaced by these, the first update's ratios are 1.
         """
 
-        def of(batch: PackedBatch) -> NDArray[np.float32]:
-            chosen = np.flatnonzero(batch.agent)
-            logprob = self._inside(lambda: self._logprob(batch, chosen, self.temperature))
-            result = np.zeros(len(batch), np.float32)
-            result[chosen] = logprob.float().cpu().numpy()
-            return result
+        def of(batch: PackedBatch) -> torch.Tensor:
+            staged = self._stage(batch, np.flatnonzero(batch.agent))
+            return self._inside(lambda: self._logprob(staged, self.temperature)).float()
 
-        return self._shared(batches, of)
+        done = self._mine(batches, of)
+        found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))
+        results = [np.zeros(len(batch), np.float32) for batch in batches]
+        for batch, result, logprob in zip(batches, results, found, strict=True):
+            result[batch.agent != 0] = logprob
+        return results
 
     @torch.no_grad()
     def score(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Log-probs `[N - 1]` at temperature 1 of all but the first of one row's tokens `[N]`."""
-        ids = self._tensor(tokens)
+        (ids,) = to_device([torch.from_numpy(tokens)], self.model.device)
 
         def compute() -> torch.Tensor:
             place = torch.arange(len(ids), device=ids.device)
@@ -288,13 +293,12 @@ class PolicyOptimizer:
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
     ) -> StepStats:
         try:
-            parts = self._passes(batches, loss_of)
+            parts, norm, length = self._gradient(batches, loss_of)
             if not parts:
                 return StepStats(0.0, 0.0, 0.0, tokens=0, trained_tokens=0)
             if not all(math.isfinite(part.loss) for part in parts):
                 raise NonFiniteError("the loss", self._culprits(batches, loss_of))
-            norm = self._norm()
-            if not norm.isfinite():
+            if not math.isfinite(length):
                 raise NonFiniteError("the gradient", self._culprits(batches, loss_of))
             nn.utils.clip_grads_with_norm_(self._masters, self.grad_clip, norm)
             lr = self.lr * self.schedule(self.updates)
@@ -303,25 +307,36 @@ class PolicyOptimizer:
             self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
         self.refresh()
-        return combined(parts, float(norm), lr)
+        return combined(parts, length, lr)
 
-    def _passes(
+    def _gradient(
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
-    ) -> list[Part]:
-        """Forward and backward of the batches that have a coefficient, on whichever rank."""
+    ) -> tuple[list[Part], torch.Tensor, float]:
+        """Forward and backward of the batches that have a coefficient, on whichever rank: what
+        they contributed, and the gradient's norm, on the device and read from it."""
         trained = [batch for batch in batches if batch.pos_coef.any() or batch.neg_coef.any()]
-        return [part for part in self._shared(trained, loss_of) if part is not None]
+        done = self._mine(trained, loss_of)
+        mine = {index: part for index, part in done.items() if part is not None}
+        norm = self._norm()
+        *values, (length,) = to_host([*(part.values for part in mine.values()), norm[None]])
+        read = zip(mine.items(), values, strict=True)
+        parts = self._everyones({i: replace(part, values=array) for (i, part), array in read})
+        return parts, norm, float(length)
 
-    def _shared(
+    def _mine(
         self, batches: Sequence[PackedBatch], work: Callable[[PackedBatch], _T]
-    ) -> list[_T]:
-        """`work` on all batches, shared among the ranks; every rank gets all results, in order."""
+    ) -> dict[int, _T]:
+        """`work` on this rank's share of the batches, by index."""
         mine, idle = self.ranks.share([self._cost(batch) for batch in batches])
         done = {index: work(batches[index]) for index in mine}
         for _ in range(idle):
             self._idle()
-        results = {i: result for part in self.ranks.gather(done) for i, result in part.items()}
-        return [results[index] for index in range(len(batches))]
+        return done
+
+    def _everyones(self, done: dict[int, _T]) -> list[_T]:
+        """All ranks' results on every rank, in the order of their index."""
+        gathered = {i: result for part in self.ranks.gather(done) for i, result in part.items()}
+        return [gathered[index] for index in sorted(gathered)]
 
     def _cost(self, batch: PackedBatch) -> float:
         """Estimated work, in tokens: products with the weights, and attention along the paths."""
@@ -346,33 +361,38 @@ class PolicyOptimizer:
         norm = nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _logprob(
-        self, batch: PackedBatch, chosen: NDArray[np.int64], temperature: float
-    ) -> torch.Tensor:
-        hidden, head, targets = self._predictors(batch, chosen)
-        return head.logprob(hidden, targets, temperature)
+    def _stage(self, batch: PackedBatch, chosen: NDArray[np.int64], *names: str) -> Staged:
+        return stage(batch, chosen, names, self.model.device)
 
-    def _predictors(
-        self, batch: PackedBatch, chosen: NDArray[np.int64]
-    ) -> tuple[torch.Tensor, _Head, torch.Tensor]:
-        """Hidden states `[T, H]` that predict the chosen tokens, the head, the tokens `[T]`."""
-        hidden, head = self._hidden(
-            *(self._tensor(array) for array in (batch.token_ids, batch.position, batch.end))
-        )
+    def _logprob(self, staged: Staged, temperature: float) -> torch.Tensor:
+        hidden, head = self._predictors(staged)
+        return head.logprob(hidden, staged.targets, temperature)
+
+    def _predictors(self, staged: Staged) -> tuple[torch.Tensor, _Head]:
+        """Hidden states `[T, H]` that predict the chosen tokens, and the head."""
+        hidden, head = self._hidden(staged.token_ids, staged.position, staged.end, staged.host_end)
         # Siblings share their predecessor. The gradient of an index, `hidden[...]`, adds theirs in
         # the order in which threads come; an embedding's does not, and is faster.
-        rows = np.maximum(batch.pred[chosen], 0)  # nothing predicts a first token, chosen if NaN
-        predictors = F.embedding(self._tensor(rows), hidden)
-        return predictors, head, self._tensor(batch.token_ids[chosen]).long()
+        return F.embedding(staged.before, hidden), head
 
     def _hidden(
-        self, token_ids: torch.Tensor, position: torch.Tensor, end: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        position: torch.Tensor,
+        end: torch.Tensor,
+        host_end: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, _Head]:
         """Hidden states `[N, H]` of packed trees, and the head in their dtype."""
         # A token's embedding gradient sums over all its occurrences: that needs the master.
         embed = self.model.get_input_embeddings()
         hidden = packed_hidden(
-            self.compute, token_ids, position, end, embed=embed, dtype=self.dtype
+            self.compute,
+            token_ids,
+            position,
+            end,
+            embed=embed,
+            dtype=self.dtype,
+            host_end=host_end,
         )
         head, dtype = self.compute.get_output_embeddings(), hidden.dtype
         bias = None if head.bias is None else head.bias.to(dtype)
@@ -380,9 +400,6 @@ class PolicyOptimizer:
         if lora is not None:
             lora = LoRA(lora.a.to(dtype), lora.b.to(dtype), lora.scale)
         return hidden, _Head(head.weight.to(dtype), bias, lora)
-
-    def _tensor(self, array: NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.model.device, non_blocking=True)
 
     def _culprits(
         self, batches: Sequence[PackedBatch], loss_of: Callable[[PackedBatch], Part | None]
@@ -393,9 +410,8 @@ class PolicyOptimizer:
             for index, tree in enumerate(batch.trees):
                 self._optimizer.zero_grad(set_to_none=True)
                 start, stop = (int(at) for at in batch.tree_start[index : index + 2])
-                parts = self._passes([section(batch, index, start, stop)], loss_of)
-                finite = all(math.isfinite(part.loss) for part in parts)
-                if not (finite and self._norm().isfinite()):
+                parts, _, length = self._gradient([section(batch, index, start, stop)], loss_of)
+                if not all(map(math.isfinite, (*(part.loss for part in parts), length))):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
 

@@ -7,6 +7,7 @@ the cases go without.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from elpo_fast.config import ConfigError, LoraConfig, parse_config
-from elpo_fast.model import compiled
+from elpo_fast.model import compiled, load
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import adapters, add_adapters, initialise
@@ -199,3 +200,32 @@ def test_attention_that_cannot_be_compiled_is_refused() -> None:
     config = parse_config({"model": {"attention": "sdpa", "compile": True, "device": "cpu"}})
     with pytest.raises(ConfigError, match="one of auto, path, triton"):
         load_model(config.model, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "attention", "compilers", "expected"),
+    [
+        ("cuda", "auto", {"gcc"}, True),
+        ("cuda", "auto", {"clang"}, True),
+        ("cuda", "auto", set(), False),
+        ("cuda", "flex", {"gcc"}, False),
+        ("cpu", "auto", {"gcc"}, False),
+    ],
+)
+def test_auto_compiles_on_gpus_with_a_compiler(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    attention: str,
+    compilers: set[str],
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(load, "resolve_device", lambda _: torch.device(device))
+    monkeypatch.setattr(compiled, "has_triton", lambda: True)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in compilers else None)
+    monkeypatch.delenv("CC", raising=False)
+    config = parse_config({"model": {"attention": attention}}).model
+    assert load.resolve_compile(config) is expected
+    for said in (True, False):
+        assert load.resolve_compile(config.model_copy(update={"compile": said})) is said
+    monkeypatch.setenv("CC", "gcc")
+    assert load.resolve_compile(config) is (expected and "gcc" in compilers)

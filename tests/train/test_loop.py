@@ -19,10 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast.config import Config, ConfigError, load_config, parse_config
+from elpo_fast.model import load
 from elpo_fast.rollout.local import LocalEngine
-from elpo_fast.train import loop
+from elpo_fast.train import loop, parts
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run
+from elpo_fast.train.parts import settled
 from elpo_fast.train.run import RunFolder
 from elpo_fast.train.step import NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics
@@ -393,10 +395,10 @@ def test_a_run_that_is_older_than_a_key_resumes(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     RunFolder.create(config).close()
     saved = config.run_dir / "config.yaml"
-    saved.write_text(saved.read_text().replace("  compile: false\n", ""))
+    saved.write_text(saved.read_text().replace("  compile: auto\n", ""))
     assert load_config(saved) == config
     RunFolder.resume(config).close()
-    assert "  compile: false\n" in saved.read_text()
+    assert "  compile: auto\n" in saved.read_text()
 
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16"])
@@ -411,6 +413,27 @@ def test_auto_dtype_stays_what_it_was_when_the_run_began(
     monkeypatch.setattr(widens, lambda: first != "float32")
     run = loop.train(config, resume=True, console=quiet())
     assert load_config(run / "config.yaml").model.dtype == first
+
+
+def test_what_is_left_to_the_machine_is_decided_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU first, and on a CPU when the run goes on."""
+    names = ("trees_in_flight", "max_batch", "cache_tokens")
+    given = make_config(tmp_path, rollout={"max_batch": 7})
+    with monkeypatch.context() as patched:
+        for module in (load, parts):
+            patched.setattr(module, "resolve_device", lambda _: torch.device("cuda"))
+        patched.setattr(load, "has_compiler", lambda: True)
+        first = settled(given)
+    assert [getattr(first.rollout, name) for name in names] == [128, 7, 131072]
+    assert first.model.compile is True
+    here = settled(given)
+    assert [getattr(here.rollout, name) for name in names] == [16, 7, 65536]
+    assert here.model.compile is False
+    RunFolder.create(first).close()
+    assert settled(given, goes_on=True) == first
+    assert settled(given) == here
 
 
 def test_source_without_solver_refuses_a_cold_start(tmp_path: Path) -> None:

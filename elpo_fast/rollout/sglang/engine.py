@@ -101,9 +101,10 @@ class SGLangEngine:
             described.save_pretrained(self._folder)
             args: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch."), "random_seed": seed}
             if on_cpu:
+                sizes = config.sizes()
                 args |= {
-                    "max_total_tokens": config.cache_tokens,
-                    "max_running_requests": config.max_batch,
+                    "max_total_tokens": sizes.cache_tokens,
+                    "max_running_requests": sizes.max_batch,
                 }
             else:
                 args |= {
