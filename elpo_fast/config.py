@@ -118,7 +118,8 @@ class SGLangConfig(Section):
     # "auto": "tensor" for a server of our own on a GPU, else "disk"
     weight_sync: Literal["auto", "tensor", "distributed", "disk"] = "auto"
     folder: str | None = None  # for weights on "disk", readable by the servers; None: in memory
-    top_logprobs: NonNegative = 16  # the entropy's estimate; 0: from the sampled token alone
+    # the entropy's estimate where the planner reads it (bel); 0: from the sampled token alone
+    top_logprobs: NonNegative = 16
     start_timeout_s: PositiveFloat = 600.0
     request_timeout_s: PositiveFloat = 1800.0
     health_timeout_s: PositiveFloat = 30.0  # a server silent for so long counts as dead

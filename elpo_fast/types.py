@@ -147,6 +147,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None  # same seed, prefix, n, weights: same completions
+    entropies: bool = True  # False: nothing is decided by them, and the cheapest estimate will do
 
 
 @dataclass(frozen=True, slots=True)

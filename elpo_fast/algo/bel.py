@@ -40,6 +40,8 @@ class _Search:
 class BelPlanner:
     """The planner of ELPO; `done` when exactly `n_total` trajectories have been observed."""
 
+    reads_entropy = True
+
     def __init__(self, n_total: int, b_max: int, x_min: int, x_max: int, beta: float) -> None:
         if n_total < 1 or b_max < 1 or not 1 <= x_min <= x_max:
             raise ValueError(

@@ -57,6 +57,7 @@ class Planner(Protocol):
 
     spent: int  # trajectories asked for so far, never more than the budget
     critical: list[Critical]
+    reads_entropy: bool  # whether the entropies of trajectories decide anything
 
     @property
     def done(self) -> bool:

@@ -8,6 +8,8 @@ from elpo_fast.algo.planners import Critical, Request, Trajectory
 class StarPlanner:
     """Asks for `n_total` full trajectories at once and localizes nothing."""
 
+    reads_entropy = False
+
     def __init__(self, n_total: int) -> None:
         if n_total < 1:
             raise ValueError(f"n_total={n_total} must be at least 1")

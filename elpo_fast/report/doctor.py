@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from elpo_fast.config import ConfigError
+from elpo_fast.rollout.sglang.process import find_python
 from elpo_fast.tools.sandbox import Protection, Sandbox
 
 _OPTIONAL = {
@@ -33,6 +35,7 @@ def doctor() -> int:
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
             table.add_row(f"gpu {index}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+        table.add_row("rollouts", escape(_rollouts()))
     else:
         table.add_row("gpu", "none; everything runs on the CPU")
         faster = "float32" if widens_bfloat16() else "bfloat16"
@@ -55,6 +58,18 @@ def doctor() -> int:
             table.add_row("", escape(f"- not {reason}"))
     Console().print(table)
     return 1 if isinstance(protection, str) else 0
+
+
+def _rollouts() -> str:
+    """Which engine to use on a GPU."""
+    try:
+        where = f"SGLang is there ({find_python(None)})"
+    except ConfigError as error:
+        where = str(error)
+    return (
+        "set rollout.engine=sglang; the local engine is right on a GPU but not fast, and good for "
+        f"trials and for checking SGLang. {where}"
+    )
 
 
 async def _sandbox() -> Protection | str:

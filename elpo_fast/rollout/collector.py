@@ -249,6 +249,7 @@ class _Growth:
 
     async def run(self, planner: Planner) -> Tree:
         """Grow the tree until the planner is done."""
+        self.sampling = replace(self.sampling, entropies=planner.reads_entropy)
         state = await self.collector.tools.open(self.task)
         self.situations[0] = _Situation(tuple(self.task.messages), 0, state)
         pending: set[asyncio.Task[list[int]]] = set()

@@ -1,9 +1,10 @@
-"""What `elpo doctor` says about the sandbox."""
+"""What `elpo doctor` says about the sandbox, and about rollouts on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 
+from elpo_fast.config import ConfigError
 from elpo_fast.report import doctor
 from elpo_fast.tools.sandbox import Protection
 
@@ -31,3 +32,14 @@ def test_protection_and_what_keeps_from_the_better_one(
     printed = capsys.readouterr().out
     said = printed[printed.index("sandbox") :].removeprefix("sandbox").strip().splitlines()
     assert [line.strip() for line in said] == lines
+
+
+def test_on_a_gpu_sglang_is_the_engine(monkeypatch) -> None:
+    def missing(_: None) -> str:
+        raise ConfigError("install sglang")
+
+    monkeypatch.setattr(doctor, "find_python", lambda _: "/its/python")
+    assert "rollout.engine=sglang" in doctor._rollouts()
+    assert doctor._rollouts().endswith("SGLang is there (/its/python)")
+    monkeypatch.setattr(doctor, "find_python", missing)
+    assert doctor._rollouts().endswith("install sglang")

@@ -223,6 +223,13 @@ def test_malformed_call_is_answered_and_the_trajectory_goes_on() -> None:
     assert "not closed with </code>" in collector.chat.decode(tree.path_tokens(tree.leaves[0]))
 
 
+@pytest.mark.parametrize("make", [lambda: StarPlanner(2), lambda: BelPlanner(2, 2, 1, 3, 5.0)])
+def test_engines_are_told_whether_entropies_decide_anything(make: Any) -> None:
+    collector, _ = collector_for(coin)
+    collect(collector, make, tasks=1)
+    assert {each.entropies for each in collector.engine.samplings} == {make().reads_entropy}
+
+
 def test_trees_do_not_depend_on_who_finishes_first() -> None:
     def texts(tree: Tree, chat: Chat) -> list[str]:
         return [chat.decode(tree.path_tokens(leaf)) for leaf in tree.leaves]

@@ -87,10 +87,14 @@ def test_many_buckets_carry_the_same_weights_as_one(
 def test_entropy_estimates_say_what_they_are(
     qwen3: Any, server: Any, use_sglang: Any, prompt: Any
 ) -> None:
-    sampling = Sampling(max_tokens=30)
-    for top, kind in ((16, "top_k"), (0, "sampled")):
+    cases = ((16, True, "top_k"), (16, False, "sampled"), (0, True, "sampled"))
+    for top, read, kind in cases:
+        sampling = Sampling(max_tokens=30, entropies=read)
         (c,) = use_sglang(
-            qwen3, lambda e: e.generate(prompt(20), 1, sampling), [server[1]], top_logprobs=top
+            qwen3,
+            lambda e, sampling=sampling: e.generate(prompt(20), 1, sampling),
+            [server[1]],
+            top_logprobs=top,
         )
         assert c.entropy_kind == kind
         if kind == "sampled":

@@ -180,8 +180,11 @@ class SGLangEngine:
             await self._empty.wait()
             self._weights.take(named_tensors)
             self.weight_version = version
-            if self._http is not None:
-                await self._everyone()
+            try:
+                if self._http is not None:
+                    await self._everyone()
+            finally:
+                self._weights.keep()
 
     async def release(self) -> None:
         """See `types.Engine`. On the trainer's GPU the server gives its memory back until the next
@@ -325,7 +328,7 @@ class SGLangEngine:
             [ids] * n,
             _sampling_params(sampling),
             return_logprob=True,
-            top_logprobs_num=self._sglang.top_logprobs,
+            top_logprobs_num=self._sglang.top_logprobs if sampling.entropies else 0,
         )
         completions = [self._completion(answer, sampling) for answer in answers]
         if any(c.weight_version != self.weight_version for c in completions):
@@ -355,7 +358,7 @@ class SGLangEngine:
         if sampling.temperature == 0:  # a certain choice, whatever the logits
             logprobs = np.zeros_like(logprobs)
             entropies, kind = logprobs, "exact"
-        elif self._sglang.top_logprobs:
+        elif self._sglang.top_logprobs and sampling.entropies:
             entropies = np.array([_entropy(top) for top in meta["output_top_logprobs"]], np.float32)
             kind = "top_k"
         else:

@@ -62,9 +62,11 @@ class ServerProcess:
         }
         # Sockets and other leavings go where our own files go, and are removed with them.
         self._environment["TMPDIR"] = str(model)
+        path = _python_path()
         if on_cpu:
             self._environment["SGLANG_USE_CPU_ENGINE"] = "1"
-            self._environment["PYTHONPATH"] = str(_HERE / "cpu")
+            path.insert(0, str(_HERE / "cpu"))
+        self._environment["PYTHONPATH"] = os.pathsep.join(path)
         self._process: subprocess.Popen[bytes] | None = None
         self._port: socket.socket | None = None
 
@@ -123,13 +125,17 @@ class ServerProcess:
 
 
 def find_python(configured: str | None) -> str:
-    """The interpreter that has SGLang: the configured one, that of `.venv-sglang` beside our own
-    environment, or our own. Raises `ConfigError` where it has none."""
+    """The interpreter that has SGLang, in its environment or on PYTHONPATH: the configured one,
+    that of `.venv-sglang` beside our own environment, or our own. Raises `ConfigError` where it has
+    none."""
     beside = Path(sys.prefix).parent / ".venv-sglang" / "bin" / "python"
     python = configured or (str(beside) if beside.exists() else sys.executable)
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"
+    code = (
+        "import sys; sys.path[:] = filter(None, sys.path)\n"  # not what lies in this folder
+        "import importlib.util; sys.exit(importlib.util.find_spec('sglang') is None)"
+    )
     try:
-        found = subprocess.run([python, "-I", "-c", code], timeout=60).returncode == 0
+        found = subprocess.run([python, "-c", code], timeout=60).returncode == 0
     except OSError as error:
         raise ConfigError(
             f"rollout.sglang.python: {python} cannot be run ({error.strerror})"
@@ -140,6 +146,12 @@ def find_python(configured: str | None) -> str:
             "machine without a GPU, else install sglang and set rollout.sglang.python"
         )
     return python
+
+
+def _python_path() -> list[str]:
+    """PYTHONPATH as it is for us, from whatever folder."""
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return [os.path.abspath(folder) for folder in given if folder]
 
 
 def _flags(args: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,9 @@
 """The weights that every server must hold, and the three ways to give them to one.
 
 `disk`: a safetensors file in a folder that the server reads too. `tensor`: handles of tensors in
-shared or GPU memory, for a server of the same machine. `distributed`: broadcasts in a process group
-of the two. Each is the request sequence of SGLang 0.5.21, which answers success to names it does
-not know: whoever updates compares log-probs afterwards.
+shared or GPU memory (CUDA IPC), for a server of the same machine. `distributed`: broadcasts in a
+process group of the two. Each is the request sequence of SGLang 0.5.21, which answers success to
+names it does not know: whoever updates compares log-probs afterwards.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import io
 import os
 import socket
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
@@ -37,28 +38,31 @@ _GROUP_TIMEOUT = timedelta(minutes=5)
 
 
 class Weights:
-    """A copy of the policy's weights on the host, in the servers' dtype.
+    """The policy's weights in the servers' dtype: the trainer's own tensors, from which servers get
+    them on their device, and a copy on the host.
 
     The trainer's own change while it trains; a server that is started again in the meantime must
-    get those that the others have.
+    get those that the others have: that is what the copy is for.
     """
 
     def __init__(
         self, model: PreTrainedModel, dtype: torch.dtype, weights: Iterable[tuple[str, Any]]
     ) -> None:
-        self.device = model.device
+        self.device, self._dtype = model.device, dtype
         self._tied = "lm_head.weight" if model.config.tie_word_embeddings else None
         given = dict(weights)
         self._tensors: dict[str, torch.Tensor] = {
             name: torch.empty(weight.shape, dtype=dtype, pin_memory=self.device.type == "cuda")
             for name, weight in given.items()
         }
+        self._live: dict[str, torch.Tensor] = {}
+        self._lock = threading.RLock()  # of the copy on the host
         self.take(given.items())
+        self.keep()
 
-    @torch.no_grad()
     def take(self, named_tensors: Iterable[tuple[str, Any]]) -> None:
-        """Copy new values of all of them. Raises `ValueError`, changing nothing, for unknown,
-        missing or wrongly shaped ones."""
+        """New values of all of them, which must not change before `keep`. Raises `ValueError`,
+        changing nothing, for unknown, missing or wrongly shaped ones."""
         given = {name: tensor for name, tensor in named_tensors if name != self._tied}
         for problem, names in (
             ("unknown", given.keys() - self._tensors.keys()),
@@ -72,10 +76,23 @@ class Weights:
                     f"weight update gives {name} the shape {tuple(given[name].shape)}, "
                     f"the model has {tuple(held.shape)}"
                 )
-        for name, held in self._tensors.items():
-            held.copy_(whole(given[name]), non_blocking=True)
+        self._live = given
+        if any(hasattr(tensor, "full_tensor") for tensor in given.values()):
+            self.keep()  # others put them together too, in the same order
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy to the host what was taken. Nobody waits for a GPU."""
+        with self._lock:
+            live, self._live = self._live, {}
+            for name, held in self._tensors.items() if live else ():
+                held.copy_(whole(live[name]), non_blocking=True)
+
+    def _kept(self) -> Mapping[str, torch.Tensor]:
+        """The copy on the host, when it is complete."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return self._tensors
 
     @property
     def bytes(self) -> int:
@@ -84,42 +101,58 @@ class Weights:
     def save(self, folder: Path) -> None:
         """Write `model.safetensors`, at once or not at all: a server may be reading the old one."""
         temporary = folder / "model.safetensors.new"
-        save_file(self._tensors, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / "model.safetensors")
+        with self._lock:
+            self.keep()
+            save_file(dict(self._kept()), temporary, metadata={"format": "pt"})
+            os.replace(temporary, folder / "model.safetensors")
 
     def buckets(self, limit: int = _BUCKET_BYTES) -> Iterator[Bucket]:
-        """All tensors in turn, about `limit` bytes at a time, on the trainer's device."""
+        """All tensors in turn, about `limit` bytes at a time, on the trainer's device: cast there,
+        if the trainer's own are those that were taken, or else from the host."""
+        with self._lock:
+            source = self._live or self._kept()
         chosen: dict[str, torch.Tensor] = {}
         size = 0
-        for name, tensor in self._tensors.items():
-            if chosen and size + tensor.nbytes > limit:
-                yield Bucket(chosen, self.device)
+        for name, held in self._tensors.items():
+            if chosen and size + held.nbytes > limit:
+                yield Bucket(chosen, self._dtype, self.device)
                 chosen, size = {}, 0
-            chosen[name] = tensor
-            size += tensor.nbytes
-        yield Bucket(chosen, self.device)
+            chosen[name] = source[name]
+            size += held.nbytes
+        yield Bucket(chosen, self._dtype, self.device)
 
 
 class Bucket:
-    """Some tensors laid end to end as bytes."""
+    """Some tensors in the servers' `dtype`, laid end to end as bytes."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
-        self.tensors = tensors
-        parts = [tensor.flatten().view(torch.uint8) for tensor in tensors.values()]
-        self.flat = torch.cat(parts).to(device)
+    @torch.no_grad()
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dtype = dtype
+        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        sizes = [tensor.numel() for tensor in tensors.values()]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        for part, tensor in zip(flat.split(sizes), tensors.values(), strict=True):
+            part.view(tensor.shape).copy_(tensor, non_blocking=True)
+        self.flat = flat.view(torch.uint8)
 
-    @property
-    def handle(self) -> str:
-        """What SGLang deserialises to these tensors while `flat` lives: where its memory is, and
-        which bytes are whose. Buffers, devices and names alone; no class of SGLang is needed."""
+    def handles(self, ranks: int) -> list[str]:
+        """What each of a server's ranks deserialises to these tensors while `flat` lives. The
+        memory of a handle is free again when it was opened once and let go: one for each."""
+        return [self._handle() for _ in range(ranks)]
+
+    def _handle(self) -> str:
+        """Where the memory is, and which bytes are whose. Buffers, devices and names alone; no
+        class of SGLang is needed."""
         metadata, start = [], 0
-        for name, tensor in self.tensors.items():
-            stop = start + tensor.nbytes
+        for name, shape in self.shapes.items():
+            stop = start + shape.numel() * self.dtype.itemsize
             metadata.append(
                 SimpleNamespace(
                     name=name,
-                    shape=tuple(tensor.shape),
-                    dtype=tensor.dtype,
+                    shape=tuple(shape),
+                    dtype=self.dtype,
                     start_idx=start,
                     end_idx=stop,
                     numel=stop - start,
@@ -146,12 +179,13 @@ async def sync_disk(server: Server, folder: Path, version: int) -> None:
 
 async def sync_tensors(server: Server, weights: Weights, version: int) -> None:
     """The server maps the memory of one bucket after another. On a GPU both processes must see the
-    same devices. Tested on a CPU, where memory is shared through files."""
+    same devices, and ranks on other ones read it over NVLink or PCIe. Tested on a CPU, where memory
+    is shared through files."""
     await server.control("/begin_weight_update")
     for bucket in weights.buckets():
         await server.control(
             "/update_weights_from_tensor",
-            serialized_named_tensors=[bucket.handle] * server.tp_size,
+            serialized_named_tensors=bucket.handles(server.tp_size),
             load_format="flattened_bucket",
             weight_version=str(version),
         )
@@ -172,13 +206,12 @@ class Broadcasts:
             await self._join(server, weights.device)
         await server.control("/begin_weight_update")
         for bucket in weights.buckets():
-            tensors = bucket.tensors.values()
             await asyncio.gather(
                 server.control(
                     "/update_weights_from_distributed",
-                    names=list(bucket.tensors),
-                    dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
-                    shapes=[list(tensor.shape) for tensor in tensors],
+                    names=list(bucket.shapes),
+                    dtypes=[str(bucket.dtype).removeprefix("torch.")] * len(bucket.shapes),
+                    shapes=[list(shape) for shape in bucket.shapes.values()],
                     group_name=self._name,
                     load_format="flattened_bucket",
                     weight_version=str(version),
