@@ -49,8 +49,7 @@ class TreeMask(TreePlan):
     ) -> None:
         """Integer `[N]` all. `host_end`: `end` in main memory; `None`: read when it is needed."""
         super().__init__(end, position)
-        self._host_end = host_end
-        self._kept: dict[object, object] = {}
+        self._kept: dict[object, object] = {} if host_end is None else {"ends": host_end.numpy()}
 
     def kept(self, key: object, make: Callable[[], T]) -> T:
         """What `make` returns, made once for each `key`."""
@@ -58,10 +57,10 @@ class TreeMask(TreePlan):
             self._kept[key] = make()
         return cast(T, self._kept[key])
 
-    @cached_property
+    @property
     def ends(self) -> NDArray[np.integer]:
         """`end` in main memory."""
-        return (self.end.cpu() if self._host_end is None else self._host_end).numpy()
+        return self.kept("ends", lambda: self.end.cpu().numpy())
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:

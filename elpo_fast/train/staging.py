@@ -46,7 +46,8 @@ def stage(
     np.maximum(rows[0], 0, out=rows[0])  # nothing predicts a first token, chosen if NaN
     given = [token_ids, position, end, *map(torch.from_numpy, rows)]
     token_ids, position, ends, before, targets, *columns = to_device(given, device)
-    return Staged(token_ids, position, ends, before, targets, columns, end)
+    # What compiled blocks read is no view: to them views and other tensors are different code.
+    return Staged(token_ids, position.clone(), ends.clone(), before, targets, columns, end)
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
