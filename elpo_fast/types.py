@@ -36,7 +36,11 @@ class Task:
     messages: tuple[Message, ...]  # what the model is shown first (system, user)
     source: str  # name of the task source, as in the configuration
     truth: Any = None  # whatever the source's verdict needs
-    setup: str = ""  # Python run in a fresh stateful session before the first tool call
+    # Python run in a fresh stateful session before the first tool call; the model can read it there
+    setup: str = ""
+    # What the session hides: lines that the trainer's side appends to the results of its calls, one
+    # each time a call ends without an error, and the last one from then on
+    reveals: tuple[str, ...] = ()
     max_turns: int | None = None  # assistant messages allowed; None: the configuration's
     info: Mapping[str, Any] = field(default_factory=dict)  # difficulty, data-set columns, ...
 

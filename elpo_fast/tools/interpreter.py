@@ -5,7 +5,8 @@ snapshot in the sandbox. Calling a state forks its snapshot, so states stay usab
 need no replay. Snapshots are a cache: the least recently used are dropped when there are too many
 or they hold too much memory, and rebuilt by running the chain again. A rebuilt step must show what
 it showed the first time, or the call is answered with an error. A call that timed out or was killed
-leaves the state as it was; one that raised did what it did up to there, as in a notebook.
+leaves the state as it was; one that raised did what it did up to there, as in a notebook. What a
+task hides from the model (`Task.reveals`) is kept here, beside the state, and never in its process.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class SessionState:
     number: int  # calls so far
     digest: str  # of what it showed
     modules: tuple[str, ...] = ()  # of the root
+    hidden: tuple[str, ...] = field(default=(), repr=False)  # of `Task.reveals`, still to be shown
 
 
 class _RestoreError(Exception):
@@ -97,7 +99,7 @@ class PythonSession:
 
     async def open(self, task: Task) -> SessionState:
         """`RuntimeError` naming the task if its setup fails."""
-        root = SessionState(None, task.setup, 0, "", preloaded(task.setup))
+        root = SessionState(None, task.setup, 0, "", preloaded(task.setup), task.reveals)
         if task.setup:
             try:
                 await self._snapshot(root)
@@ -120,9 +122,12 @@ class PythonSession:
                 await self.release([origin])
         if snapshot is None:
             return _result(execution, state, _UNCHANGED)
-        new = SessionState(origin, code, state.number + 1, _digest(execution))
+        shown, hidden = "", state.hidden
+        if hidden and execution.error is None:
+            shown, hidden = hidden[0], hidden[1:] or hidden
+        new = SessionState(origin, code, state.number + 1, _digest(execution), hidden=hidden)
         self._keep(new, snapshot)
-        return _result(execution, new)
+        return _result(execution, new, shown)
 
     async def release(self, states: Iterable[SessionState]) -> None:
         found = [self._snapshots.pop(state, None) for state in states]

@@ -56,6 +56,24 @@ def test_session_remembers_branches_and_keeps_old_states(any_box) -> None:
     asyncio.run(main())
 
 
+def test_what_a_task_reveals_comes_from_outside_one_line_a_call(any_box) -> None:
+    async def main() -> None:
+        session = PythonSession(any_box.sandbox)
+        root = await session.open(Task("t", (), "test", setup="x = 1", reveals=("one", "two")))
+        text, first = await call(session, root, "x += 1\nx")
+        assert text == "2\none"
+        text, failed = await call(session, first, "1/0")
+        assert text.endswith("ZeroDivisionError: division by zero")
+        text, second = await call(session, failed, "print(x)")
+        assert text == "2\ntwo"
+        await session.release([second])  # to be rebuilt
+        assert (await call(session, second, "x"))[0] == "2\ntwo"
+        assert (await call(session, root, "x"))[0] == "1\none"
+        await session.close()
+
+    asyncio.run(main())
+
+
 def test_a_hundred_sessions_at_once(any_box) -> None:
     """More descriptors in the server than a confined process may have open."""
 
