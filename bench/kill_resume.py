@@ -40,7 +40,7 @@ model:
   name: scratch
   dtype: float32
   scratch: {hidden_size: 64, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 128}
-task: {options: {steps: 4, level: 1}, system: Go.}
+task: {options: {steps: 4, level: 1}, system: Go., seed: 0}
 rollout: {call_format: code, max_turn_tokens: 16, max_tokens: 300}
 algo: {n_total: 6}
 sft: {demonstrations: 8, batch: 4, lr: 1.0e-3}

@@ -91,6 +91,9 @@ class TaskConfig(Section):
     source: Literal["ledger", "reasoning_gym", "file"] = "ledger"
     options: dict[str, Any] = {}  # the source's own settings, checked by the source
     system: str | None = None  # system message; None: the source's own
+    # What generated tasks are drawn with. None: a secret of the run, so that no policy draws them
+    # by itself; a number: the same held-out tasks in every run that names it, for comparisons
+    seed: NonNegative | None = None
 
 
 class ToolConfig(Section):

@@ -1,11 +1,13 @@
 """`ledger`: a procedural multi-step family in which early mistakes are irrecoverable.
 
-A Python session holds a secret whole number `x` and a list of K lines, operations in varied
-English. The task shows the first line alone; calling `do(new value)` sets `x` and prints it with
-the next line. After the last operation the model answers with `x`. It is never told the start, so
-nothing can be worked out ahead or computed again.
+A Python session holds a secret whole number `x`; K lines tell operations in varied English. The
+task shows the first line alone; calling `do(new value)` sets `x` and prints it, and the next line
+comes with the result. After the last operation the model answers with `x`. It is never told the
+start, so nothing can be worked out ahead or computed again.
 
 Invariants
+- The lines to come are not in the session, whose code can read all that it holds: the trainer's
+  side shows one for each call that ends without an error (`Task.reveals`).
 - The session keeps state, and a trajectory has at most K + 1 assistant messages: one call an
   operation and the answer. A wrong step uses up its line and cannot be done over. Where it lost
   information (remainder, halving, digit sum, ...) nothing can repair it; elsewhere only a repair
@@ -35,7 +37,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from elpo_fast.config import ConfigError, NonNegative, Positive
+from elpo_fast.config import ConfigError, Positive
 from elpo_fast.tasks.common import (
     RewardOptions,
     SplitFraction,
@@ -57,11 +59,10 @@ SYSTEM = (
 LAST_LINE = "answer"
 _SETUP = """
 x = {start}
-lines = {lines}
 def do(value):
     global x
     x = value
-    print(x, lines.pop(0) if lines else {last!r}, sep='\\n')
+    print(x)
 """
 _ATTEMPTS = 2_000  # draws before a set of options is called too narrow
 _VOCABULARY_TASKS = 300
@@ -75,7 +76,6 @@ class LedgerOptions(RewardOptions):
     start: tuple[Positive, Positive] = (10, 99)  # the secret number, [lowest, highest]
     max_value: Positive = 999
     held_out_fraction: SplitFraction = 0.2
-    seed: NonNegative = 0  # of the held-out tasks; the run's seed draws the training tasks
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -107,27 +107,30 @@ class LedgerOptions(RewardOptions):
 
 
 class Ledger:
-    """The task source; both splits are endless."""
+    """The task source; both splits are endless. `key` draws the held-out tasks, and together with
+    `seed` the training tasks."""
 
     name = "ledger"
     train_size: int | None = None
     held_out_size: int | None = None
 
-    def __init__(self, options: LedgerOptions, *, seed: int, system: str | None = None) -> None:
+    def __init__(
+        self, options: LedgerOptions, *, seed: int, key: int | str, system: str | None = None
+    ) -> None:
         self.options = options
-        self.seed = seed
+        self.seed, self.key = seed, key
         self.system = SYSTEM if system is None else system
         self._kinds = options.active_kinds
 
     def train(self, index: int) -> Task:
-        return self._task("train", self.seed, index)
+        return self._task("train", index, derived_seed("train", self.key, self.seed, index))
 
     def held_out(self, index: int) -> Task:
-        return self._task("held-out", self.options.seed, index)
+        return self._task("held-out", index, derived_seed("held-out", self.key, index))
 
-    def _task(self, split: str, seed: int, index: int) -> Task:
+    def _task(self, split: str, index: int, seed: int) -> Task:
         """Task `index` of a split: the first acceptable draw of its own random stream."""
-        rng = random.Random(derived_seed(self.name, split, seed, index))
+        rng = random.Random(seed)
         for _ in range(_ATTEMPTS):
             start = rng.randint(*self.options.start)
             steps = rng.randint(*self.options.steps)
@@ -152,7 +155,8 @@ class Ledger:
             messages=with_system([{"role": "user", "content": lines[0]}], self.system),
             source=self.name,
             truth=truth,
-            setup=_SETUP.format(start=start, lines=lines[1:], last=LAST_LINE),
+            setup=_SETUP.format(start=start),
+            reveals=(*lines[1:], LAST_LINE),
             max_turns=len(operations) + 1,
             info={"steps": len(operations), "lines": lines, "code": code},
         )

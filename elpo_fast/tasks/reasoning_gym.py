@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import Field
 
-from elpo_fast.config import ConfigError, NonNegative, Positive, PositiveFloat
+from elpo_fast.config import ConfigError, Positive, PositiveFloat
 from elpo_fast.tasks.common import (
     RewardOptions,
     RunFunction,
@@ -53,12 +53,12 @@ class ReasoningGymOptions(RewardOptions):
     config: dict[str, Any] = Field(default_factory=dict)  # that set's own settings
     size: Positive | None = None  # distinct training tasks; None: endless
     held_out_fraction: SplitFraction = 0.25
-    seed: NonNegative = 0  # of the held-out tasks; the run's seed draws the training tasks
     timeout_s: PositiveFloat = 10.0  # of the verifier
 
 
 class ReasoningGym:
-    """The task source. Raises `ConfigError` for a set or a setting that does not exist."""
+    """The task source. `key` draws the held-out tasks, and together with `seed` the training tasks.
+    Raises `ConfigError` for a set or a setting that does not exist."""
 
     name = "reasoning_gym"
     held_out_size: int | None = None
@@ -68,11 +68,12 @@ class ReasoningGym:
         options: ReasoningGymOptions,
         *,
         seed: int,
+        key: int | str,
         run_function: RunFunction,
         system: str | None = None,
     ) -> None:
         self.options = options
-        self.seed = seed
+        self.seed, self.key = seed, key
         self.system = SYSTEM if system is None else system
         self.train_size: int | None = options.size
         self._run_function = run_function
@@ -81,14 +82,14 @@ class ReasoningGym:
 
     def train(self, index: int) -> Task:
         position = index if self.train_size is None else index % self.train_size
-        return self._task("train", self.seed, position)
+        return self._task("train", position)
 
     def held_out(self, index: int) -> Task:
-        return self._task("held-out", self.options.seed, index)
+        return self._task("held-out", index)
 
-    def _task(self, split: str, seed: int, index: int) -> Task:
+    def _task(self, split: str, index: int) -> Task:
         block, item = divmod(index, _BLOCK)
-        stream, entries = self._stream(split, seed, block)
+        stream, entries = self._stream(split, block)
         entries.extend(itertools.islice(stream, max(0, item + 1 - len(entries))))
         if len(entries) <= item:
             raise ValueError(
@@ -146,13 +147,14 @@ class ReasoningGym:
         }
 
     def _make_stream(
-        self, split: str, seed: int, block: int
+        self, split: str, block: int
     ) -> tuple[Iterator[dict[str, Any]], list[dict[str, Any]]]:
         """The entries of a block, still to come and (for the caller to fill) those taken."""
+        draws = (self.key, self.seed) if split == "train" else (self.key,)
 
         def generate() -> Iterator[dict[str, Any]]:
             for number in range(_SETS):
-                dataset = self._dataset(derived_seed(split, seed, block, number))
+                dataset = self._dataset(derived_seed(split, *draws, block, number))
                 for item in range(_ITEMS):
                     entry = dataset[item]
                     held_out = is_held_out(

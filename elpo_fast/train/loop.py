@@ -1,8 +1,8 @@
 """The training loop: collect, score, pack, update, push weights, evaluate.
 
 Invariants
-- Seeds, tasks and mini-batches of step `s` follow from `run.seed` and `s` alone, so a resumed run
-  does what the uninterrupted one would have done.
+- Seeds, tasks and mini-batches of step `s` follow from `run.seed`, the run folder's secret (or
+  `task.seed`) and `s` alone, so a resumed run does what the uninterrupted one would have done.
 - A step either updates the policy with finite gradients or stops with its trees saved and the
   parameters untouched.
 - The run folder is written in step order: trees, metrics, checkpoint.
@@ -102,7 +102,8 @@ async def _main(
     found = ranks.gather(latest(folder.path) if resume and ranks.leads else None)[0]
     if (executor := threads(ranks)) is not None:
         asyncio.get_running_loop().set_default_executor(executor)
-    async with assembled(config, ranks) as parts:
+    secret = ranks.gather(folder.secret)[0]
+    async with assembled(config, ranks, secret=secret) as parts:
         with closing(Checkpoints(folder.path, config.train.keep_checkpoints, ranks)) as checkpoints:
             await _Run(config, folder, display, parts, checkpoints).learn(found)
 

@@ -70,15 +70,18 @@ def _filled(config: Config, other: Config) -> Config:
 
 
 @asynccontextmanager
-async def assembled(config: Config, ranks: Ranks = ALONE) -> AsyncIterator[Parts]:
-    """Everything a run needs, as it is at its start; closed at the end.
+async def assembled(
+    config: Config, ranks: Ranks = ALONE, *, secret: str | None = None
+) -> AsyncIterator[Parts]:
+    """Everything a run needs, as it is at its start; closed at the end. `secret`, the same on all
+    ranks: see `make_source`.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
     config = settled(config)
     toolbox = Toolbox(config.tools)
     try:
-        source = make_source(config.task, config.run.seed, toolbox.run_function)
+        source = make_source(config.task, config.run.seed, toolbox.run_function, secret)
         loaded = load_model(
             config.model,
             seed=config.run.seed,

@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves behind, and the only place a resume looks.
 
     config.yaml      the resolved configuration
+    task_secret      what generated tasks are drawn with, unless `task.seed` says it
     metrics.jsonl    one JSON object a record: {"phase": "sft" | "eval" | "rl", "step": int, ...}
     tensorboard/     the same numbers as TensorBoard events
     trees/           one forest a step, `step_000001.npz`
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +34,7 @@ from elpo_fast.tree import io
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SECRET = "task_secret"
 _MAY_DIFFER = {
     "run.dir",
     "run.name",
@@ -64,6 +67,11 @@ class RunFolder:
             (path / "trees").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot create run folder {path}: {error.strerror}") from None
+        secret = path / _SECRET
+        secret.unlink(missing_ok=True)
+        if config.task.seed is None:
+            secret.touch(0o600)
+            secret.write_text(secrets.token_hex(), encoding="utf-8")
         (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         return cls(path)
 
@@ -81,8 +89,19 @@ class RunFolder:
                     f"cannot resume {path}: {key} was {before.get(key)!r} and is now "
                     f"{now.get(key)!r}; change it back or start a new run"
                 )
+        if config.task.seed is None and not (path / _SECRET).is_file():
+            raise ConfigError(
+                f"cannot resume {path}: its {_SECRET} is gone, and with it the tasks; put it back "
+                "or start a new run"
+            )
         saved.write_text(dump_config(config), encoding="utf-8")
         return cls(path)
+
+    @property
+    def secret(self) -> str | None:
+        """What generated tasks are drawn with; `None` where the configuration says it."""
+        file = self.path / _SECRET
+        return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one record; a crash loses at most the record being written."""
@@ -151,6 +170,10 @@ class Follower(RunFolder):
         pass
 
     @property
+    def secret(self) -> None:
+        return None  # the leading rank's counts
+
+    @property
     def records(self) -> int:
         return 0  # the leading rank's number counts
 
@@ -163,7 +186,7 @@ def _unused(path: Path) -> bool:
     record."""
     files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
     return all(
-        file in (path / "config.yaml", path / "sglang.log")
+        file in (path / "config.yaml", path / _SECRET, path / "sglang.log")
         or file.parent == path / "tokenizer"
         or (file == path / "metrics.jsonl" and not file.stat().st_size)
         for file in files

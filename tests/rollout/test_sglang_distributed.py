@@ -19,7 +19,7 @@ from elpo_fast.train.summary import read_metrics
 CONFIG = """
 run: {{name: run, dir: {dir}, threads: 1}}
 model: {{name: {model}, dtype: float32, device: cpu}}
-task: {{options: {{steps: 4, level: 1}}, system: Go.}}
+task: {{options: {{steps: 4, level: 1}}, system: Go., seed: 0}}
 tools: {{workers: 1}}
 rollout:
   engine: sglang

@@ -19,21 +19,23 @@ from elpo_fast.tasks.operations import BY_NAME, KINDS, PARAPHRASES, Kind, draw, 
 from elpo_fast.types import End, Task, Verdict
 
 
-def ledger(seed: int = 0, **options: object) -> Ledger:
-    return Ledger(LedgerOptions(**options), seed=seed)
+def ledger(seed: int = 0, key: int | str = 0, **options: object) -> Ledger:
+    return Ledger(LedgerOptions(**options), seed=seed, key=key)
 
 
 def execute(task: Task, codes: list[str]) -> tuple[int, str]:
-    """The value that the Python session holds after these calls, and all that it printed. A call
+    """The value that the Python session holds after these calls, and all that was shown. A call
     that raises changes nothing."""
     scope: dict[str, Any] = {}
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    shown = io.StringIO()
+    reveals = itertools.chain(task.reveals, itertools.repeat(task.reveals[-1]))
+    with contextlib.redirect_stdout(shown):
         exec(task.setup, scope)
         for code in codes:
             with contextlib.suppress(ValueError):
                 exec(code, scope)
-    return scope["x"], printed.getvalue()
+                print(next(reveals))
+    return scope["x"], shown.getvalue()
 
 
 def calls(task: Task) -> list[str]:
@@ -90,14 +92,14 @@ def test_session_shows_one_line_at_a_time():
         str(part) for pair in zip(values, [*lines[1:], "answer"], strict=True) for part in pair
     ]
     assert execute(task, calls(task))[1].splitlines() == shown
-    assert not any(line in str(task.messages) for line in lines[1:])
+    assert not any(line in str(task.messages) + task.setup for line in lines[1:])
 
 
 def test_session_goes_on_after_the_last_line():
     task = ledger().train(0)
-    value, printed = execute(task, [*calls(task), "do(x+1)"])
+    value, shown = execute(task, [*calls(task), "do(x+1)"])
     assert value == task.truth + 1
-    assert printed.endswith(f"\n{task.truth}\nanswer\n{value}\nanswer\n")
+    assert shown.endswith(f"\n{task.truth}\nanswer\n{value}\nanswer\n")
 
 
 def test_values_stay_small_and_every_operation_changes_them():
@@ -111,7 +113,7 @@ def test_values_stay_small_and_every_operation_changes_them():
 
 def test_no_single_mistake_leads_to_the_right_answer():
     options = LedgerOptions(level=3, steps=5)
-    source = Ledger(options, seed=3)
+    source = Ledger(options, seed=3, key=0)
     kinds = options.active_kinds
     planted = 0
     for index in range(60):
@@ -188,6 +190,30 @@ def test_seed_draws_training_tasks_and_leaves_held_out_tasks_alone():
     assert ledger(seed=1).train(0) != ledger(seed=2).train(0)
     assert ledger(seed=1).held_out(0) == ledger(seed=2).held_out(0)
     assert ledger(seed=0).held_out(0) != ledger(seed=1).train(0)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_key_draws_both_splits(split):
+    first, again, other = (getattr(ledger(key=key), split)(0) for key in ("a", "a", "b"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("seed", "secrets", "equal"),
+    [
+        (None, ("a", "a"), True),
+        (None, ("a", "b"), False),
+        (None, (None, None), False),
+        (3, ("a", "b"), True),
+        (3, (None, None), True),
+    ],
+)
+def test_tasks_are_drawn_with_the_runs_secret_unless_a_public_seed_is_asked_for(
+    seed, secrets, equal
+):
+    config = TaskConfig(seed=seed)
+    one, two = (make_source(config, 0, run_function=None, secret=secret) for secret in secrets)
+    assert (one.train(0) == two.train(0)) is (one.held_out(0) == two.held_out(0)) is equal
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -15,8 +15,9 @@ from elpo_fast.tasks.reasoning_gym import ReasoningGym, ReasoningGymOptions, rea
 from elpo_fast.types import End, Verdict
 
 
-def gym(run_function=None, seed: int = 0, **options: object) -> ReasoningGym:
-    return ReasoningGym(ReasoningGymOptions(**options), seed=seed, run_function=run_function)
+def gym(run_function=None, seed: int = 0, key: int | str = 0, **options: object) -> ReasoningGym:
+    options = ReasoningGymOptions(**options)
+    return ReasoningGym(options, seed=seed, key=key, run_function=run_function)
 
 
 def grade(source: ReasoningGym, task, text: str, end: End = End.ANSWER) -> Verdict:
@@ -49,6 +50,13 @@ def test_seed_draws_training_tasks_and_leaves_held_out_tasks_alone():
     one, two = gym(dataset="chain_sum", seed=1), gym(dataset="chain_sum", seed=2)
     assert one.train(0) != two.train(0)
     assert one.held_out(0) == two.held_out(0)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_key_draws_both_splits(split):
+    sources = (gym(dataset="chain_sum", key=key) for key in ("a", "a", "b"))
+    first, again, other = (getattr(source, split)(0) for source in sources)
+    assert first == again != other
 
 
 def test_size_makes_epochs():

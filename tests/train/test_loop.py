@@ -46,7 +46,7 @@ def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
                 "intermediate_size": 64,
             },
         },
-        "task": {"options": {"steps": 4, "level": 1}, "system": "Go."},
+        "task": {"options": {"steps": 4, "level": 1}, "system": "Go.", "seed": 0},
         "tools": {"workers": 1},
         "rollout": {"call_format": "code", "max_turn_tokens": 12, "max_tokens": 300},
         "algo": {"n_total": 6},

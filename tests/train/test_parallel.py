@@ -422,7 +422,7 @@ model:
   name: scratch
   dtype: float32
   scratch: {hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, intermediate_size: 64}
-task: {options: {steps: 4, level: 1}, system: Go.}
+task: {options: {steps: 4, level: 1}, system: Go., seed: 0}
 tools: {workers: 1}
 rollout: {call_format: code, max_turn_tokens: 12, max_tokens: 300}
 algo: {n_total: 6}

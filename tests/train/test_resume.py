@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from elpo_fast.config import Config, parse_config
+from elpo_fast.config import Config, ConfigError, parse_config
 from elpo_fast.tasks.ledger import Ledger
 from elpo_fast.train import checkpoint, loop
 from elpo_fast.train.checkpoint import CheckpointError, Checkpoints, latest
@@ -47,7 +48,7 @@ def make_config(folder: Path, *, dtype: str = "float32", overlap: bool = False) 
                     "intermediate_size": 128,
                 },
             },
-            "task": {"options": {"steps": 4, "level": 1}, "system": "Go."},
+            "task": {"options": {"steps": 4, "level": 1}, "system": "Go.", "seed": 0},
             "rollout": {
                 "call_format": "code",
                 "max_turn_tokens": 16,
@@ -160,6 +161,31 @@ def test_a_stopped_run_resumes_as_if_it_had_not(
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert_equal(train(config, resume=True), expected)
+
+
+def test_a_resumed_run_draws_its_tasks_with_its_own_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (
+        config.model_copy(update={"task": config.task.model_copy(update={"seed": None})})
+        for config in (make_config(tmp_path / "whole"), make_config(tmp_path / "cut"))
+    )
+    expected = train(whole)
+    secret = expected / "task_secret"
+    assert len(secret.read_text()) == 64 and secret.stat().st_mode & 0o077 == 0
+
+    def crash(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(secrets, "token_hex", secret.read_text)
+        patched.setattr(loop._Run, "update", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut)
+    assert_equal(train(cut, resume=True), expected)
+    (cut.run_dir / "task_secret").unlink()
+    with pytest.raises(ConfigError, match="its task_secret is gone"):
+        train(cut, resume=True)
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_the_run_at_its_next_step(
