@@ -107,6 +107,9 @@ class ToolConfig(Section):
     memory_mb: Positive = 512
     output_tokens: Positive = 256  # longer results keep head and tail, the cut marked
     workers: Positive = 2
+    # distributions that the model's programs can import, beside the standard library and what these
+    # require; None: those scientific ones that are installed (elpo_fast/tools/_view.py)
+    packages: list[str] | None = None
     isolation: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
 
 

@@ -1,4 +1,5 @@
-"""Runs an answer's program for one test, called in the sandbox. Payloads and results are JSON.
+"""Runs an answer's program for one test, in a server that sees what the model's other programs see.
+Payloads and results are JSON.
 
 It reports what the program gave and nothing more: the expected result is not in this process, so
 that a program, which can do here whatever it likes, has no verdict to forge.

@@ -163,9 +163,12 @@ def landlock_abi() -> int:
     return max(0, _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1))
 
 
-def landlock_ruleset(readable: Iterable[str], devices: Iterable[str]) -> int:
-    """Descriptor of a rule set: read below `readable`, read and write `devices`, nothing else;
-    no TCP and no abstract sockets or signals to the outside where the kernel knows these rules."""
+def landlock_ruleset(
+    readable: Iterable[str], devices: Iterable[str], listed: Iterable[str] = ()
+) -> int:
+    """Descriptor of a rule set: read below `readable`, read and write `devices`, see the names
+    below `listed`, nothing else; no TCP and no abstract sockets or signals to the outside where the
+    kernel knows these rules."""
     abi = landlock_abi()
     if abi == 0:
         raise OSError(errno.EOPNOTSUPP, "Landlock: not supported or switched off by this kernel")
@@ -179,6 +182,7 @@ def landlock_ruleset(readable: Iterable[str], devices: Iterable[str]) -> int:
     os.set_inheritable(ruleset, False)
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     rules += [(path, _READ_FILE | _WRITE_FILE) for path in devices]
+    rules += [(path, _READ_DIR) for path in listed]
     for path, rights in rules:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if not os.path.isdir(path):

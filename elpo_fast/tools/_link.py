@@ -17,24 +17,20 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from elpo_fast.tools._records import Options
+from elpo_fast.tools._view import BOOT, PYTHON, View
 
-_BOOT = "import sys; sys.path[:] = sys.argv.pop(1).split(':'); " + (
-    "from elpo_fast.tools._server import main; main()"
-)
 START_S = 120  # until a server has imported its modules, on a machine with other things to do
 HANG_S = 10  # silent seconds; a working server says something every second
 
-_SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -90,27 +86,7 @@ class Launch:
 
     options: Options  # `isolation` is replaced by the one that worked
     isolations: tuple[str, ...]  # tried in this order
-    python_path: tuple[str, ...]
-
-
-def python_paths(extra: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(sys.path of the server, folders and files that its children may read).
-
-    Nothing of the working directory or of a source checkout: interpreter, installed packages, this
-    package, system libraries, and `extra`.
-    """
-    package = Path(__file__).resolve().parents[1]
-    prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix, sys.exec_prefix)}
-    prefixes |= {sys.prefix, sys.base_prefix}
-    path = []
-    for entry in filter(os.path.isdir, sys.path):
-        installed = Path(entry).name in ("site-packages", "dist-packages")
-        if installed or any(Path(entry).is_relative_to(prefix) for prefix in prefixes):
-            path.append(entry)
-            prefixes |= {entry, os.path.realpath(entry)} if installed else set()
-    path += [*extra, str(package.parent)]
-    wanted = [*_SYSTEM, *sorted(prefixes), str(package), *extra]
-    return tuple(path), tuple(dict.fromkeys(filter(os.path.exists, wanted)))
+    view: View
 
 
 class Link:
@@ -281,14 +257,14 @@ class Link:
     def _command(self, isolation: str) -> list[str]:
         where: Callable[[str], str] = _inside if isolation == "bubblewrap" else str
         options = json.dumps(asdict(self._launch.options) | {"isolation": isolation})
-        python = [where(sys.executable), "-P", "-s", "-S", "-B", "-X", "utf8", "-c", _BOOT]
-        python += [":".join(map(where, self._launch.python_path)), options]
+        python = [where(PYTHON), "-P", "-s", "-S", "-B", "-X", "utf8", where(BOOT)]
+        python += [self._launch.view.imports(where), options]
         if isolation != "bubblewrap":
             return python
         bubblewrap = shutil.which("bwrap")
         if bubblewrap is None:
             raise RefusedError("bwrap is not installed (package bubblewrap)")
-        return [bubblewrap, *_bubblewrap(self._launch.options.readable), *python]
+        return [bubblewrap, *_bubblewrap(self._launch.view), *python]
 
 
 def _inside(path: str) -> str:
@@ -296,26 +272,31 @@ def _inside(path: str) -> str:
     return f"/outside{path}" if Path(path).is_relative_to("/tmp") else path
 
 
-def _bubblewrap(readable: Sequence[str]) -> Iterator[str]:
-    """A read-only root with nothing in it but `readable`, an empty /tmp and /proc, four devices."""
+def _bubblewrap(view: View) -> Iterator[str]:
+    """A read-only root with nothing in it but what may be read, an empty /tmp and /proc, four
+    devices."""
     yield from ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts")
     yield from ("--die-with-parent", "--new-session", "--hostname", "sandbox")
     # The server's own /tmp: some modules want to write while they are imported. Every child covers
     # it with one of its own.
     yield from ("--perms", "1777", "--tmpfs", "/tmp")
-    places = {_inside(path) for path in readable}
+    places = set(map(_inside, view.readable))
     parents = {str(parent) for place in places for parent in Path(place).parents}
     for parent in sorted(parents - {"/"} - places):
         yield from ("--perms", "0755", "--dir", parent)
-    for path in sorted(readable):  # outer folders first
-        if os.path.islink(path) and Path(path).parent == Path("/"):
+    for path in sorted({*view.readable, *view.hidden}):  # outer folders first
+        if path in view.hidden:
+            yield from ("--perms", "0755", "--tmpfs", _inside(path))
+        elif os.path.islink(path) and Path(path).parent == Path("/"):
             yield from ("--symlink", os.readlink(path), path)
         else:
             yield from ("--ro-bind", path, _inside(path))
     yield from ("--proc", "/proc", "--tmpfs", "/dev")
     for device in _DEVICES:
         yield from ("--dev-bind", device, device)
-    yield from ("--symlink", "/tmp", "/dev/shm", "--remount-ro", "/dev", "--remount-ro", "/")
+    yield from ("--symlink", "/tmp", "/dev/shm")
+    for path in ("/dev", *map(_inside, view.hidden), "/"):
+        yield from ("--remount-ro", path)
     yield from ("--chdir", "/", "--")
 
 

@@ -29,7 +29,7 @@ class Nursery:
         self._ruleset = -1
         if options.isolation == "landlock":
             devices = ("/dev/null", "/dev/zero", "/dev/urandom")
-            self._ruleset = _confine.landlock_ruleset(options.readable, devices)
+            self._ruleset = _confine.landlock_ruleset(options.readable, devices, options.listed)
         with open("/proc/self/statm") as file:
             own = int(file.read().split()[0]) * resource.getpagesize()
         self._address_space = own + (options.memory_mb << 20)

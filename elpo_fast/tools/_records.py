@@ -19,7 +19,8 @@ class Options:
     memory_mb: int  # address space of a child beyond the server's own
     processes: int  # living snapshots of one session
     modules: tuple[str, ...]  # imported before the first fork
-    readable: tuple[str, ...]  # what children may read
+    readable: tuple[str, ...]  # what children may read, where Landlock is what hides the rest
+    listed: tuple[str, ...]  # folders of which they may see the names below, no more
 
 
 class Capture:

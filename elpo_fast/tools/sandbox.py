@@ -23,6 +23,9 @@ seccomp refuses. `none` has the limits, the clock and the caps alone and must be
 `auto` takes the best that works and refuses to run unprotected. A self-test inside the confinement
 must fail to read, connect, fork, execute and write before the server is used.
 
+What may be imported and read is one thing for graders, which are ours, and another for programs
+that the model wrote, which must not find what they are asked for (`_view`).
+
 Two limits to know. Steps of a session can fork (that is how it branches), at most a fixed number of
 times; strays are found and the whole session ended. A function that executes what it judges shares
 its process with it: isolation keeps that from everything else, not from forging the result. So the
@@ -48,10 +51,10 @@ from elpo_fast.tools._link import (
     NotStartedError,
     Reply,
     ServerGoneError,
-    python_paths,
     signal_name,
 )
 from elpo_fast.tools._records import Options
+from elpo_fast.tools._view import graders, programs
 from elpo_fast.types import RunError
 
 _log = logging.getLogger(__name__)
@@ -65,6 +68,8 @@ CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more s
 # take a third off the calls a second, and so are in servers of their own, for code that names them.
 _LIGHT = ("numpy.random", "elpo_fast.tools._warm")
 _HEAVY = (*_LIGHT, "networkx", "scipy.stats", "scipy.signal")  # these two import most of scipy
+# Servers of model-written code; all others are graders'.
+_PROGRAMS = (_LIGHT, _HEAVY, ("elpo_fast.tasks.code_verifier",))
 _NAMES_HEAVY = re.compile(r"\b(scipy|networkx)\b")
 
 
@@ -120,13 +125,13 @@ class Protection:
 _ACTIVE = {
     "bubblewrap": (
         "own user, pid, mount, network and IPC namespaces for every call",
-        "read-only root with system libraries and Python only",
+        "read-only root with system libraries, Python and scientific packages only",
         "private /tmp of bounded size",
         "seccomp",
         "limits on memory, processes, files, CPU and wall clock",
     ),
     "landlock": (
-        "Landlock: reads system libraries and Python only, writes nothing",
+        "Landlock: reads system libraries, Python and scientific packages only, writes nothing",
         "seccomp: no sockets, no programs, no signals",
         "limits on memory, processes, files, CPU and wall clock",
     ),
@@ -135,7 +140,8 @@ _ACTIVE = {
 
 
 class Sandbox:
-    """See the module. `paths`: further folders that are importable and readable inside."""
+    """See the module. `packages`: distributions that programs may import (`_view.PACKAGES`);
+    `paths`: further folders in which functions find their modules, which programs do not see."""
 
     def __init__(
         self,
@@ -145,14 +151,15 @@ class Sandbox:
         timeout_s: float = 5.0,
         memory_mb: int = 512,
         max_snapshots: int = 256,
+        packages: Sequence[str] | None = None,
         paths: Sequence[str] = (),
     ) -> None:
-        python_path, readable = python_paths(paths)
         self.timeout_s, self.memory_mb, self.max_snapshots = timeout_s, memory_mb, max_snapshots
         self._isolations: tuple[str, ...] = SAFE if isolation == "auto" else (isolation,)
         self._servers = -(-workers // CALLS_PER_SERVER)
         self._workers = -(-workers // self._servers)
-        self._python_path, self._readable = python_path, readable
+        self._programs = programs(None if packages is None else tuple(packages))
+        self._graders = graders(paths)
         self._links: dict[tuple[tuple[str, ...], int], Link] = {}  # by imported modules and number
         self._protection: Protection | None = None  # of the first server that started
         self._lock = threading.Lock()
@@ -264,17 +271,19 @@ class Sandbox:
             return min(mine, key=lambda link: link.load)
 
     def _launch(self, modules: tuple[str, ...]) -> Link:
+        view = self._programs if modules in _PROGRAMS else self._graders
         options = Options(
             isolation="",
             workers=self._workers,
             memory_mb=self.memory_mb,
             processes=2 * self.max_snapshots,
             modules=modules,
-            readable=self._readable,
+            readable=view.allowed(),
+            listed=view.listed(),
         )
         # What worked once must work again: a server that is replaced is not less confined.
         isolations = (self._protection.isolation,) if self._protection else self._isolations
-        return Link(Launch(options, isolations, self._python_path))
+        return Link(Launch(options, isolations, view))
 
     async def _ready(self, link: Link) -> Protection:
         try:

@@ -37,6 +37,7 @@ class Toolbox:
             workers=config.workers,
             timeout_s=config.timeout_s,
             memory_mb=config.memory_mb,
+            packages=config.packages,
         )
         self._remote = config.remote_url and RemoteSandbox(
             config.remote_url, timeout_s=config.timeout_s, workers=config.workers
