@@ -1,13 +1,22 @@
-"""What the fork server keeps book of: its options, children, snapshots and running requests."""
+"""What the fork server keeps book of: its options, children, snapshots and running requests.
+
+What programs print and answer passes through memory that no fork inherits: the next program is a
+fork of this process, and could read there what others of its task have found out.
+"""
 
 from __future__ import annotations
 
+import mmap
+import os
 import socket
+import struct
 from dataclasses import dataclass, field
 
 OUTPUT_CAP = 64 << 10  # bytes kept of each stream, head and tail
 OUTCOME_CAP = 2 << 20  # bytes of an outcome
 CUT = b"\n...[output cut]...\n"
+_HALF = OUTPUT_CAP // 2
+_WIPE_ON_FORK = 18  # madvise(2)
 
 
 @dataclass(frozen=True)
@@ -23,25 +32,45 @@ class Options:
     listed: tuple[str, ...]  # folders of which they may see the names below, no more
 
 
+Bytes = bytes | memoryview
+
+
+def unshared(size: int) -> memoryview:
+    """Memory in which every fork of this process finds zeros."""
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(_WIPE_ON_FORK)
+    return memoryview(pages)
+
+
+def cut(text: bytes) -> bytes:
+    """The beginning and the end of a long text."""
+    return text if len(text) <= OUTPUT_CAP else text[:_HALF] + CUT + text[-_HALF:]
+
+
 class Capture:
     """What a program printed on one stream, bounded: the beginning and the end are kept."""
 
     def __init__(self) -> None:
         self.total = 0
-        self._head, self._tail = bytearray(), bytearray()
+        self._kept = unshared(OUTPUT_CAP)  # the second half is a ring
 
-    def add(self, data: bytes) -> None:
-        room = OUTPUT_CAP // 2 - len(self._head)
-        self.total += len(data)
-        self._head += data[:room]
-        self._tail += data[room:]
-        if len(self._tail) > 2 * OUTPUT_CAP:
-            del self._tail[: -OUTPUT_CAP // 2]
+    def receive(self, fd: int) -> int:
+        """Read what fits; the number of bytes, 0 at the end of the stream."""
+        at = self._at()
+        got = os.readv(fd, [self._kept[at : _HALF if at < _HALF else OUTPUT_CAP]])
+        self.total += got
+        return got
 
-    def text(self) -> bytes:
+    def text(self) -> list[Bytes]:
+        """As `cut`, in pieces."""
         if self.total <= OUTPUT_CAP:
-            return bytes(self._head + self._tail)
-        return bytes(self._head + CUT + self._tail[-OUTPUT_CAP // 2 :])
+            return [self._kept[: self.total]]
+        at = self._at()
+        return [self._kept[:_HALF], CUT, self._kept[at:], self._kept[_HALF:at]]
+
+    def _at(self) -> int:
+        """Where the next byte goes."""
+        return self.total if self.total < _HALF else _HALF + (self.total - _HALF) % _HALF
 
 
 @dataclass(eq=False)
@@ -80,20 +109,31 @@ class Run:
     deadline: float
     origin: int | None  # the snapshot it started from; None: a call
     target: int  # id of the snapshot it may become
-    received: bytearray = field(default_factory=bytearray)
+    received: memoryview = field(default_factory=lambda: unshared(OUTPUT_CAP))
+    start: int = 0  # in `received`, what is not yet taken
+    end: int = 0
     pid: int = 0  # known from its hello, as is `pidfd`
     pidfd: int = -1
     silent: bool = False  # it has closed its channel
 
-    def frame(self) -> tuple[bytes, bytes] | None:
-        """The next whole frame, taken from what was received."""
-        if len(self.received) < 5:
-            return None
-        length = int.from_bytes(self.received[1:5], "big")
+    def receive(self) -> tuple[int, int]:
+        """Read from the channel what fits; the number of bytes and, where it is told, whose (0)."""
+        room = self.received[self.end :]
+        got, ancillary, _, _ = self.channel.recvmsg_into([room], socket.CMSG_SPACE(12))
+        self.end += got
+        return got, next((struct.unpack("3i", sent[2])[0] for sent in ancillary), 0)
+
+    def frame(self) -> tuple[bytes, memoryview] | None:
+        """The next whole frame, taken from what was received; there is room for it until then."""
+        pending = self.received[self.start : self.end]
+        length = int.from_bytes(pending[1:5], "big") if len(pending) >= 5 else 0
         if length > OUTCOME_CAP:
             raise ValueError("outcome too long")
-        if len(self.received) < 5 + length:
-            return None
-        frame = bytes(self.received[:1]), bytes(self.received[5 : 5 + length])
-        del self.received[: 5 + length]
-        return frame
+        if len(pending) >= 5 + length:
+            self.start += 5 + length
+            return bytes(pending[:1]), pending[5 : 5 + length]
+        if 5 + length > len(self.received):
+            self.received = unshared(5 + length)
+        self.received[: len(pending)] = pending
+        self.start, self.end = 0, len(pending)
+        return None

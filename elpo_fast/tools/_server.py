@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -34,7 +35,7 @@ from typing import Any
 
 from elpo_fast.tools import _confine
 from elpo_fast.tools._nursery import Nursery, kill
-from elpo_fast.tools._records import Capture, Child, Options, Run, Snapshot
+from elpo_fast.tools._records import Bytes, Capture, Child, Options, Run, Snapshot
 
 GRACE_S = 0.3  # from the child's own timer to the kill
 FLOOD_CAP = 16 << 20  # bytes after which a program is stopped
@@ -104,11 +105,14 @@ class Server:
         with contextlib.suppress(KeyError):
             self._selector.unregister(fd)
 
-    def _reply(self, header: dict[str, Any], *parts: bytes) -> None:
-        text = json.dumps({**header, "lengths": [len(part) for part in parts]}).encode()
-        data = memoryview(b"".join((struct.pack("!I", len(text)), text, *parts)))
-        while data:
-            data = data[os.write(self._replies, data) :]
+    def _reply(self, header: dict[str, Any], *parts: list[Bytes]) -> None:
+        """Parts come in pieces, and are not put together here: see `_records`."""
+        lengths = [sum(map(len, part)) for part in parts]
+        text = json.dumps({**header, "lengths": lengths}).encode()
+        for piece in (struct.pack("!I", len(text)) + text, *itertools.chain(*parts)):
+            data = memoryview(piece)
+            while data:
+                data = data[os.write(self._replies, data) :]
 
     # --- requests --------------------------------------------------------------------------------
 
@@ -194,8 +198,7 @@ class Server:
         """Take what is there, so that a program never waits for a reader."""
         capture = run.pipes[fd]
         with contextlib.suppress(BlockingIOError):
-            while data := os.read(fd, 1 << 16):
-                capture.add(data)
+            while capture.receive(fd):
                 if capture.total > FLOOD_CAP:
                     return self._finish(run, "flood")
             self._close_pipe(run, fd)
@@ -203,13 +206,12 @@ class Server:
     def _on_channel(self, run: Run) -> bool:
         """Read what is there; False at the end of the channel."""
         try:
-            data, ancillary, _, _ = run.channel.recvmsg(1 << 16, socket.CMSG_SPACE(12))
+            got, pid = run.receive()
         except BlockingIOError:
             return False
         except ConnectionError:
-            data, ancillary = b"", []
-        pid = next((struct.unpack("3i", sent[2])[0] for sent in ancillary), 0)
-        if not data:
+            got, pid = 0, 0
+        if not got:
             if run.origin is not None:
                 self._finish(run, "died" if run.pid else "lost")
             else:  # its end, which tells the reason, should follow at once
@@ -217,7 +219,6 @@ class Server:
                 run.silent = True
                 run.deadline = min(run.deadline, time.monotonic() + GRACE_S)
             return False
-        run.received += data
         try:
             while run.id in self._runs and (frame := run.frame()) is not None:
                 kind, payload = frame
@@ -239,7 +240,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):  # gone already: a copy of it will follow
             run.pidfd = os.pidfd_open(pid)
 
-    def _keep(self, run: Run, payload: bytes) -> None:
+    def _keep(self, run: Run, payload: Bytes) -> None:
         """The run has become a snapshot."""
         if run.pidfd < 0:
             self._finish(run, "died")
@@ -255,7 +256,7 @@ class Server:
         self,
         run: Run,
         how: str,
-        payload: bytes = b"",
+        payload: Bytes = b"",
         snapshot: Snapshot | None = None,
         signal_number: int = 0,
     ) -> None:
@@ -263,8 +264,8 @@ class Server:
         run.child.runs.discard(run.id)
         for fd, capture in list(run.pipes.items()):
             with contextlib.suppress(BlockingIOError):
-                while capture.total <= FLOOD_CAP and (data := os.read(fd, 1 << 16)):
-                    capture.add(data)
+                while capture.total <= FLOOD_CAP and capture.receive(fd):
+                    pass
             self._close_pipe(run, fd)
         self._unwatch(run.channel.fileno())
         if run.origin is None:
@@ -284,7 +285,7 @@ class Server:
             header: dict[str, Any] = {"id": run.id, "how": how, "signal": signal_number}
             if snapshot is not None:
                 header["snapshot"] = snapshot.id
-            self._reply(header, *(capture.text() for capture in run.captures), payload)
+            self._reply(header, *(capture.text() for capture in run.captures), [payload])
 
     def _close_pipe(self, run: Run, fd: int) -> None:
         del run.pipes[fd]

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from elpo_fast.tools import _cell
-from elpo_fast.tools._records import Capture
+from elpo_fast.tools._records import cut
 from elpo_fast.tools.sandbox import Execution, death_in_words, read_outcome
 from elpo_fast.types import RunError
 
@@ -133,9 +133,7 @@ class RemoteSandbox:
 
 
 def _capped(text: str) -> str:
-    capture = Capture()
-    capture.add(text.encode("utf-8", "replace"))
-    return capture.text().decode("utf-8", "replace")
+    return cut(text.encode("utf-8", "replace")).decode("utf-8", "replace")
 
 
 class _FailedError(Exception):
