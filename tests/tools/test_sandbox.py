@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from elpo_fast.config import ConfigError
 from elpo_fast.tools import _link
 from elpo_fast.tools.sandbox import (
     _LIGHT,
@@ -451,9 +452,11 @@ def test_cancelled_calls_are_not_awaited_for_ever(make_box, monkeypatch) -> None
     assert not link._pending and link.alive
 
 
-def test_server_that_hangs_while_it_starts_is_given_up(monkeypatch) -> None:
+def test_server_that_hangs_while_it_starts_is_given_up(monkeypatch, tmp_path) -> None:
+    boot = tmp_path / "boot.py"
+    boot.write_text("import time; time.sleep(600)")
     monkeypatch.setattr(_link, "START_S", 1)
-    monkeypatch.setattr(_link, "_BOOT", "import time; time.sleep(600)")
+    monkeypatch.setattr(_link, "BOOT", str(boot))
     sandbox = Sandbox(isolation="landlock")
     with pytest.raises(RuntimeError, match="landlock: it did not start within 1 s"):
         asyncio.run(sandbox.start())
@@ -492,13 +495,33 @@ def test_cancelling_frees_the_worker(make_box) -> None:
 
 
 @pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
-def test_packages_below_tmp_can_be_imported(make_box, isolation: str) -> None:
+def test_modules_below_tmp_can_be_imported_by_graders_and_not_by_programs(
+    make_box, isolation: str
+) -> None:
     """A checkout there, say; everyone's own /tmp must not hide it."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o755)
-        Path(folder, "lying_below_tmp.py").write_text("x = 5")
+        Path(folder, "lying_below_tmp.py").write_text("def f(x):\n    return x + 5")
         box = make_box(isolation, paths=(folder,))
-        assert box.run("import lying_below_tmp as m\nm.x").value == "5"
+        assert asyncio.run(box.sandbox.call_function("lying_below_tmp:f", 1)) == 6
+        assert "No module named" in box.run("import lying_below_tmp").error
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_programs_import_the_packages_that_are_asked_for(make_box, isolation: str) -> None:
+    code = (
+        "import importlib\ndef there(name):\n    try: return bool(importlib.import_module(name))\n"
+        "    except ImportError: return False\n"
+    )
+    names = "list(map(there, ['sympy', 'mpmath', 'pandas', 'yaml']))"
+    assert make_box(isolation).run(code + names).value == "[True, True, True, False]"
+    box = make_box(isolation, packages=["numpy", "sympy", "PyYAML"])
+    assert box.run(code + names).value == "[True, True, False, True]"
+    metadata = "from importlib.metadata import version\nversion('pyyaml') == version('PyYAML')"
+    assert box.run(metadata).value == "True"
+    assert box.run("from importlib.metadata import version\nversion('pandas')").error
+    with pytest.raises(ConfigError, match=r"^tools.packages: 'nowhere' is not installed"):
+        make_box(packages=["nowhere"])
 
 
 def test_workers_bound_what_runs_at_once(make_box) -> None:
