@@ -68,6 +68,13 @@ CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more s
 # take a third off the calls a second, and so are in servers of their own, for code that names them.
 _LIGHT = ("numpy.random", "elpo_fast.tools._warm")
 _HEAVY = (*_LIGHT, "networkx", "scipy.stats", "scipy.signal")  # these two import most of scipy
+_NEEDED = {  # packages; without them a server does without the import
+    "numpy.random": "numpy",
+    "elpo_fast.tools._warm": "sympy",
+    "networkx": "networkx",
+    "scipy.stats": "scipy",
+    "scipy.signal": "scipy",
+}
 # Servers of model-written code; all others are graders'.
 _PROGRAMS = (_LIGHT, _HEAVY, ("elpo_fast.tasks.code_verifier",))
 _NAMES_HEAVY = re.compile(r"\b(scipy|networkx)\b")
@@ -271,7 +278,10 @@ class Sandbox:
             return min(mine, key=lambda link: link.load)
 
     def _launch(self, modules: tuple[str, ...]) -> Link:
-        view = self._programs if modules in _PROGRAMS else self._graders
+        view = self._graders
+        if modules in _PROGRAMS:
+            view = self._programs
+            modules = tuple(m for m in modules if _NEEDED.get(m, "elpo_fast") in view.modules)
         options = Options(
             isolation="",
             workers=self._workers,
