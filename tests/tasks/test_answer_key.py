@@ -52,13 +52,14 @@ DOORS = {
         "    try: texts.append(os.pread(fd, 1 << 20, 0))\n    except OSError: pass"
     ),
     "memory": """
-import ctypes, os
+import ctypes, mmap, os
 libc = ctypes.CDLL(None)
 libc.write.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
 libc.sbrk.argtypes, libc.sbrk.restype = [ctypes.c_ssize_t], ctypes.c_void_p
 def texts():
     ours, theirs = os.pipe()
-    for middle in (libc.sbrk(0), id(object()), id(os)):
+    mapped = ctypes.addressof(ctypes.c_char.from_buffer(mmap.mmap(-1, 4096)))
+    for middle in (libc.sbrk(0), id(object()), id(os), mapped):
         for address in range((middle >> 12 << 12) - (32 << 20), middle + (32 << 20), 4096):
             if libc.write(theirs, address, 4096) == 4096:  # fails where there is nothing
                 yield os.read(ours, 4096)
@@ -145,9 +146,12 @@ async def look_everywhere(isolation: str, folder: Path) -> dict[str, Any]:
         async def interpreter(code: str) -> str:
             return (await CodeInterpreter(sandbox).call(None, {"code": code})).content
 
-        # What others of the same task print is not to be found in the memory they had.
-        for _ in range(3):
-            await interpreter(f"print({MARK[:9]!r} + {MARK[9:]!r})\n{MARK[:9]!r} + {MARK[9:]!r}")
+        # What others of the same task print, before and meanwhile, is in nobody else's memory.
+        tell = f"import time\nprint({MARK[:9]!r} + {MARK[9:]!r}, flush=True)"
+        other = asyncio.create_task(interpreter(f"{tell}\ntime.sleep(50)"))
+        await asyncio.sleep(1)
+        for _ in range(3):  # so that later processes were made after it
+            assert await interpreter(tell) == MARK
 
         task = long_lines()
         session = PythonSession(sandbox)
@@ -190,6 +194,7 @@ async def look_everywhere(isolation: str, folder: Path) -> dict[str, Any]:
             by_question["Print it."], [{"role": "assistant", "content": spy}], End.ANSWER
         )
         seen["file, in its tests"] = verdict.reason
+        other.cancel()
         seen["imported"] = await interpreter(IMPORTED + "sorted(names)")
         seen["found"] = await interpreter(FOUND.format(folder=str(ROOT)) + "sorted(found)")
     finally:
