@@ -30,7 +30,8 @@ PACKAGES = (
 )
 """Distributions that programs are offered where they are installed."""
 
-PYTHON = os.path.realpath(sys.executable)  # of an environment: the one it was made with
+# Of an environment: the interpreter that it was made with, which finds its library by itself.
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 BOOT = str(Path(__file__).with_name("_boot.py"))
 
 _RUNTIME = {
