@@ -5,6 +5,7 @@ Token arrays are `int32 [N]`, log-probs and entropies `float32 [N]` in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -20,12 +21,18 @@ class RunError(RuntimeError):
     """A run cannot go on; the message is one line that says why and what helps."""
 
 
+def valid_text(text: str) -> str:
+    """`text` as UTF-8 can carry it: lone surrogates are written out, as `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class End(StrEnum):
     """Why a trajectory ended; every trajectory has exactly one of these."""
 
     ANSWER = "answer"  # an assistant message without a tool call
     TURN_LIMIT = "turn_limit"  # the last allowed assistant message still called a tool
     LENGTH = "length"  # a message hit its token limit, or the context is full
+    FAULT = "fault"  # what reads, runs or judges its messages failed on one of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +54,21 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Judgement of one finished trajectory. Localization reads `correct`, advantages `reward`."""
+    """Judgement of one finished trajectory. Localization reads `correct`, advantages `reward`.
+
+    Raises `ValueError`, `TypeError` or `OverflowError` for a reward that is not a finite number.
+    """
 
     correct: bool
     reward: float
     reason: str  # one clear sentence, also when correct
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.reward):
+            raise ValueError(f"a reward must be finite, not {self.reward}")
+        object.__setattr__(self, "reward", float(self.reward))
+        object.__setattr__(self, "correct", bool(self.correct))
+        object.__setattr__(self, "reason", valid_text(self.reason))
 
 
 class TaskSource(Protocol):
@@ -88,7 +105,11 @@ class TaskSource(Protocol):
         ...
 
     def grade(self, task: Task, messages: Sequence[Message], end: End) -> Awaitable[Verdict]:
-        """Judge the whole conversation. Anything that executes model output runs out of process."""
+        """Judge the whole conversation. Anything that executes model output runs out of process.
+
+        What it raises, `RunError` apart, ends the trajectory: it is called once more with
+        `End.FAULT`, for the reward of one that failed.
+        """
         ...
 
 
@@ -115,6 +136,9 @@ class ToolResult:
     state: Any = None
     error: bool = False  # the call failed: bad arguments, exception, timeout, kill
     seconds: float = 0.0  # wall clock spent inside the tool
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", valid_text(self.content))
 
 
 class Tool(Protocol):

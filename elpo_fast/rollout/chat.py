@@ -164,7 +164,7 @@ class Chat:
             return ToolCall(self.tools[0]["function"]["name"], {"code": body})
         try:
             call = json.loads(body)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number, or a nesting, beyond Python's
             return MalformedCall(f"The tool call is not valid JSON: {error}.")
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             return MalformedCall('The tool call must be a JSON object with a string "name".')

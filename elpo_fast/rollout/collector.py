@@ -7,12 +7,15 @@ of them has finished, so that a tree does not depend on who finished first.
 
 A trajectory ends by an answer (an assistant message without a tool call), at the turn limit, or at
 a token limit; its verdict and `End` are stored with its leaf. Faulty tool calls are answered with
-what was wrong and the trajectory goes on.
+what was wrong and the trajectory goes on. Where the parser, a tool or the grader raises, it ends
+with a verdict that says so; only `RunError` and what the engine raises end the collection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +26,7 @@ import numpy as np
 from elpo_fast.algo.planners import Planner, trajectory_of
 from elpo_fast.config import ConfigError, RolloutConfig
 from elpo_fast.rollout.chat import Chat
+from elpo_fast.tasks.common import WRONG_REWARD, shown
 from elpo_fast.tools.truncate import truncate
 from elpo_fast.tree.store import Tree
 from elpo_fast.types import (
@@ -31,6 +35,7 @@ from elpo_fast.types import (
     Engine,
     MalformedCall,
     Message,
+    RunError,
     Sampling,
     Task,
     TaskSource,
@@ -39,7 +44,9 @@ from elpo_fast.types import (
     Verdict,
 )
 
+_log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
+_MAX_FAULT = 300  # characters of an exception
 
 
 class Tools(Protocol):
@@ -58,6 +65,7 @@ class CollectStats:
     tool_calls: int = 0
     tool_errors: int = 0
     malformed_calls: int = 0
+    faults: int = 0  # trajectories that one of ours failed on
     tool_seconds: float = 0.0
     tool_tokens: int = 0  # responses and the template's glue
 
@@ -74,6 +82,7 @@ class _Turn:
     weight_version: int
     messages: list[Message]
     state: Any  # tool state after the step
+    fault: str | None  # why its message could not be read or its call not be run
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +114,7 @@ class Collector:
         self.config = config
         self.output_tokens = output_tokens
         self.stats = CollectStats()
+        self._known_faults: set[tuple[str, type[BaseException]]] = set()
 
     async def collect(
         self,
@@ -176,6 +186,8 @@ class Collector:
                 tokens, np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.float32), "stop"
             )
             turn = await self.turn(completion, states[-1])
+            if turn.fault is not None:
+                raise RuntimeError(f"the demonstration of task {task.id} failed: {turn.fault}")
             states.append(turn.state)
             said += turn.messages
             node = _append(tree, node, turn)
@@ -193,22 +205,34 @@ class Collector:
 
     async def turn(self, completion: Completion, state: Any, *, last: bool = False) -> _Turn:
         """Turn one assistant message into a step: run its tool call, unless it is the last turn
-        allowed, and append the response as environment tokens."""
-        text = self.chat.message_text(completion.token_ids)
-        call = None if completion.finish == "length" else self.chat.parse_call(text)
-        messages: list[Message] = [{"role": "assistant", "content": text}]
+        allowed, and append the response as environment tokens. After a fault there are none."""
+        messages: list[Message] = []
         glue = np.zeros(0, np.int32)
-        if call is not None and not last:
-            result = await self.tools.execute(state, call)
-            state = result.state
-            content = truncate(
-                result.content,
-                self.output_tokens,
-                lambda text: self.chat.encode(text).tolist(),
-                self.chat.decode,
-            )
-            messages.append({"role": "tool", "content": content})
-            glue = self.chat.response_glue(completion.token_ids, content)
+        call: ToolCall | MalformedCall | None = None
+        result: ToolResult | None = None
+        fault: str | None = None
+        doing = "reading its message"
+        try:
+            text = self.chat.message_text(completion.token_ids)
+            messages.append({"role": "assistant", "content": text})
+            call = None if completion.finish == "length" else self.chat.parse_call(text)
+            if call is not None and not last:
+                doing = "running its tool call"
+                result = await self.tools.execute(state, call)
+                state = result.state
+                content = truncate(
+                    result.content,
+                    self.output_tokens,
+                    lambda text: self.chat.encode(text).tolist(),
+                    self.chat.decode,
+                )
+                glue = self.chat.response_glue(completion.token_ids, content)
+                messages.append({"role": "tool", "content": content})
+        except RunError:
+            raise
+        except (Exception, SystemExit) as problem:
+            fault = self._fault(doing, problem)
+        if result is not None:
             self.stats.tool_calls += 1
             self.stats.tool_errors += result.error
             self.stats.malformed_calls += isinstance(call, MalformedCall)
@@ -226,7 +250,45 @@ class Collector:
             weight_version=completion.weight_version,
             messages=messages,
             state=state,
+            fault=fault,
         )
+
+    async def judge(
+        self, task: Task, messages: Sequence[Message], end: End, fault: str | None
+    ) -> tuple[End, Verdict]:
+        """How a trajectory really ended, and its verdict: after a fault, of the grader at last, the
+        verdict says which and has the reward of a failure."""
+        if fault is None:
+            try:
+                return end, await self._grade(task, messages, end)
+            except RunError:
+                raise
+            except (Exception, SystemExit) as problem:
+                fault = self._fault("judging it", problem)
+        self.stats.faults += 1
+        reward = WRONG_REWARD
+        try:
+            reward = (await self._grade(task, messages, End.FAULT)).reward
+        except RunError:
+            raise
+        except (Exception, SystemExit) as problem:
+            self._fault("judging it after a fault", problem)
+        return End.FAULT, Verdict(False, reward, fault)
+
+    async def _grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
+        verdict = await self.source.grade(task, messages, end)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"grade returned a {type(verdict).__name__}, not a Verdict")
+        return verdict
+
+    def _fault(self, doing: str, problem: BaseException) -> str:
+        """A fault in one sentence; the first of its kind is logged with its traceback."""
+        said = shown("".join(traceback.format_exception_only(problem)), _MAX_FAULT)
+        kind = doing, type(problem)
+        if kind not in self._known_faults:
+            self._known_faults.add(kind)
+            _log.warning("a trajectory ends: %s failed", doing, exc_info=problem)
+        return f"{doing} failed: {said}"
 
 
 class _Growth:
@@ -293,6 +355,7 @@ class _Growth:
         rng = np.random.default_rng(seed)
         here = self.situations[node]
         turns: list[_Turn] = []
+        fault: str | None = None
         end: End | None = None
         while end is None:
             last = here.turns + 1 >= self.max_turns
@@ -300,7 +363,10 @@ class _Growth:
             turns.append(turn)
             here = here.after(turn)
             prefix = np.concatenate([prefix, turn.token_ids])
-            if completion.finish == "length":
+            fault = turn.fault
+            if fault is not None:
+                end = End.FAULT
+            elif completion.finish == "length":
                 end = End.LENGTH
             elif not turn.tool_call:
                 end = End.ANSWER
@@ -310,7 +376,7 @@ class _Growth:
                 end = End.LENGTH
             else:
                 (completion,) = await self._generate(prefix, 1, int(rng.integers(2**32)))
-        return turns, end, await self.collector.source.grade(self.task, here.messages, end)
+        return turns, *await self.collector.judge(self.task, here.messages, end, fault)
 
     async def _generate(self, prefix: np.ndarray, n: int, seed: int) -> list[Completion]:
         room = self.collector.config.max_tokens - len(prefix)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from elpo_fast.config import Section
-from elpo_fast.types import End, Message, TaskSource, Verdict
+from elpo_fast.types import End, Message, RunError, TaskSource, Verdict
 
 CORRECT_REWARD, WRONG_REWARD = 1.0, -1.0
 """Default rewards. Normalised advantages do not depend on their scale (but for epsilon)."""
@@ -87,6 +87,8 @@ def unfinished(end: End) -> str | None:
             return "turn limit reached before an answer"
         case End.LENGTH:
             return "cut at a token limit before an answer was complete"
+        case End.FAULT:
+            return "a fault ended it before an answer"
 
 
 def last_tagged(text: str) -> str | None:
@@ -125,7 +127,7 @@ async def run_verifier(
     """The verifier's result, or `None` and a sentence where the answer made it fail.
 
     An answer can kill or hang its verifier, and is wrong then. A verifier that fails on the
-    harmless `control` payload as well is itself broken: `RuntimeError`, not a wrong answer.
+    harmless `control` payload as well is itself broken: `RunError`, not a wrong answer.
     """
     try:
         return await run(function, payload, timeout_s), ""
@@ -133,6 +135,6 @@ async def run_verifier(
         try:
             await run(function, control, timeout_s)
         except RuntimeError:
-            raise RuntimeError(f"verifier {function} does not work here: {error}") from error
+            raise RunError(f"verifier {function} does not work here: {error}") from error
         problem = str(error).strip().rpartition("\n")[2]  # after the traceback, if there is one
         return None, f"the verifier failed on this answer: {shown(problem, 100)}"

@@ -55,7 +55,7 @@ from elpo_fast.tools._link import (
 )
 from elpo_fast.tools._records import Options
 from elpo_fast.tools._view import graders, programs
-from elpo_fast.types import RunError
+from elpo_fast.types import RunError, valid_text
 
 _log = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ class Sandbox:
             raise SandboxError(f"{function}: {execution.error}")
         try:
             return json.loads(execution.value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise SandboxError(f"{function}: its result could not be read") from None
 
     async def open_session(self, modules: tuple[str, ...] = _LIGHT) -> Snapshot:
@@ -300,7 +300,7 @@ class Sandbox:
             isolation, reasons = await asyncio.shield(asyncio.wrap_future(link.ready))
         except RuntimeError as problem:
             if self._protection is None:
-                raise
+                raise RunError(str(problem)) from None
             # It has worked here before: whoever asks may try again.
             raise NotStartedError(f"a new server did not start: {problem}") from None
         self._protection = self._protection or Protection(isolation, _ACTIVE[isolation], reasons)
@@ -310,13 +310,13 @@ class Sandbox:
         self, modules: tuple[str, ...], body: Any, timeout_s: float
     ) -> tuple[Reply, float]:
         """The reply and its seconds; one that says so where servers died again and again, but
-        `NotStartedError` where they did not even start."""
+        `RunError` where they did not even start."""
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
             _, reply = await self._served(modules, "call", body, timeout_s=timeout_s)
-        except NotStartedError:
-            raise
+        except NotStartedError as problem:
+            raise RunError(str(problem)) from None
         except ServerGoneError:
             reply = Reply({"how": "gone", "signal": 0}, (b"", b"", b""))
         return reply, loop.time() - started
@@ -390,13 +390,13 @@ def read_outcome(payload: bytes | str, timeout_s: float) -> tuple[str | None, st
         return None, "the result could not be read: the program broke its interpreter", False
     if timeout:
         error = f"{error}\ntimed out after {timeout_s:g} s"
-    return value, error, not timeout
+    return value and valid_text(value), error and valid_text(error), not timeout
 
 
 def _grown_mb(reply: Reply) -> float:
     try:
         return max(0.0, float(json.loads(reply.parts[2])["grown_kb"]) / 1024)
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return 0.0
 
 

@@ -160,6 +160,7 @@ class Counts:
             "tool_tokens": tools.tool_tokens,
             "tool_errors": tools.tool_errors,
             "malformed_calls": tools.malformed_calls,
+            "faults": tools.faults,
             "tool_seconds": tools.tool_seconds,
         }
 
