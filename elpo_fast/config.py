@@ -99,8 +99,9 @@ class TaskConfig(Section):
 class ToolConfig(Section):
     names: list[Literal["code_interpreter", "python_session"]] = ["python_session"]
     # "module:function" of your own: its OpenAI function schema, or the path of a JSON file with it;
-    # called in this process, not in the sandbox
+    # called in processes of their own with this one's rights, not in the sandbox
     functions: dict[str, dict[str, Any] | str] = {}
+    function_workers: Positive = 8  # such processes at most, and so calls of functions at once
     # code_interpreter on a service with SandboxFusion's API, e.g. http://host:8080; None: here
     remote_url: str | None = Field(default=None, pattern=r"^https?://")
     timeout_s: PositiveFloat = 5.0  # wall clock of one call

@@ -25,11 +25,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elpo_fast.tools._records import Options
+from elpo_fast.tools._records import CUT, OUTCOME_CAP, OUTPUT_CAP, Options
 from elpo_fast.tools._view import BOOT, PYTHON, View
 
 START_S = 120  # until a server has imported its modules, on a machine with other things to do
 HANG_S = 10  # silent seconds; a working server says something every second
+
+_HEADER_CAP = 4096  # bytes
+_PARTS_CAP = 2 * (OUTPUT_CAP + len(CUT)) + OUTCOME_CAP
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -170,12 +173,15 @@ class Link:
         self.ready.set_result((isolation, tuple(reasons)))
         assert self._process is not None
         with replies:
-            for reply in _read(replies, self._on_silence):
-                self._silence = 0
-                with self._waiting:
-                    future = self._pending.pop(reply.header["id"], None)
-                if future is not None and future.set_running_or_notify_cancel():
-                    future.set_result(reply)
+            try:
+                for reply in _read(replies, self._on_silence):
+                    self._silence = 0
+                    with self._waiting:
+                        future = self._pending.pop(reply.header["id"], None)
+                    if future is not None and future.set_running_or_notify_cancel():
+                        future.set_result(reply)
+            except ValueError:
+                self._process.kill()  # it is not itself any more
         self.alive = False
         self._hang_up()
         self._process.wait()
@@ -237,7 +243,7 @@ class Link:
                 next(first)  # ready
                 if isolation != "none":
                     _self_test(ours, first)
-            except (OSError, StopIteration, RefusedError) as problem:
+            except (OSError, ValueError, StopIteration, RefusedError) as problem:
                 ours.close()
                 process.wait()
                 errors.seek(0)
@@ -348,7 +354,8 @@ def _post(requests: socket.socket, request: dict[str, Any], body: Any = None) ->
 
 
 def _read(replies: socket.socket, on_silence: Callable[[], None]) -> Iterator[Reply]:
-    """Replies until the server closes its end; one that breaks off is dropped."""
+    """Replies until the server closes its end; one that breaks off is dropped. `ValueError` for
+    what no server of ours says."""
 
     def take(size: int) -> bytes:
         data = bytearray()
@@ -367,12 +374,31 @@ def _read(replies: socket.socket, on_silence: Callable[[], None]) -> Iterator[Re
 
     while len(length := take(4)) == 4:
         (size,) = struct.unpack("!I", length)
+        if size > _HEADER_CAP:
+            raise ValueError(f"a header of {size} bytes")
         text = take(size)
         if len(text) < size:
             return
-        header = json.loads(text)
-        parts = tuple(map(take, header.pop("lengths")))
-        yield Reply(header, parts)
+        header = _checked(json.loads(text))
+        yield Reply(header, tuple(map(take, header.pop("lengths"))))
+
+
+def _checked(header: Any) -> dict[str, Any]:
+    """A reply's header: whole numbers and words, and the lengths of its parts, in bytes."""
+    match header:
+        case {"ready": True, "lengths": []}:
+            return dict(header)
+        case {"id": int(), "how": str(), "lengths": list(lengths), **rest} if len(lengths) <= 3:
+            numbers = [
+                header["id"],
+                *lengths,
+                *(v for v in rest.values() if not isinstance(v, str)),
+            ]
+            if all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) and (
+                sum(lengths) <= _PARTS_CAP
+            ):
+                return dict(header)
+    raise ValueError("a reply of another form")
 
 
 def signal_name(number: int) -> str:

@@ -1,61 +1,178 @@
 """Any Python function as a tool, declared by an OpenAI function schema.
 
-The function is the user's own and trusted: it runs in this process, with everything this process
-may do, a coroutine function in the event loop, any other in a thread. What the model chooses are
-the arguments alone, checked against the schema before. A returned text is shown as it is, anything
-else as JSON; an exception becomes its type and message; a call that takes longer than the time
-limit is answered and its thread, which cannot be stopped, left to itself.
+Functions are the user's own and trusted: their processes have the rights, the environment and the
+working directory of this one, and are apart so that a call can be ended. There are as many as there
+were calls at once, at most `workers`, each with all functions imported and an event loop for
+coroutine functions; which of them answers a call is open. A call is checked against its schema
+there, because a pattern can take for ever. What the model chooses are the arguments alone. A
+returned text is shown as it is, anything else as JSON; an exception becomes its type and message. A
+process that takes longer than the time limit is killed with all that it started.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import inspect
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Pipe
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
 from elpo_fast.config import ConfigError
-from elpo_fast.tools._cell import MAX_MESSAGE, MAX_VALUE, shorten
-from elpo_fast.types import Task, ToolResult
+from elpo_fast.tools import _arguments, _worker
+from elpo_fast.tools._link import signal_name
+from elpo_fast.types import RunError, Task, ToolResult
+
+START_S = 120  # until a process has imported the functions' modules
+ATTEMPTS = 3  # processes that may end while they wait for a call
+_REPLY_CAP = 1 << 20  # bytes
+
+_BOOT = """
+import json, sys
+from multiprocessing.connection import Connection
+pipe = Connection(int(sys.argv.pop()))
+sys.path[:], functions = json.loads(pipe.recv_bytes())
+from elpo_fast.tools._worker import serve
+serve(pipe, functions)
+"""
+
+
+class Functions:
+    """The tools made of functions, and the processes that they run in."""
+
+    def __init__(
+        self,
+        functions: Mapping[str, Mapping[str, Any] | str],
+        *,
+        workers: int,
+        timeout_s: float,
+    ) -> None:
+        """`functions`: by "module:function", `{"type": "function", "function": {...}}` or the path
+        of a JSON file with it. `ConfigError` for what cannot be used."""
+        self._timeout_s = timeout_s
+        self._functions: list[tuple[str, Mapping[str, Any]]] = []
+        for target, schema in functions.items():
+            place = f"tools.functions: {target}"
+            schema = _checked(_read(schema, place) if isinstance(schema, str) else schema, place)
+            _check_target(target, place)
+            self._functions.append((target, schema))
+        self.tools = [
+            FunctionTool(self, number, schema) for number, (_, schema) in enumerate(self._functions)
+        ]
+        # A thread a process: it waits for one reply at a time, and the process ends with it.
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="elpo-function")
+        self._mine = threading.local()
+        self._lock = threading.Lock()
+        self._processes: set[_Process] = set()
+        self._closed = False
+
+    async def call(self, number: int, arguments: Mapping[str, Any]) -> _worker.Reply:
+        """The reply of function `number`. `RunError` where the functions cannot be imported."""
+        request = json.dumps([number, arguments]).encode()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, self._call, request)
+
+    async def close(self) -> None:
+        """End every process; none is left when this returns."""
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for process in self._processes:
+                process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.bury()
+
+    def _call(self, request: bytes) -> _worker.Reply:
+        for _ in range(ATTEMPTS):
+            process = self._process()
+            try:
+                process.pipe.send_bytes(request)
+                break
+            except OSError:  # it ended since the last call
+                self._end(process)
+        else:
+            raise RunError(
+                "the processes of tools.functions end while they have nothing to do; look for what "
+                "kills them (too little memory?), then go on with --resume"
+            )
+        try:
+            reply = process.receive(self._timeout_s)
+        except OSError:
+            how = self._end(process)
+            text = f"the function's process ended ({how}) before it answered"
+        except ValueError:
+            self._end(process)
+            text = "the function's answer could not be read"
+        else:
+            if reply is not None:
+                return reply
+            self._end(process)
+            text = f"timed out after {self._timeout_s:g} s"
+        return {"text": text, "error": True, "refused": False}
+
+    def _process(self) -> _Process:
+        """This thread's."""
+        process: _Process | None = getattr(self._mine, "process", None)
+        if process is not None:
+            return process
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these functions are closed; make a new toolbox")
+            process = _Process()
+            self._processes.add(process)
+        names = ", ".join(target for target, _ in self._functions)
+        try:
+            process.pipe.send_bytes(json.dumps([sys.path, self._functions]).encode())
+            ready = process.pipe.poll(START_S) and process.pipe.recv_bytes(_REPLY_CAP)
+            problem = "" if ready else f"took longer than {START_S} s to import"
+        except (EOFError, OSError):
+            problem = "ended while it imported"
+        if problem:
+            self._end(process)
+            raise RunError(f"tools.functions: a process {problem} {names}; what it said is above")
+        self._mine.process = process
+        return process
+
+    def _end(self, process: _Process) -> str:
+        """Kill it; how it ended."""
+        self._mine.process = None
+        with self._lock:
+            process.kill()
+            self._processes.discard(process)
+        return process.bury()
 
 
 class FunctionTool:
     """One function. Stateless: its state is `None`."""
 
-    def __init__(self, target: str, schema: Mapping[str, Any] | str, *, timeout_s: float) -> None:
-        """`target`: "module:function"; `schema`: `{"type": "function", "function": {...}}` or the
-        path of a JSON file with it. `ConfigError` for what cannot be used."""
-        place = f"tools.functions: {target}"
-        self.schema = _checked(_read(schema, place) if isinstance(schema, str) else schema, place)
-        self.name: str = self.schema["function"]["name"]
-        self._function, self._timeout_s = _load(target, place), timeout_s
+    def __init__(self, functions: Functions, number: int, schema: Mapping[str, Any]) -> None:
+        self.schema = schema
+        self.name: str = schema["function"]["name"]
+        self._functions, self._number = functions, number
 
     async def open(self, task: Task) -> None:
         return None
 
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
         started = time.monotonic()
-        try:
-            async with asyncio.timeout(self._timeout_s) as limit:
-                if inspect.iscoroutinefunction(self._function):
-                    value = await self._function(**arguments)
-                else:
-                    value = await _in_thread(lambda: self._function(**arguments))
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            text, error = shorten(text, MAX_VALUE), False
-        except Exception as problem:
-            text, error = f"{type(problem).__name__}: {shorten(str(problem), MAX_MESSAGE)}", True
-            if isinstance(problem, TimeoutError) and limit.expired():
-                text = f"timed out after {self._timeout_s:g} s"
-        return ToolResult(text, None, error, time.monotonic() - started)
+        reply = await self._functions.call(self._number, arguments)
+        text = str(reply["text"])
+        if reply["refused"]:
+            text = _arguments.expected(text, self.schema)
+        return ToolResult(text, None, bool(reply["error"]), time.monotonic() - started)
 
     async def release(self, states: Iterable[Any]) -> None:
         return None
@@ -64,32 +181,57 @@ class FunctionTool:
         return None
 
 
-async def _in_thread(function: Callable[[], Any]) -> Any:
-    """In a thread that nothing waits for when we end: it may never return."""
-    future: Future[Any] = Future()
+class _Process:
+    """A process and our end of its pipe. Not killed any more once it is buried: its number may be
+    another's then."""
 
-    def run() -> None:
-        future.set_running_or_notify_cancel()
+    def __init__(self) -> None:
+        self.pipe, theirs = Pipe()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _BOOT, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def receive(self, seconds: float) -> _worker.Reply | None:
+        """The next reply, `None` if it does not come in time. `OSError` (`EOFError`) when the
+        process has ended, `ValueError` for what is no reply."""
+        if not self.pipe.poll(seconds):
+            return None
         try:
-            future.set_result(function())
-        except BaseException as problem:
-            future.set_exception(problem)
+            reply = json.loads(self.pipe.recv_bytes(_REPLY_CAP))
+        except EOFError:
+            raise ConnectionError("the process ended") from None
+        except RecursionError:
+            reply = None
+        match reply:
+            case {"text": str(), "error": bool(), "refused": bool()}:
+                return dict(reply)
+        raise ValueError("not a reply")
 
-    threading.Thread(target=run, name="elpo-tool", daemon=True).start()
-    return await asyncio.wrap_future(future)
+    def kill(self) -> None:
+        """With all that it started in its session's first process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def bury(self) -> str:
+        """Wait for its end; how it was."""
+        code = self._process.wait()
+        self.pipe.close()
+        return f"exit status {code}" if code >= 0 else signal_name(-code)
 
 
-def _load(target: str, place: str) -> Callable[..., Any]:
-    module, _, name = target.partition(":")
+def _check_target(target: str, place: str) -> None:
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = _worker.load(target)
     except (ImportError, AttributeError, ValueError) as problem:
         raise ConfigError(
             f"{place}: {problem}; it must be module:function of something importable"
         ) from None
     if not callable(function):
         raise ConfigError(f"{place} is a {type(function).__name__}, not a function")
-    return function
 
 
 def _read(path: str, place: str) -> Any:

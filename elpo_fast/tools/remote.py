@@ -16,6 +16,7 @@ import inspect
 import json
 import secrets
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -39,6 +40,16 @@ outcome = run_code({code!r}, 1, main.__dict__, {timeout_s!r})
 os.write(1, ({mark!r} + json.dumps(outcome)).encode())
 os._exit(0)
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """How the service says that a program ended; or our own word for it."""
+
+    status: str
+    stdout: str = ""
+    stderr: str = ""
+    return_code: int = 0
 
 
 class RemoteSandbox:
@@ -66,14 +77,14 @@ class RemoteSandbox:
                     f"the sandbox at {self.url} does not work: {failure}; start it, or remove "
                     "tools.remote_url to run code here"
                 ) from None
-            result = {"status": "Refused"}
+            result = _Result("Refused")
         return self._execution(result, mark, time.monotonic() - started)
 
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _ask(self, program: str, pauses: tuple[float, ...]) -> dict[str, Any]:
-        """The service's `run_result`. `_FailedError` where there is none after all attempts."""
+    async def _ask(self, program: str, pauses: tuple[float, ...]) -> _Result:
+        """The service's result. `_FailedError` where there is none after all attempts."""
         request = {
             "code": program,
             "language": "python",
@@ -82,18 +93,13 @@ class RemoteSandbox:
         for pause in (*pauses, None):
             try:
                 body = await self._post(request)
-                if body is None:
-                    return {"status": "Flood"}
-                reply = json.loads(body)
-                if reply["status"] != "SandboxError":
-                    return dict(reply["run_result"])
-                problem = f"it says {_cell.shorten(str(reply.get('message')), 200)!r}"
+                return _Result("Flood") if body is None else _read(body)
+            except _FailedError as failure:
+                problem = str(failure)
             except httpx.HTTPStatusError as error:
                 problem = f"it answers with HTTP status {error.response.status_code}"
             except httpx.HTTPError as error:
                 problem = f"{type(error).__name__} {error}".strip()
-            except (ValueError, KeyError, TypeError):
-                problem = "its answer is not one of SandboxFusion's"
             if pause is None:
                 raise _FailedError(problem)
             await asyncio.sleep(pause)
@@ -110,15 +116,15 @@ class RemoteSandbox:
                     return None
         return bytes(body)
 
-    def _execution(self, result: dict[str, Any], mark: str, seconds: float) -> Execution:
+    def _execution(self, result: _Result, mark: str, seconds: float) -> Execution:
         value = error = None
         finished = False
-        stdout, found, payload = (result.get("stdout") or "").rpartition(mark)
+        stdout, found, payload = result.stdout.rpartition(mark)
         if found:
             value, error, finished = read_outcome(payload, self.timeout_s)
         else:
             stdout = payload
-            match result["status"]:
+            match result.status:
                 case "TimeLimitExceeded":
                     error = f"timed out after {self.timeout_s:g} s"
                 case "Flood":
@@ -126,10 +132,26 @@ class RemoteSandbox:
                 case "Refused":
                     error = "the sandbox could not run this code"
                 case _:
-                    code = int(result.get("return_code") or 0)
+                    code = result.return_code
                     error = death_in_words(code - 128 if code > 128 else -code)  # a shell adds 128
-        err = result.get("stderr") or ""
-        return Execution(_capped(stdout), _capped(err), value, error, finished, seconds)
+        return Execution(_capped(stdout), _capped(result.stderr), value, error, finished, seconds)
+
+
+def _read(body: bytes) -> _Result:
+    """The result in an answer. `_FailedError` where it has none, or one of another form."""
+    try:
+        reply = json.loads(body)
+    except (ValueError, RecursionError):
+        reply = None
+    match reply:
+        case {"status": "SandboxError"}:
+            raise _FailedError(f"it says {_cell.shorten(str(reply.get('message')), 200)!r}")
+        case {"status": str(), "run_result": {"status": str() as status, **rest}}:
+            out, err, code = (rest.get(name) for name in ("stdout", "stderr", "return_code"))
+            match out or "", err or "", code or 0:
+                case str() as stdout, str() as stderr, int() as number:
+                    return _Result(status, stdout, stderr, number)
+    raise _FailedError("its answer is not one of SandboxFusion's")
 
 
 def _capped(text: str) -> str:

@@ -6,17 +6,14 @@ unreadable call come back as a result that says what was expected, and leave the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
-
 from elpo_fast.config import ConfigError, ToolConfig
+from elpo_fast.tools._arguments import expected, refusal, shown, validator
 from elpo_fast.tools._cell import shorten
-from elpo_fast.tools.functions import FunctionTool
+from elpo_fast.tools.functions import Functions
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
 from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import Execution, Protection, Sandbox
@@ -49,15 +46,15 @@ class Toolbox:
                     tools.append(CodeInterpreter(self._remote or self.sandbox))
                 case "python_session":
                     tools.append(PythonSession(self.sandbox))
-        for target, schema in config.functions.items():
-            tools.append(FunctionTool(target, schema, timeout_s=config.timeout_s))
+        self._validators = {tool.name: validator(tool.schema) for tool in tools}
+        self._functions = Functions(
+            config.functions, workers=config.function_workers, timeout_s=config.timeout_s
+        )
+        tools += self._functions.tools
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             names = ", ".join(tool.name for tool in tools)
             raise ConfigError(f"tools: every tool needs a name of its own, not {names}")
-        self._validators = {
-            tool.name: Draft202012Validator(tool.schema["function"]["parameters"]) for tool in tools
-        }
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,6 +95,7 @@ class Toolbox:
     async def close(self) -> None:
         for tool in self._tools.values():
             await tool.close()
+        await self._functions.close()
         if self._remote:
             await self._remote.close()
         if self._owned:
@@ -116,18 +114,12 @@ class Toolbox:
         return await self.sandbox.call_function(function, payload, timeout_s)
 
     def _problem(self, call: ToolCall) -> str | None:
-        """What is wrong with a call, and what was expected, for the model."""
+        """What is wrong with a call, and what was expected, for the model; functions look at their
+        arguments themselves."""
         tool = self._tools.get(call.name)
         if tool is None:
-            schemas = "\n".join(_shown(tool.schema) for tool in self._tools.values())
+            schemas = "\n".join(shown(tool.schema) for tool in self._tools.values())
             return f"unknown tool {shorten(call.name, 100)!r}; known tools:\n{schemas}"
-        fault = best_match(self._validators[call.name].iter_errors(call.arguments))
-        if fault is None:
-            return None
-        place = "".join(f"[{key!r}]" for key in fault.absolute_path)
-        problem = f"arguments{place}: {shorten(fault.message, 200)}"
-        return f"{problem}; expected:\n{_shown(tool.schema)}"
-
-
-def _shown(schema: Mapping[str, Any]) -> str:
-    return json.dumps(schema["function"], ensure_ascii=False)
+        valid = self._validators.get(call.name)
+        problem = valid and refusal(valid, call.arguments)
+        return expected(problem, tool.schema) if problem else None
