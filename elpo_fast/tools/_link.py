@@ -379,24 +379,23 @@ def _read(replies: socket.socket, on_silence: Callable[[], None]) -> Iterator[Re
         text = take(size)
         if len(text) < size:
             return
-        header = _checked(json.loads(text))
+        header = _checked(text)
         yield Reply(header, tuple(map(take, header.pop("lengths"))))
 
 
-def _checked(header: Any) -> dict[str, Any]:
+def _checked(text: bytes) -> dict[str, Any]:
     """A reply's header: whole numbers and words, and the lengths of its parts, in bytes."""
+    try:
+        header = json.loads(text)
+    except RecursionError:
+        header = None
     match header:
         case {"ready": True, "lengths": []}:
             return dict(header)
-        case {"id": int(), "how": str(), "lengths": list(lengths), **rest} if len(lengths) <= 3:
-            numbers = [
-                header["id"],
-                *lengths,
-                *(v for v in rest.values() if not isinstance(v, str)),
-            ]
-            if all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) and (
-                sum(lengths) <= _PARTS_CAP
-            ):
+        case {"id": number, "how": str(), "lengths": list(lengths), **rest} if len(lengths) <= 3:
+            numbers = [number, *lengths, *(v for v in rest.values() if not isinstance(v, str))]
+            whole = all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+            if whole and sum(lengths) <= _PARTS_CAP:
                 return dict(header)
     raise ValueError("a reply of another form")
 

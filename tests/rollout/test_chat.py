@@ -108,8 +108,10 @@ def test_calls_round_trip_in_both_formats() -> None:
         ("<tool_call>[1]</tool_call>", 'string "name"'),
         ('<tool_call>{"arguments": {}}</tool_call>', 'string "name"'),
         ('<tool_call>{"name": "f", "arguments": "x"}</tool_call>', "must be a JSON object"),
+        (f"<tool_call>{'[' * 10**5}</tool_call>", "not valid JSON"),
+        (f"<tool_call>{'1' * 10**5}</tool_call>", "not valid JSON"),
     ],
-    ids=["open", "json", "list", "nameless", "arguments"],
+    ids=["open", "json", "list", "nameless", "arguments", "deep", "long number"],
 )
 def test_malformed_call_says_what_is_wrong(text: str, said: str) -> None:
     call = make_chat(call_format="hermes").parse_call(text)

@@ -21,6 +21,7 @@ from elpo_fast.types import (
     End,
     MalformedCall,
     Message,
+    RunError,
     Sampling,
     Task,
     ToolCall,
@@ -260,6 +261,124 @@ def test_prompt_that_leaves_no_room_is_refused() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         collect(collector, lambda: StarPlanner(1), tasks=1)
     assert "raise it" in str(caught.value.exceptions[0])
+
+
+def broken(text: str, rng: np.random.Generator) -> str:
+    """The third call asks for what breaks; every other trajectory is good."""
+    said = said_so_far(text)
+    if len(said) == STEPS:
+        return ANSWER
+    return "<code>break</code>" if len(said) == 2 and rng.random() < 0.5 else GOOD
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+FAULTS = {
+    "exception": (OverflowError("int too large"), "OverflowError: int too large"),
+    "lone surrogate": (ValueError("\ud83d"), "ValueError: \\ud83d"),
+    "exit": (SystemExit(3), "SystemExit: 3"),
+    "group": (ExceptionGroup("two", [KeyError(1)]), "ExceptionGroup: two (1 sub-exception)"),
+    "no message": (Unprintable(), "Unprintable: <exception str() failed>"),
+}
+
+
+@pytest.mark.parametrize("where", ["parser", "tool", "grader"])
+@pytest.mark.parametrize(("problem", "said"), FAULTS.values(), ids=FAULTS)
+def test_a_fault_ends_its_trajectory_alone(
+    where: str, problem: BaseException, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector, tools = collector_for(broken)
+    parse, execute, grade = collector.chat.parse_call, tools.execute, collector.source.grade
+
+    def parse_call(text: str) -> Any:
+        if "break" in text and where == "parser":
+            raise problem
+        return parse(text)
+
+    async def run(state: Any, call: Any) -> ToolResult:
+        if call.arguments["code"] == "break" and where == "tool":
+            raise problem
+        return await execute(state, call)
+
+    async def judge(task: Task, messages: Sequence[Message], end: End) -> Verdict:
+        broke = any("break" in message["content"] for message in messages)
+        if broke and where == "grader" and end is not End.FAULT:
+            raise problem
+        if end is End.FAULT:
+            return Verdict(False, -0.25, "a fault")
+        return await grade(task, messages, end)
+
+    monkeypatch.setattr(collector.chat, "parse_call", parse_call)
+    monkeypatch.setattr(tools, "execute", run)
+    monkeypatch.setattr(collector.source, "grade", judge)
+    trees = collect(collector, lambda: StarPlanner(8))
+    doing = {"parser": "reading its message", "tool": "running its tool call"}
+    faults = 0
+    for tree in trees:
+        for leaf, end, reason in zip(tree.leaves, tree.ends, tree.reasons, strict=True):
+            assert tree.correct[leaf] == (end == "answer")
+            if end == "fault":
+                faults += 1
+                assert reason.startswith(f"{doing.get(where, 'judging it')} failed: ")
+                assert reason.endswith(said) and tree.reward[leaf] == -0.25
+                if where != "grader":
+                    assert tree.agent[leaf].all()  # no answer was made up
+            else:
+                assert (end, reason, tree.reward[leaf]) == ("answer", "answer", 1.0)
+    assert 0 < faults == collector.stats.faults < 24
+    assert collector.stats.trajectories == 24
+    assert tools.opened == tools.released
+
+
+@pytest.mark.parametrize("verdict", [None, True, (True, 1.0, "right")])
+def test_a_grader_that_fails_on_everything_fails_every_trajectory(
+    verdict: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector, _ = collector_for(coin)
+
+    async def grade(*_: Any) -> Any:
+        return verdict
+
+    monkeypatch.setattr(collector.source, "grade", grade)
+    trees = collect(collector, lambda: BelPlanner(6, 2, 1, 3, 5.0))
+    kind = type(verdict).__name__
+    for tree in trees:
+        assert set(tree.ends) == {"fault"} and len(tree.leaves) == 6
+        said = f"judging it failed: TypeError: grade returned a {kind}, not a Verdict"
+        assert set(tree.reasons) == {said}
+        assert {tree.reward[leaf] for leaf in tree.leaves} == {-1.0}
+    assert collector.stats.faults == 18
+    assert sum("judging it failed" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("where", ["tool", "grader"])
+def test_faults_of_the_run_end_the_collection(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, tools = collector_for(coin)
+
+    async def fail(*_: Any) -> Any:
+        raise RunError("the service is down")
+
+    if where == "tool":
+        monkeypatch.setattr(tools, "execute", fail)
+    else:
+        monkeypatch.setattr(collector.source, "grade", fail)
+    with pytest.raises(ExceptionGroup) as caught:
+        collect(collector, lambda: StarPlanner(2), tasks=1)
+    assert "the service is down" in str(caught.value.exceptions[0].exceptions[0])  # type: ignore[attr-defined]
+
+
+def test_demonstration_with_a_fault_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    collector, tools = collector_for(coin)
+
+    async def fail(*_: Any) -> Any:
+        raise KeyError("x")
+
+    monkeypatch.setattr(tools, "execute", fail)
+    with pytest.raises(RuntimeError, match=r"task t0 failed: running its tool call failed: Key"):
+        asyncio.run(collector.demonstrate(collector.source.train(0)))
 
 
 def test_engine_failure_ends_collection_and_releases_states() -> None:

@@ -64,6 +64,13 @@ def test_each_tool_keeps_its_own_state(toolbox) -> None:
     assert results[0].state != results[2].state
 
 
+def deep(levels: int) -> list[object]:
+    value: list[object] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("call", "problem", "expected"),
     [
@@ -82,6 +89,7 @@ def test_each_tool_keeps_its_own_state(toolbox) -> None:
         (python(3), "arguments['code']: 3 is not of type 'string'; expected:", [0]),
         (python(None), "arguments['code']: None is not of type 'string'; expected:", [0]),
         (python(["x"]), "arguments['code']: ['x'] is not of type 'string'; expected:", [0]),
+        (python(deep(10**5)), "arguments: nested too deeply; expected:", [0]),
         (MalformedCall("the call is not valid JSON"), "the call is not valid JSON", []),
     ],
 )
