@@ -17,22 +17,20 @@ from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import Task, ToolCall, ToolResult, Verdict
 
 BROKEN = "the result could not be read: the program broke its interpreter"
-OUTCOME = """
+KILOBYTES = """
 import sys
 for module in list(sys.modules.values()):
-    if getattr(module, '__name__', '').startswith('elpo_fast.tools.'):
-        for name in ('_peak_kb', 'run_code', 'json'):
-            if hasattr(module, name):
-                setattr(module, name, {value})
+    if hasattr(module, '_peak_kb'):
+        module._peak_kb = lambda: {value}
 """
 PROGRAMS = {
     "lone surrogate in an exception": "raise ValueError('\\ud83d')",
     "lone surrogate in a repr": "class A:\n    def __repr__(self): return '\\udcff'\nA()",
     "lone surrogate printed": "print('\\ud83d')",
     "bytes that are no text": "import os\nos.write(1, b'\\x80\\xff'), os.write(2, b'\\xc3')",
-    "huge number of kilobytes": OUTCOME.format(value="lambda *_: 10**4000"),
-    "infinite number of kilobytes": OUTCOME.format(value="lambda *_: float('inf')"),
-    "no number of kilobytes": OUTCOME.format(value="lambda *_: 'x'"),
+    "huge number of kilobytes": KILOBYTES.format(value="10**4000"),
+    "infinite number of kilobytes": KILOBYTES.format(value="float('inf')"),
+    "no number of kilobytes": KILOBYTES.format(value="'x'"),
     "outcome of another form": (
         "import json\njson.dumps = lambda *_, **__: '[' * 100000 + ']' * 100000"
     ),
