@@ -25,7 +25,7 @@ class Nursery:
         self._isolation = options.isolation
         self._children: dict[int, Child] = {}  # by pid
         self._own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        self._depth = len(_status("self")["NSpid"]) - 1  # /proc may be an outer namespace's
+        self._depth = len(_status("self")[b"NSpid"]) - 1  # /proc may be an outer namespace's
         self._ruleset = -1
         if options.isolation == "landlock":
             devices = ("/dev/null", "/dev/zero", "/dev/urandom")
@@ -80,9 +80,9 @@ class Nursery:
         ids tell whose a process is; setsid is filtered."""
         known = snapshots | self._children.keys()
         for status in _processes():
-            if len(status["NSpid"]) <= self._depth or status["State"][0] == "Z":
+            if len(status[b"NSpid"]) <= self._depth or status[b"State"][0] == b"Z":
                 continue
-            pid, session = (int(status[key][self._depth]) for key in ("NSpid", "NSsid"))
+            pid, session = (int(status[key][self._depth]) for key in (b"NSpid", b"NSsid"))
             child = self._children.get(session)
             if child is not None and child.handles and not child.runs and pid not in known:
                 yield child
@@ -110,19 +110,20 @@ def _clean_up(child: Child) -> None:
         shutil.rmtree(child.directory, ignore_errors=True)
 
 
-def _processes() -> Iterator[dict[str, list[str]]]:
+def _processes() -> Iterator[dict[bytes, list[bytes]]]:
     for entry in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # ended meanwhile
             yield _status(entry)
 
 
-def _status(entry: str) -> dict[str, list[str]]:
-    with open(f"/proc/{entry}/status") as file:
-        lines = (line.partition(":") for line in file)
+def _status(entry: str) -> dict[bytes, list[bytes]]:
+    """Bytes: a process may have a name that is not UTF-8."""
+    with open(f"/proc/{entry}/status", "rb") as file:
+        lines = (line.partition(b":") for line in file)
         return {name: rest.split() for name, _, rest in lines}
 
 
 def _tasks_of(uid: int) -> int:
     """Threads that count against this uid's RLIMIT_NPROC."""
-    mine = (status for status in _processes() if int(status["Uid"][0]) == uid)
-    return sum(int(status["Threads"][0]) for status in mine)
+    mine = (status for status in _processes() if int(status[b"Uid"][0]) == uid)
+    return sum(int(status[b"Threads"][0]) for status in mine)

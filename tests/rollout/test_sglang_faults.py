@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from elpo_fast.config import RolloutConfig
-from elpo_fast.rollout.sglang import process
+from elpo_fast.rollout.sglang import process, watch
 from elpo_fast.rollout.sglang import server as server_module
 from elpo_fast.rollout.sglang.engine import SGLangEngine
 from elpo_fast.train.probe import check_engine
@@ -271,3 +271,19 @@ def test_stats_are_those_of_the_answers(
         assert stats.cached_tokens == stats.prompt_tokens - stats.computed_tokens
 
     use_sglang(qwen3, work, [server[1]])
+
+
+def test_a_process_whose_name_is_not_utf8_disturbs_nobody() -> None:
+    code = (
+        "import ctypes, time\nctypes.CDLL(None).prctl(15, b'caf\\xe9', 0, 0, 0)\n"
+        "print(flush=True)\ntime.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+        process.stdout.readline()
+        with pytest.raises(UnicodeDecodeError):
+            Path(f"/proc/{process.pid}/stat").read_text()
+        try:
+            assert watch.shared_files(os.getpid()) == set()
+        finally:
+            process.kill()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 _SHARED = Path("/dev/shm")
 # The inodes of a process's mappings; a semaphore's maker maps it under a name it had before.
-_LEFT_BEHIND = re.compile(r" (\d+) +/dev/shm/(?:sglang|sem\.)")
+_LEFT_BEHIND = re.compile(rb" (\d+) +/dev/shm/(?:sglang|sem\.)")
 _LOOK_S = 2.0
 _TRACKER_S = 2.0
 
@@ -61,24 +61,25 @@ def _session(leader: int) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != leader:
             try:
-                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                # Bytes: a process may have a name that is not UTF-8.
+                state, _, _, session = (entry / "stat").read_bytes().rpartition(b")")[2].split()[:4]
             except OSError:
                 continue
-            if int(session) == leader and state != "Z":
+            if int(session) == leader and state != b"Z":
                 yield int(entry.name)
 
 
 def shared_files(leader: int) -> set[str]:
     """Files in shared memory of a session's processes that nobody removes after a kill."""
-    inodes: set[str] = set()
+    inodes: set[bytes] = set()
     for pid in _session(leader):
         with suppress(OSError):
-            inodes.update(_LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_text()))
+            inodes.update(_LEFT_BEHIND.findall(Path(f"/proc/{pid}/maps").read_bytes()))
     found: set[str] = set()
     if inodes:
         for file in (*_SHARED.glob("sglang*"), *_SHARED.glob("sem.mp-*")):
             with suppress(OSError):  # it has just been removed
-                if str(file.stat().st_ino) in inodes:
+                if b"%d" % file.stat().st_ino in inodes:
                     found.add(str(file))
     return found
 
