@@ -8,11 +8,15 @@ inside a user namespace), enter namespaces, mount, limit, drop capabilities, fil
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
+import functools
 import os
 import platform
 import resource
+import select
 import signal
 import struct
 from collections.abc import Iterable
@@ -29,7 +33,7 @@ _FORK_FLAGS = 0x0120_0011
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
-_PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 22, 24, 38, 36
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 24, 38, 36
 _CAP_DAC_READ_SEARCH = 2
 _CAP_COUNT = 64
 
@@ -125,6 +129,12 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     _prctl("parent death signal", _PR_SET_PDEATHSIG, number)
 
 
+def die_early(score: int) -> None:
+    """Where memory runs out, the kernel ends us before others: 1000 goes before everything."""
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(score))
+
+
 def adopt_orphans() -> None:
     _prctl("subreaper", _PR_SET_CHILD_SUBREAPER, 1)
 
@@ -163,12 +173,26 @@ def landlock_abi() -> int:
     return max(0, _libc.syscall(_LANDLOCK_CREATE, None, ctypes.c_size_t(0), 1))
 
 
-def landlock_ruleset(
-    readable: Iterable[str], devices: Iterable[str], listed: Iterable[str] = ()
-) -> int:
-    """Descriptor of a rule set: read below `readable`, read and write `devices`, see the names
-    below `listed`, nothing else; no TCP and no abstract sockets or signals to the outside where the
-    kernel knows these rules."""
+def landlock_rules(
+    readable: Iterable[str], devices: Iterable[str], listed: Iterable[str]
+) -> list[tuple[int, int]]:
+    """(descriptor, rights) of what may be read below `readable`, read and written in `devices`, and
+    seen by its name below `listed`: opened once, for the rule sets of all children."""
+    rules = []
+    for paths, rights in (
+        (readable, _READ_FILE | _READ_DIR),
+        (devices, _READ_FILE | _WRITE_FILE),
+        (listed, _READ_DIR),
+    ):
+        for path in paths:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            rules.append((fd, rights if os.path.isdir(path) else rights & ~_READ_DIR))
+    return rules
+
+
+def landlock_restrict(rules: Iterable[tuple[int, int]], directory: int) -> None:
+    """`rules` and everything below the open `directory`, nothing else of the file system; no TCP
+    and no abstract sockets or signals to the outside where the kernel knows these rules."""
     abi = landlock_abi()
     if abi == 0:
         raise OSError(errno.EOPNOTSUPP, "Landlock: not supported or switched off by this kernel")
@@ -179,21 +203,9 @@ def landlock_ruleset(
         _libc.syscall(_LANDLOCK_CREATE, attributes, ctypes.c_size_t(len(attributes)), 0),
         "Landlock rule set",
     )
-    os.set_inheritable(ruleset, False)
-    rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
-    rules += [(path, _READ_FILE | _WRITE_FILE) for path in devices]
-    rules += [(path, _READ_DIR) for path in listed]
-    for path, rights in rules:
-        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        if not os.path.isdir(path):
-            rights &= ~_READ_DIR
+    for fd, rights in (*rules, (directory, file_rights)):
         rule = struct.pack("=Qi", rights, fd)
-        _check(_libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0), f"Landlock rule for {path}")
-        os.close(fd)
-    return ruleset
-
-
-def landlock_restrict(ruleset: int) -> None:
+        _check(_libc.syscall(_LANDLOCK_ADD, ruleset, 1, rule, 0), "Landlock rule")
     _check(_libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0), "Landlock")
 
 
@@ -203,11 +215,18 @@ _ARCHITECTURES = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}  # co
 
 # name: (x86_64, aarch64); -1: the architecture does not have it. Answered with EPERM.
 _DENIED = {
-    # network; socketpair stays (asyncio needs it) and reaches nobody
-    "socket": (41, 198),
-    # memory that RLIMIT_AS does not count
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194),
-    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
+    # network; socketpair stays (asyncio needs it) and, without an address, reaches nobody
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "accept": (43, 202), "accept4": (288, 242), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    # memory that RLIMIT_AS does not count, and that of the machine's other programs
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "mq_open": (240, 180),
+    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "shmdt": (67, 197),
+    "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
+    "semget": (64, 190), "semop": (65, 193), "semtimedop": (220, 192), "semctl": (66, 191),
+    # news of folders that cannot be read
+    "inotify_init": (253, -1), "inotify_init1": (294, 26), "inotify_add_watch": (254, 27),
+    # a signal to oneself in the future: a stopped snapshot would go on
+    "timer_create": (222, 107),
     # other programs; clone is judged by its flags
     "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281),
     # reaching into other processes, the snapshots of the same session among them
@@ -225,7 +244,7 @@ _DENIED = {
     "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
     "unshare": (272, 97), "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433),
-    "mount_setattr": (442, 442), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
+    "mount_setattr": (442, 442), "open_tree_attr": (467, 467), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
     # identity
     "setuid": (105, 146), "setgid": (106, 144), "setreuid": (113, 145), "setregid": (114, 143),
     "setresuid": (117, 147), "setresgid": (119, 149), "setgroups": (116, 159),
@@ -240,60 +259,155 @@ _DENIED = {
     "swapon": (167, 224), "swapoff": (168, 225), "settimeofday": (164, 170),
     "clock_settime": (227, 112), "clock_adjtime": (305, 266), "adjtimex": (159, 171),
 }  # fmt: skip
-_CLONE, _CLONE3, _PRLIMIT = (56, 220), (435, 435), (302, 261)
-_FCNTL, _IOCTL = (72, 25), (16, 29)
-_F_SETOWN, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP, _TIOCSTI = 8, 15, 0x8901, 0x8902, 0x5412
+# Attributes beside the mode: answered as by a file system that has none.
+_ATTRIBUTES = {
+    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
+    "getxattr": (191, 8), "lgetxattr": (192, 9), "fgetxattr": (193, 10), "getxattrat": (464, 464),
+    "listxattr": (194, 11), "llistxattr": (195, 12), "flistxattr": (196, 13),
+    "listxattrat": (465, 465), "removexattr": (197, 14), "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16), "removexattrat": (466, 466), "file_getattr": (468, 468),
+    "file_setattr": (469, 469),
+}  # fmt: skip
+# What Landlock alone lets a program do to the files of the user it runs as. Refused; modes and
+# times are left as they are and the call succeeds, for copying a file sets both.
+_HOST_FILES = {
+    "chown": (92, -1), "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54),
+    "truncate": (76, 45),
+}  # fmt: skip
+_FALLOCATE = {"fallocate": (285, 47)}  # space that `written` does not count
+_MODES_AND_TIMES = {
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
+    "utime": (132, -1), "utimes": (235, -1), "futimesat": (261, -1), "utimensat": (280, 88),
+}  # fmt: skip
+_CLONE, _CLONE3, _PRLIMIT, _SENDTO = (56, 220), (435, 435), (302, 261), (44, 206)
+_FCNTL, _IOCTL, _PRCTL, _SECCOMP = (72, 25), (16, 29), (157, 167), (317, 277)
+# Signals by the back door: by the owner of a descriptor, a lease, a watched folder.
+_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY = 8, 10, 15, 1024, 1026
+_FIOSETOWN, _SIOCSPGRP, _TIOCSTI = 0x8901, 0x8902, 0x5412
+_PR_SET_PTRACER = 0x5961_6D61
+_NEW_LISTENER = 1 << 3
 
 _LOAD, _EQUAL, _GREATER_EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_ALLOW, _KILL, _ERRNO = 0x7FFF_0000, 0x8000_0000, 0x0005_0000
+_ALLOW, _ASK, _KILL, _ERRNO = 0x7FFF_0000, 0x7FC0_0000, 0x8000_0000, 0x0005_0000
 _NR, _ARCH, _ARGUMENT = 0, 4, 16
 
 
-def _program(*, fork: bool) -> bytes:
+_Instruction = tuple[int, int, int, int]
+_ALLOWED: _Instruction = (_RETURN, 0, 0, _ALLOW)
+_DENY: _Instruction = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
+
+
+def _column() -> int:
     machine = platform.machine()
     if machine not in _ARCHITECTURES:
         raise OSError(errno.ENOSYS, f"seccomp: no system call table for {machine}")
-    column, audit_arch = _ARCHITECTURES[machine]
-    deny = (_RETURN, 0, 0, _ERRNO | errno.EPERM)
-    allow = (_RETURN, 0, 0, _ALLOW)
+    return _ARCHITECTURES[machine][0]
 
-    def judged(call: tuple[int, int], argument: int, *tests: tuple[int, int, int, int]) -> list:
-        """If the call matches: load the low word of an argument, run `tests`, which return."""
-        load = (_LOAD, 0, 0, _ARGUMENT + 8 * argument)
-        return [(_EQUAL, 0, 1 + len(tests), call[column]), load, *tests]
 
-    def refuse_values(call: tuple[int, int], argument: int, *values: int) -> list:
-        tests = [test for value in values for test in ((_EQUAL, 0, 1, value), deny)]
-        return judged(call, argument, *tests, allow)
+def _judged(call: tuple[int, int], argument: int, *tests: _Instruction) -> list[_Instruction]:
+    """If the call matches: load the low word of an argument, run `tests`, which return."""
+    load = (_LOAD, 0, 0, _ARGUMENT + 8 * argument)
+    return [(_EQUAL, 0, 1 + len(tests), call[_column()]), load, *tests]
 
-    threads = [(_ANY_BIT, 0, 1, CLONE_THREAD), allow]
-    forks = [(_EQUAL, 0, 1, _FORK_FLAGS), allow] if fork else []
-    program = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, audit_arch), (_RETURN, 0, 0, _KILL)]
-    program += [(_LOAD, 0, 0, _NR)]
-    if machine == "x86_64":
-        program += [(_GREATER_EQUAL, 0, 1, 0x4000_0000), deny]  # the x32 numbers
-    for numbers in _DENIED.values():
-        if numbers[column] >= 0:
-            program += [(_EQUAL, 0, 1, numbers[column]), deny]
+
+def _refuse_values(call: tuple[int, int], argument: int, *values: int) -> list[_Instruction]:
+    tests = [test for value in values for test in ((_EQUAL, 0, 1, value), _DENY)]
+    return _judged(call, argument, *tests, _ALLOWED)
+
+
+def _assembled(*program: _Instruction) -> ctypes.Array:
+    """For calls of this machine's architecture; what no instruction answers is allowed."""
+    architecture = _ARCHITECTURES[platform.machine()][1]
+    start = [(_LOAD, 0, 0, _ARCH), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL)]
+    instructions = [*start, (_LOAD, 0, 0, _NR), *program, _ALLOWED]
+    code = b"".join(struct.pack("HBBI", *instruction) for instruction in instructions)
+    return ctypes.create_string_buffer(code, len(code))
+
+
+@functools.cache
+def _asking() -> ctypes.Array:
+    return _assembled(*_judged(_CLONE, 0, (_EQUAL, 0, 1, _FORK_FLAGS), (_RETURN, 0, 0, _ASK)))
+
+
+@functools.cache
+def _no_forks() -> ctypes.Array:
+    return _assembled(*_judged(_CLONE, 0, (_ANY_BIT, 0, 1, CLONE_THREAD), _ALLOWED, _DENY))
+
+
+@functools.cache
+def _general(host_files: bool) -> ctypes.Array:
+    answers = [(_DENIED, errno.EPERM), (_ATTRIBUTES, errno.EOPNOTSUPP)]
+    if host_files:
+        answers += [(_HOST_FILES, errno.EPERM), (_MODES_AND_TIMES, 0)]
+        answers += [(_FALLOCATE, errno.EOPNOTSUPP)]
+    program: list[_Instruction] = []
+    if platform.machine() == "x86_64":
+        program += [(_GREATER_EQUAL, 0, 1, 0x4000_0000), _DENY]  # the x32 numbers
+    for calls, code in answers:
+        for numbers in calls.values():
+            if numbers[_column()] >= 0:
+                program += [(_EQUAL, 0, 1, numbers[_column()]), (_RETURN, 0, 0, _ERRNO | code)]
     # glibc falls back from clone3, whose flags a filter cannot read, to clone.
-    program += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    program += judged(_CLONE, 0, *threads, *forks, deny)
-    program += judged(_PRLIMIT, 0, (_EQUAL, 0, 1, 0), allow, deny)  # own limits only
-    program += refuse_values(_FCNTL, 1, _F_SETOWN, _F_SETOWN_EX)  # signals by the back door
-    program += refuse_values(_IOCTL, 1, _FIOSETOWN, _SIOCSPGRP, _TIOCSTI)
-    program += [allow]
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    program += [(_EQUAL, 0, 1, _CLONE3[_column()]), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
+    threads = [(_ANY_BIT, 0, 1, CLONE_THREAD), _ALLOWED]
+    program += _judged(_CLONE, 0, *threads, (_EQUAL, 0, 1, _FORK_FLAGS), _ALLOWED, _DENY)
+    program += _judged(_PRLIMIT, 0, (_EQUAL, 0, 1, 0), _ALLOWED, _DENY)  # own limits only
+    high_word = (_LOAD, 0, 0, _ARGUMENT + 8 * 4 + 4)
+    program += _judged(_SENDTO, 4, (_EQUAL, 0, 3, 0), high_word, (_EQUAL, 0, 1, 0), _ALLOWED, _DENY)
+    signals = (_F_SETOWN, _F_SETSIG, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY)
+    program += _refuse_values(_FCNTL, 1, *signals)
+    program += _refuse_values(_IOCTL, 1, _FIOSETOWN, _SIOCSPGRP, _TIOCSTI)
+    # The supervisor looks at /proc, and signals are its alone.
+    options = (_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_PTRACER)
+    return _assembled(*program, *_refuse_values(_PRCTL, 0, *options))
 
 
-_PROGRAMS: dict[bool, bytes] = {}
+def prepare_filters(*, host_files: bool) -> None:
+    """Before the first fork, for all children."""
+    _asking(), _no_forks(), _general(host_files)
 
 
-def filter_system_calls(*, fork: bool) -> None:
-    """Install the filter; with `fork=False` the process can start threads but no process. Filters
-    add up: a second call can only take more away."""
-    no_new_privileges()
-    if fork not in _PROGRAMS:
-        _PROGRAMS[fork] = _program(fork=fork)
-    program = ctypes.create_string_buffer(_PROGRAMS[fork], len(_PROGRAMS[fork]))
+def _install(program: ctypes.Array, flags: int = 0) -> int:
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(program))
-    _prctl("seccomp", _PR_SET_SECCOMP, 2, header)
+    return _check(_libc.syscall(_SECCOMP[_column()], 1, flags, header), "seccomp")
+
+
+def ask_before_forks() -> int:
+    """The descriptor through which each fork of this process and its children is asked for; see
+    `next_fork`. Needs `no_new_privileges`, as do the two below. Filters add up: a later one can
+    only take more away."""
+    return _install(_asking(), _NEW_LISTENER)
+
+
+def filter_system_calls(*, host_files: bool) -> None:
+    """`host_files`: no file system of its own protects those of the user."""
+    _install(_general(host_files))
+
+
+def refuse_forks() -> None:
+    """Threads, but no more processes."""
+    _install(_no_forks())
+
+
+_NEXT_FORK, _ANSWER_FORK = 0xC050_2100, 0xC018_2101  # ioctl numbers
+_GO_ON = 1
+
+
+def next_fork(listener: int) -> tuple[int, int] | None:
+    """(number, pid) of a process that wants to fork, if it still does."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    if not any(events & select.POLLIN for _, events in poll.poll(0)):
+        return None
+    request = bytearray(80)
+    try:
+        fcntl.ioctl(listener, _NEXT_FORK, request)
+    except FileNotFoundError:  # it was killed meanwhile
+        return None
+    return struct.unpack_from("QI", request)
+
+
+def answer_fork(listener: int, number: int, *, allow: bool) -> None:
+    answer = struct.pack("QqiI", number, 0, 0 if allow else -errno.EPERM, _GO_ON if allow else 0)
+    with contextlib.suppress(FileNotFoundError):
+        fcntl.ioctl(listener, _ANSWER_FORK, answer)

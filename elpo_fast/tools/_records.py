@@ -80,21 +80,31 @@ class Child:
     pid: int
     pidfd: int
     control: socket.socket
-    directory: str | None  # its private directory, to be deleted (isolation "none")
+    directory: str | None  # its private one, to be deleted; None: in a file system of its own
     used: bool = False
     handles: set[int] = field(default_factory=set)  # living snapshots, the root among them
     runs: set[int] = field(default_factory=set)  # requests being executed
+    folder: int = -1  # the private directory, opened by the child while it could be trusted
+    changed_ns: int = 0  # when the directory was changed last, then
+    touched: bool = False  # a program has changed the directory
+    listener: int = -1  # asks us before every fork
+    refused: int = 0  # forks
 
 
 @dataclass(eq=False)
 class Snapshot:
-    """A process waiting to be forked. The root's is the child itself and has no `pidfd`."""
+    """A process waiting to be forked, stopped. The root's is the child itself and has no `pidfd`:
+    it has run nothing. A snapshot whose forks would share something but their memory is `single`:
+    one step starts from it, then it ends."""
 
     id: int
     child: Child
     control: socket.socket
     pid: int
     pidfd: int = -1
+    own: str = ""  # its channel, in the kernel's words
+    single: bool | None = None  # None: not looked at yet
+    spent: bool = False  # single, and a step has started
 
 
 @dataclass(eq=False)
@@ -109,6 +119,8 @@ class Run:
     deadline: float
     origin: int | None  # the snapshot it started from; None: a call
     target: int  # id of the snapshot it may become
+    may_fork: int = 0  # pid of the snapshot that forks for it, until it has
+    own: str = ""  # the child's end of the channel, in the kernel's words
     received: memoryview = field(default_factory=lambda: unshared(OUTPUT_CAP))
     start: int = 0  # in `received`, what is not yet taken
     end: int = 0

@@ -35,7 +35,7 @@ PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 BOOT = str(Path(__file__).with_name("_boot.py"))
 
 _RUNTIME = {
-    "tools": ("_server", "_nursery", "_child", "_cell", "_confine", "_records", "_warm"),
+    "tools": ("_server", "_nursery", "_child", "_cell", "_confine", "_look", "_records", "_warm"),
     "tasks": ("code_verifier",),
 }
 """What servers of model-written code have of this project."""

@@ -113,7 +113,7 @@ class Snapshot:
 
     link: Link
     number: int
-    grown_mb: float = 0.0  # memory it took at most beyond a fresh process, as it says itself
+    grown_mb: float = 0.0  # memory it takes beyond a fresh process, as its supervisor sees it
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,8 @@ class Sandbox:
         execution = _execution(reply, timeout_s, loop.time() - started)
         if "snapshot" not in reply.header:
             return execution, None
-        return execution, Snapshot(snapshot.link, reply.header["snapshot"], _grown_mb(reply))
+        grown_mb = reply.header["grown_kb"] / 1024
+        return execution, Snapshot(snapshot.link, reply.header["snapshot"], grown_mb)
 
     def drop(self, snapshots: Iterable[Snapshot]) -> None:
         """End these interpreters; a session ends with its last one."""
@@ -365,8 +366,10 @@ def _execution(reply: Reply, timeout_s: float, seconds: float) -> Execution:
             error = f"timed out after {timeout_s:g} s"
         case "flood":
             error = "stopped: too much output"
+        case "stopped":
+            error = f"stopped: {reply.header['reason']}"
         case "died":
-            error = death_in_words(reply.header["signal"])
+            error = death_in_words(reply.header.get("signal", 0))
         case "gone":
             error = "the sandbox was restarted and this call could not be run; try again"
     return Execution(
@@ -391,13 +394,6 @@ def read_outcome(payload: bytes | str, timeout_s: float) -> tuple[str | None, st
     if timeout:
         error = f"{error}\ntimed out after {timeout_s:g} s"
     return value and valid_text(value), error and valid_text(error), not timeout
-
-
-def _grown_mb(reply: Reply) -> float:
-    try:
-        return max(0.0, float(json.loads(reply.parts[2])["grown_kb"]) / 1024)
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        return 0.0
 
 
 def death_in_words(number: int) -> str:
