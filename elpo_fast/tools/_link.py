@@ -146,7 +146,7 @@ class Link:
         self._hang_up()
         self._thread.join(HANG_S)
         if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+            _end(self._process)
         self._thread.join()
 
     def _post(self, request: dict[str, Any], body: Any = None) -> None:
@@ -196,7 +196,7 @@ class Link:
         self._silence = self._silence + 1 if self._pending else 0
         if self._silence >= HANG_S:
             assert self._process is not None
-            self._process.kill()
+            _end(self._process)
 
     def _start(self, reasons: list[str]) -> tuple[socket.socket, str]:
         for isolation in self._launch.isolations:
@@ -235,7 +235,7 @@ class Link:
 
             def on_silence() -> None:
                 if next(seconds) >= START_S:
-                    process.kill()
+                    _end(process)
                     raise RefusedError(f"it did not start within {START_S} s")
 
             try:
@@ -271,6 +271,16 @@ class Link:
         if bubblewrap is None:
             raise RefusedError("bwrap is not installed (package bubblewrap)")
         return [bubblewrap, *_bubblewrap(self._launch.view), *python]
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Asked first: what we started ends the server and whatever that has started."""
+    process.terminate()
+    process.send_signal(signal.SIGCONT)
+    try:
+        process.wait(HANG_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _inside(path: str) -> str:

@@ -9,8 +9,9 @@ Requests (one packet of JSON each, with a body descriptor for `call` and `step`)
 fresh process that is forgotten; `open` starts a session and `step` goes from one of its snapshots
 to a new one; `drop` ends snapshots; `cancel` ends a request. Replies (stream): length and JSON
 header, then as many bytes of stdout, stderr and outcome as the header says. `how` it ended: done,
-timeout, flood, stopped (with `reason`), died (with `signal`), lost (the snapshot is gone; nothing was run). While requests
-run there is a `beat` a second, so that a server that hangs is told from one that works.
+timeout, flood, stopped (with `reason`), died (with `signal`), lost (the snapshot is gone; what was
+done is forgotten). While requests run there is a `beat` a second, so that a server that hangs is
+told from one that works.
 
 Branching is a fork, which copies memory and nothing else. So that branches are apart:
 
@@ -510,6 +511,7 @@ def _outlive_server() -> str:
     os.closerange(0, 1 << 30)
     signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
     status = os.waitpid(server, 0)[1]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(ChildProcessError):
         while True:
             for left in _look.processes():

@@ -3,15 +3,20 @@
 A session's state is a link in a chain of code cells, nothing more; the interpreter behind it is a
 snapshot in the sandbox. Calling a state forks its snapshot, so states stay usable and branches
 need no replay. Snapshots are a cache: the least recently used are dropped when there are too many
-or they hold too much memory, and rebuilt by running the chain again. A rebuilt step must show what
-it showed the first time, or the call is answered with an error. A call that timed out or was killed
-leaves the state as it was; one that raised did what it did up to there, as in a notebook. What a
+or they hold too much memory, and rebuilt by running the chain again, as is every second branch from
+a state that holds more than memory (files, open descriptors, shared mappings, threads: see
+`_server`). Where a call then shows something else than the first time, the answer says so. The work
+for one call is bounded: `ATTEMPTS` runs of its chain, `REBUILD_S` and thrice the time the chain
+took. A call that timed out or was killed leaves the state as it was; one that raised did what it
+did up to there, as in a notebook. What a
 task hides from the model (`Task.reveals`) is kept here, beside the state, and never in its process.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +35,7 @@ from elpo_fast.types import Task, ToolResult
 
 _SHOWN = "Returns what it prints and the value of the last expression, or (no output)."
 _UNCHANGED = "the session is as it was before this call"
+REBUILD_S = 60.0
 
 
 def _schema(name: str, description: str) -> dict[str, Any]:
@@ -76,11 +82,12 @@ class SessionState:
     number: int  # calls so far
     digest: str  # of what it showed
     modules: tuple[str, ...] = ()  # of the root
+    seconds: float = 0.0  # that the calls so far took
     hidden: tuple[str, ...] = field(default=(), repr=False)  # of `Task.reveals`, still to be shown
 
 
 class _RestoreError(Exception):
-    """The chain of a dropped snapshot did not run as it did the first time."""
+    """The chain of a dropped snapshot could not be run again."""
 
 
 class PythonSession:
@@ -92,17 +99,18 @@ class PythonSession:
     )
 
     def __init__(self, sandbox: Sandbox, *, memory_mb: float = 4096) -> None:
-        """`memory_mb`: snapshots are dropped when what they say they use adds up to more; pages
-        they share count each time. Their number is bounded by `sandbox.max_snapshots`."""
+        """`memory_mb`: snapshots are dropped when what they use adds up to more; pages that they
+        share count each time. Their number is bounded by `sandbox.max_snapshots`."""
         self._sandbox, self._memory_mb = sandbox, memory_mb
         self._snapshots: OrderedDict[SessionState, Snapshot] = OrderedDict()
 
     async def open(self, task: Task) -> SessionState:
         """`RuntimeError` naming the task if its setup fails."""
-        root = SessionState(None, task.setup, 0, "", preloaded(task.setup), task.reveals)
+        modules = preloaded(task.setup)
+        root = SessionState(None, task.setup, 0, "", modules, hidden=task.reveals)
         if task.setup:
             try:
-                await self._snapshot(root)
+                self._keep(root, await self._root(root))
             except _RestoreError as problem:
                 raise RuntimeError(f"the setup of task {task.id!r} failed: {problem}") from None
         return root
@@ -113,7 +121,7 @@ class PythonSession:
         if state.parent is None and len(modules := preloaded(code)) > len(state.modules):
             origin = replace(state, modules=modules)  # a root of its own: forking beats importing
         try:
-            execution, snapshot = await self._step(origin, code, state.number + 1)
+            execution, snapshot, changed = await self._step(origin, code)
         except _RestoreError as problem:
             text = f"the session could not be restored: {problem}"
             return ToolResult(text, state, error=True)
@@ -121,13 +129,20 @@ class PythonSession:
             if origin is not state:
                 await self.release([origin])
         if snapshot is None:
-            return _result(execution, state, _UNCHANGED)
+            return _result(execution, state, changed, _UNCHANGED)
         shown, hidden = "", state.hidden
         if hidden and execution.error is None:
             shown, hidden = hidden[0], hidden[1:] or hidden
-        new = SessionState(origin, code, state.number + 1, _digest(execution), hidden=hidden)
+        new = SessionState(
+            parent=origin,
+            code=code,
+            number=state.number + 1,
+            digest=_digest(execution),
+            seconds=state.seconds + execution.seconds,
+            hidden=hidden,
+        )
         self._keep(new, snapshot)
-        return _result(execution, new, shown)
+        return _result(execution, new, changed, shown)
 
     async def release(self, states: Iterable[SessionState]) -> None:
         found = [self._snapshots.pop(state, None) for state in states]
@@ -136,35 +151,66 @@ class PythonSession:
     async def close(self) -> None:
         await self.release(list(self._snapshots))
 
-    async def _step(
-        self, state: SessionState, code: str, number: int
-    ) -> tuple[Execution, Snapshot | None]:
-        """From the snapshot of `state`, which is rebuilt if it turns out to be gone."""
-        for _ in range(ATTEMPTS):
-            snapshot = await self._snapshot(state)
+    async def _step(self, state: SessionState, code: str) -> tuple[Execution, Snapshot | None, str]:
+        """From the snapshot of `state`, which is rebuilt if it turns out to be gone; last, what was
+        not as before when calls were run again."""
+        until = time.monotonic() + REBUILD_S + 3 * state.seconds
+        for attempt in range(ATTEMPTS):
             try:
-                return await self._sandbox.step(snapshot, code, number)
+                # After a loss in a session of its own, in which no other call is in the way.
+                snapshot, changed = await self._snapshot(state, until, alone=attempt > 0)
+                execution, new = await self._take(state, snapshot, code, state.number + 1)
             except SnapshotLostError:
-                self._forget(state, snapshot)
+                continue
+            self._keep(state, snapshot)
+            return execution, new, changed
         raise _RestoreError("its process was killed")
 
-    async def _snapshot(self, state: SessionState) -> Snapshot:
-        """The interpreter of `state`, from the cache or by running its code once more."""
-        cached = self._snapshots.get(state)
-        if cached is not None:
-            self._snapshots.move_to_end(state)
-            return cached
-        if state.parent is None:
-            snapshot = await self._root(state)
+    async def _take(
+        self, state: SessionState, snapshot: Snapshot, code: str, number: int
+    ) -> tuple[Execution, Snapshot | None]:
+        """One step. A snapshot that is lost is forgotten."""
+        try:
+            return await self._sandbox.step(snapshot, code, number)
+        except SnapshotLostError:
+            if self._snapshots.get(state) is snapshot:
+                del self._snapshots[state]
+            self._sandbox.drop([snapshot])
+            raise
+
+    async def _snapshot(
+        self, state: SessionState, until: float, *, alone: bool
+    ) -> tuple[Snapshot, str]:
+        """The interpreter of `state`, from the cache or by running again the calls since the last
+        one that is there, or all of them; and what then was not as before."""
+        missing = []
+        at, changed = state, ""
+        while alone or at not in self._snapshots:
+            if at.parent is None:
+                break
+            missing.append(at)
+            at = at.parent
+        snapshot = None if alone else self._snapshots.get(at)
+        if snapshot is None:
+            snapshot = await self._root(at)
         else:
-            execution, rebuilt = await self._step(state.parent, state.code, state.number)
+            self._snapshots.move_to_end(at)
+        for past in reversed(missing):
+            if time.monotonic() > until:
+                self._drop_unless_kept(at, snapshot)
+                raise _RestoreError("running its calls again took too long")
+            execution, rebuilt = await self._take(at, snapshot, past.code, past.number)
+            self._drop_unless_kept(at, snapshot)
             if rebuilt is None:
-                raise _RestoreError(f"call {state.number} now fails: {execution.error}")
-            if _digest(execution) != state.digest:
-                self._sandbox.drop([rebuilt])
-                raise _RestoreError(f"call {state.number} now shows something else")
-            snapshot = rebuilt
-        return self._keep(state, snapshot)
+                raise _RestoreError(f"call {past.number} now fails: {execution.error}")
+            if _digest(execution) != past.digest:
+                changed = f"(the session was rebuilt; call {past.number} now shows something else)"
+            at, snapshot = past, rebuilt
+        return snapshot, changed
+
+    def _drop_unless_kept(self, state: SessionState, snapshot: Snapshot) -> None:
+        if self._snapshots.get(state) is not snapshot:
+            self._sandbox.drop([snapshot])
 
     async def _root(self, state: SessionState) -> Snapshot:
         """A fresh interpreter after the task's setup, which nobody but us wrote: where it did not
@@ -188,7 +234,7 @@ class PythonSession:
                 break
         raise _RestoreError(problem)
 
-    def _keep(self, state: SessionState, snapshot: Snapshot) -> Snapshot:
+    def _keep(self, state: SessionState, snapshot: Snapshot) -> None:
         """Remember it, unless another call has rebuilt the same state meanwhile."""
         kept = self._snapshots.setdefault(state, snapshot)
         if kept is not snapshot:
@@ -201,22 +247,17 @@ class PythonSession:
             _, oldest = self._snapshots.popitem(last=False)
             used -= oldest.grown_mb
             self._sandbox.drop([oldest])
-        return kept
-
-    def _forget(self, state: SessionState, snapshot: Snapshot) -> None:
-        if self._snapshots.get(state) is snapshot:
-            del self._snapshots[state]
-        self._sandbox.drop([snapshot])
 
 
 def _digest(execution: Execution) -> str:
-    return hashlib.blake2b(execution.text().encode(), digest_size=12).hexdigest()
+    """Addresses differ from process to process and mean nothing."""
+    text = re.sub(r"\b0x[0-9a-f]+", "0x", execution.text())
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _result(execution: Execution, state: Any, note: str = "") -> ToolResult:
-    text = execution.text()
+def _result(execution: Execution, state: Any, *notes: str) -> ToolResult:
     return ToolResult(
-        content=f"{text}\n{note}" if note else text,
+        content="\n".join(filter(None, (execution.text(), *notes))),
         state=state,
         error=execution.error is not None,
         seconds=execution.seconds,

@@ -276,7 +276,9 @@ def test_snapshots_are_bounded_and_released(make_box, descendants) -> None:
             states.append((await call(session, states[number // 2], "x += 1"))[1])
         assert len(session._snapshots) <= 5
         time.sleep(0.3)
-        assert len(descendants() - before) <= idle + 6  # five snapshots and the session's first
+        assert (
+            len(descendants() - before) <= idle + 10
+        )  # five snapshots, their sessions' first ones
         await session.release(states)
         assert not session._snapshots
         time.sleep(0.3)
@@ -289,7 +291,7 @@ def test_snapshots_are_bounded_and_released(make_box, descendants) -> None:
 def test_snapshots_are_bounded_by_memory(make_box) -> None:
     async def main() -> None:
         sandbox = make_box().sandbox
-        session = PythonSession(sandbox, memory_mb=200)  # what counts is the peak: old and new x
+        session = PythonSession(sandbox, memory_mb=100)
         state = await session.open(task())
         for _ in range(4):
             _, state = await call(session, state, "x = b'x' * (40 << 20)")
@@ -299,16 +301,20 @@ def test_snapshots_are_bounded_by_memory(make_box) -> None:
     asyncio.run(main())
 
 
-def test_rebuilt_session_is_verified(make_box) -> None:
+def test_rebuilt_session_says_what_is_not_as_before(make_box) -> None:
+    """What it cost: a repeat. Addresses are no difference."""
+
     async def main() -> None:
         session = PythonSession(make_box().sandbox)
         root = await session.open(task())
         _, state = await call(session, root, "import time\ntime.time_ns()")
-        await session.release([state])
+        _, same = await call(session, root, "object()")
+        await session.release([state, same])
         result = await session.call(state, {"code": "1"})
-        assert result.error and result.state is state
-        expected = "the session could not be restored: call 1 now shows something else"
+        assert not result.error and result.state is not state
+        expected = "1\n(the session was rebuilt; call 1 now shows something else)"
         assert result.content == expected
+        assert (await call(session, same, "2"))[0] == "2"
 
     asyncio.run(main())
 
@@ -347,9 +353,10 @@ def test_background_threads_end_with_their_call(any_box) -> None:
         )
         text, state = await call(session, root, code)
         assert text == "True"
-        first, _ = await call(session, state, "n")
+        first, after = await call(session, state, "n")
         await asyncio.sleep(0.1)
-        assert (await call(session, state, "n"))[0] == first
+        assert (await call(session, after, "n"))[0] == first
+        assert int((await call(session, state, "n"))[0].splitlines()[0]) > 0  # another branch
         await session.close()
 
     asyncio.run(main())
