@@ -7,25 +7,55 @@ only, the exception's own line last) and `timeout`. What was printed goes to des
 
 from __future__ import annotations
 
+import _multiprocessing
 import ast
 import contextlib
+import errno
 import importlib
 import json
 import linecache
 import math
+import os
 import signal
 import sys
 import traceback
 from collections import deque
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_FRAMES = 4  # of a traceback: the outermost one and the innermost ones
 MAX_LINE = 100  # characters of a source line
 MAX_MESSAGE = 400  # characters of an exception's message
 MAX_VALUE = 48 * 1024  # characters of a repr
 MAX_RESULT = 1 << 20  # bytes of a function's JSON result
+
+
+WHY: dict[int, str] = {}
+"""What is added to the message of an `OSError` with this number."""
+
+
+def explain_refusals() -> None:
+    """Where the kernel refuses, say why; and where a library would not say that it did."""
+    only_here = f"programs here write in their own folder only, {os.getcwd()}"
+    WHY[errno.EPERM] = _NO_PROCESSES
+    WHY.update(dict.fromkeys((errno.EACCES, errno.EROFS), only_here))
+    os.system = _refuse
+    _multiprocessing.SemLock = _NoSemaphore
+
+
+_NO_PROCESSES = "programs here have no network and start no other processes"
+
+
+def _refuse(*_: object) -> NoReturn:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+class _NoSemaphore:
+    """Of `multiprocessing`, the first thing that its queues and pools make."""
+
+    SEM_VALUE_MAX = 1
+    __init__ = _refuse
 
 
 class _TimeUp(BaseException):
@@ -105,6 +135,10 @@ def describe(problem: BaseException, name: str | None) -> str:
         message = f"(its message could not be shown: {type(fault).__name__})"
     if isinstance(problem, MemoryError) and not message:
         message = "memory limit reached"
+    for fault in (problem, problem.__context__):  # some libraries say it in words of their own
+        if isinstance(fault, OSError) and fault.errno in WHY:
+            message = f"{message} ({WHY[fault.errno]})"
+            break
     last = f"{kind}: {message}" if message else kind
     return "\n".join(filter(None, (where(problem, name), last)))
 

@@ -87,6 +87,7 @@ def become(
             os.close(fd)
         if isolation != "none":
             _confine.filter_system_calls(host_files=isolation == "landlock")
+            _cell.explain_refusals()
         os.dup2(0, 2)  # last: until here a refusal must reach the server's log
     except BaseException as problem:
         os.write(2, f"cannot confine a process: {problem}\n".encode())

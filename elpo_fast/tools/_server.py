@@ -509,15 +509,22 @@ def _outlive_server() -> str:
         _confine.die_with_parent(signal.SIGTERM)
         return folder
     os.closerange(0, 1 << 30)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(server, signal.SIGKILL))
+    pidfd = os.pidfd_open(server)
+
+    def end(*_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):  # has ended, and is asked for again
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, end)
     status = os.waitpid(server, 0)[1]
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with contextlib.suppress(ChildProcessError):
         while True:
             for left in _look.processes():
                 if int(left[b"PPid"][0]) == os.getpid():
                     os.kill(int(left[b"Pid"][0]), signal.SIGKILL)
             os.waitpid(-1, 0)
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
     remove(folder)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
 
