@@ -25,7 +25,7 @@ from elpo_fast.types import End, Task
 ROOT = Path(__file__).parents[2]
 MARK = "planted ground truth 7b1946ac"
 
-# Each makes `texts`. `SOURCES` are the files that hold answers or make them.
+# Each makes `texts`; `sources` are the files that hold answers or make them.
 DOORS = {
     "names": "texts = [repr(globals())]",
     "lines": "import linecache\ntexts = [str(entry) for entry in linecache.cache.values()]",

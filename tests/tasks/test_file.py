@@ -180,8 +180,8 @@ def test_no_answer_needs_no_verifier(tmp_path, text, end, reason):
     assert grade(file(write(tmp_path, [row()])), text, end) == Verdict(False, -1.0, reason)
 
 
-def test_answer_that_hangs_the_verifier_is_wrong(tmp_path, run_function):
-    source = file(write(tmp_path, [row()]), run_function, timeout_s=3.0)
+def test_answer_that_hangs_the_verifier_is_wrong(tmp_path, sandbox):
+    source = file(write(tmp_path, [row()]), sandbox.call_function, timeout_s=3.0)
     verdict = grade(source, r"\boxed{9^{9^{9^{9}}}}")
     assert not verdict.correct
     assert verdict.reason == "the verifier failed on this answer: timed out after 3 s"

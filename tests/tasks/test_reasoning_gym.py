@@ -78,8 +78,8 @@ def test_composite_takes_its_parts_by_name():
     assert {source.train(i).info["dataset"] for i in range(30)} == {"chain_sum", "gcd"}
 
 
-def test_verdict_of_right_wrong_and_partial_answers(run_function):
-    source = gym(run_function, dataset="chain_sum")
+def test_verdict_of_right_wrong_and_partial_answers(sandbox):
+    source = gym(sandbox.call_function, dataset="chain_sum")
     task = source.train(0)
     truth = task.truth["answer"]
     right = grade(source, task, f"so <answer>{truth}</answer>")
