@@ -1,12 +1,12 @@
 """One update of a 135M-parameter model: packed trees against the same trajectories as rows.
 
 Forests: `recorded`, trees that localization grew in a fifth step of `configs/quickstart.yaml`, and
-`star`, independent trajectories after a long prompt. Layouts: `trees` computes each unique token
-once, `rows` lays the trajectories end to end without sharing, `padded` has one padded row per
-trajectory and transformers' own attention. All run the same optimizer and have the same loss and
-gradient, which the first test shows; the second one interleaves them, in the dtype that
-`model.dtype: auto` takes. `share` is the speed-up over the ratio of computed tokens; the goal is
-0.85. SmolLM2's shape with random weights.
+`star`, independent trajectories after a long prompt. Layouts: `trees` computes each distinct prefix
+once, `nodes` each token of a node, `rows` lays the trajectories end to end without sharing,
+`padded` has one padded row per trajectory and transformers' own attention. All run the same
+optimizer and have the same loss and gradient, which the first test shows; the second one
+interleaves them, in the dtype that `model.dtype: auto` takes. `share` is the speed-up over the
+ratio of computed tokens; the goal is 0.85. SmolLM2's shape with random weights.
 
     pytest bench/bench_step.py --benchmark-only -s
 """
@@ -25,7 +25,7 @@ from elpo_kernels import linear_policy_loss, widens_bfloat16
 from pytest_benchmark.fixture import BenchmarkFixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.forests import Shape, as_rows, as_trees, grow, regrown
+from bench.forests import Shape, as_rows, as_trees, grow, regrown, unshared
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.train.metrics import Part
 from elpo_fast.train.step import PolicyOptimizer
@@ -38,7 +38,7 @@ MICRO_BATCH = 2048
 TREES, ROUNDS = 2, 3
 STAR = Shape(trajectories=8, from_root=8, steps=3, step_tokens=(24, 36), prompt=600)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LAYOUTS = ("trees", "rows", "padded")
+LAYOUTS = ("trees", "nodes", "rows", "padded")
 
 
 @cache
@@ -98,6 +98,8 @@ def padded_backward(policy: PolicyOptimizer, batch: PackedBatch) -> Part:
 
 
 def batches(layout: str, trees: list[Tree]) -> list[PackedBatch]:
+    if layout == "nodes":
+        return [unshared(batch) for tree in trees for batch in as_trees([tree], MICRO_BATCH)]
     return (as_trees if layout == "trees" else as_rows)(trees, MICRO_BATCH)
 
 
@@ -148,7 +150,7 @@ def test_speed_up(benchmark: BenchmarkFixture, name: str) -> None:
 
     benchmark.pedantic(interleaved, rounds=1)
     median = {layout: statistics.median(times) for layout, times in seconds.items()}
-    tokens = {layout: sum(map(len, parts[layout])) for layout in LAYOUTS}
+    tokens = {layout: sum(len(batch.trie) for batch in parts[layout]) for layout in LAYOUTS}
     info = {
         "dtype": dtype,
         "tokens": tokens,

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elpo_fast.train.step import micro_batches
-from elpo_fast.tree.pack import PackedBatch, Scored
+from elpo_fast.tree.pack import PackedBatch, Scored, Trie, concatenate, pack, section
 from elpo_fast.tree.store import Forest, Tree
 
 
@@ -69,8 +69,25 @@ def as_rows(trees: Sequence[Tree], budget: int) -> list[PackedBatch]:
             values.append(advantage[first + np.array(path)] * weight[path])
         first += len(tree)
     forest = Forest.from_trees(chains)
-    scored = _scored(np.concatenate(values))
-    return micro_batches(forest, scored, range(len(forest)), budget, scale=1 / len(trees))
+    packed = pack(forest, range(len(chains)), _scored(np.concatenate(values)), scale=1 / len(trees))
+    sizes = np.diff(packed.tree_start)
+    bins: list[list[int]] = []
+    for chain in np.argsort(-sizes, kind="stable").tolist():  # first-fit decreasing
+        free = (b for b in bins if sizes[b].sum() + sizes[chain] <= budget)
+        into = next(free, None)
+        if into is None:
+            bins.append([chain])
+        else:
+            into.append(chain)
+    whole = [section(packed, index, np.ones(size, np.bool_)) for index, size in enumerate(sizes)]
+    return [unshared(concatenate([whole[chain] for chain in chosen])) for chosen in bins]
+
+
+def unshared(batch: PackedBatch) -> PackedBatch:
+    """The batch, computed token by token: prefixes that repeat each other are not merged."""
+    every = np.arange(len(batch), dtype=np.int32)
+    batch.__dict__["trie"] = Trie(batch.token_ids, batch.position, batch.end, every)
+    return batch
 
 
 def _advantages(nodes: int) -> NDArray[np.float64]:

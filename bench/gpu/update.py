@@ -32,7 +32,7 @@ def one_model(part: Part, name: str) -> None:
     grown = [grow(rng, shape(part), size) for _ in range(1 if part.ahead else 2)]
     budget = 64 if part.tiny else BUDGET[name]
     trees, rows = as_trees(grown, budget), as_rows(grown, budget)
-    unique, computed = sum(map(len, trees)), sum(map(len, rows))
+    unique, computed = (sum(len(batch.trie) for batch in part) for part in (trees, rows))
     flops = model_flops(policy, trees)
     peak = None if part.tiny else PEAK.get(torch.cuda.get_device_capability())
     for blocks in ("eager", "compiled"):
@@ -72,7 +72,7 @@ def model_flops(policy: PolicyOptimizer, batches: list[PackedBatch]) -> float:
     config = policy.model.config
     body = sum(p.numel() for p in policy.model.base_model.layers.parameters())
     head = config.vocab_size * config.hidden_size
-    pairs = sum(int(b.position.astype(np.int64).sum()) + len(b) for b in batches)
+    pairs = sum(int(b.trie.position.astype(np.int64).sum()) + len(b.trie) for b in batches)
     chosen = sum(int(((b.pos_coef != 0) | (b.neg_coef != 0)).sum()) for b in batches)
     attention = 12 * pairs * config.hidden_size * config.num_hidden_layers
-    return 6.0 * (body * sum(map(len, batches)) + head * chosen) + attention
+    return 6.0 * (body * sum(len(b.trie) for b in batches) + head * chosen) + attention

@@ -34,7 +34,15 @@ from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.export import export_adapters, export_model
-from elpo_fast.train.metrics import Counts, StepStats, mean_stats, staleness, totals, tree_metrics
+from elpo_fast.train.metrics import (
+    Counts,
+    StepStats,
+    mean_stats,
+    staleness,
+    totals,
+    trajectory_tokens,
+    tree_metrics,
+)
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled, settled
@@ -285,6 +293,8 @@ class _Run:
         if train.old_logprob == "rollout" and updates:
             apart = mismatch(updates[0].gap)
         seconds = time.perf_counter() - began
+        computed = sum(update.tokens for update in updates)
+        lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
         return {
             **tree_metrics(forest),
             **mean_stats(updates),
@@ -292,10 +302,12 @@ class _Run:
             **staleness(forest, self.parts.engine.weight_version),
             **collected.counts,
             "skipped_trees": int((~useful).sum()),
+            "computed_tokens": computed,
+            "sharing_computed": int(lengths[useful].sum()) / max(computed, 1),
             "seconds_collect": collected.seconds,
             "seconds_train": seconds,
             "generated_per_s": int(forest.agent.sum()) / collected.seconds,
-            "trained_tokens_per_s": sum(u.tokens for u in updates) / seconds,
+            "trained_tokens_per_s": computed / seconds,
         }
 
     @contextmanager

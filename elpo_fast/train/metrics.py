@@ -31,8 +31,8 @@ class StepStats:
     loss: float
     grad_norm: float  # before clipping
     lr: float
-    tokens: int  # unique tokens computed
-    trained_tokens: int  # of these, with a coefficient
+    tokens: int  # distinct prefixes, which is what was computed
+    trained_tokens: int  # of the nodes' tokens, with a coefficient
     ratio_mean: float = 1.0
     ratio_max: float = 1.0
     clipped_low: float = 0.0  # share of tokens held by the lower bound
@@ -101,14 +101,13 @@ def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
 def tree_metrics(forest: Forest) -> dict[str, Any]:
     """Success, localization and token sharing of a forest; shares are in [0, 1].
 
-    `sharing` is the number of tokens of all trajectories over the number of unique tokens, which
-    is what tree packing saves.
+    `sharing` is the number of tokens of all trajectories over that of the trees' nodes.
     """
     leaves = forest.leaf_node
     correct = forest.correct[leaves] == 1
     successes = np.add.reduceat(correct, forest.leaf_start[:-1], dtype=np.int64)
     mixed = (successes > 0) & (successes < np.diff(forest.leaf_start))
-    path_tokens = ops.path_sum(forest.parent, np.diff(forest.token_start))[leaves]
+    path_tokens = trajectory_tokens(forest)
     calls = ops.path_sum(forest.parent, forest.tool_call.astype(np.int64))[leaves]
     agent = forest.agent.astype(bool)
     unique = len(forest.token_ids)
@@ -127,6 +126,11 @@ def tree_metrics(forest: Forest) -> dict[str, Any]:
         "sharing": float(path_tokens.sum() / max(unique, 1)),
         **{f"end_{end}": n / len(leaves) for end, n in sorted(Counter(forest.ends).items())},
     }
+
+
+def trajectory_tokens(forest: Forest) -> NDArray[np.int64]:
+    """Tokens of each trajectory `[L]`, prompt included."""
+    return ops.path_sum(forest.parent, np.diff(forest.token_start))[forest.leaf_node]
 
 
 def failures_localized(forest: Forest) -> float:

@@ -21,12 +21,12 @@ _ALIGNMENT = 16  # bytes: kernels are compiled anew for addresses that are less 
 
 
 class Staged(NamedTuple):
-    """A micro-batch on the device: `N` tokens to compute, and `T` chosen ones to predict."""
+    """A micro-batch on the device: `N` prefixes to compute, and `T` chosen tokens to predict."""
 
     token_ids: torch.Tensor  # int32 [N]
     position: torch.Tensor  # int32 [N]
     end: torch.Tensor  # int32 [N]
-    before: torch.Tensor  # int32 [T], index of the token that predicts each
+    before: torch.Tensor  # int32 [T], the prefix that predicts each
     targets: torch.Tensor  # int32 [T]
     columns: list[torch.Tensor]  # [T] each
     host_end: torch.Tensor  # `end` in main memory
@@ -37,13 +37,14 @@ def stage(
 ) -> Staged:
     """The batch, its tokens `chosen` `[T]` and their columns `names`.
 
-    On a GPU the trees are followed by trees of one token, up to one of few lengths.
+    On a GPU the prefixes are followed by ones of one token, up to one of few lengths.
     """
-    token_ids, position, end = map(torch.from_numpy, (batch.token_ids, batch.position, batch.end))
+    trie = batch.trie
+    token_ids, position, end = map(torch.from_numpy, (trie.token_ids, trie.position, trie.end))
     if device.type != "cpu":
-        token_ids, position, end = padded(token_ids, position, end, bucket(len(batch)))
-    rows = [getattr(batch, name)[chosen] for name in ("pred", "token_ids", *names)]
-    np.maximum(rows[0], 0, out=rows[0])  # nothing predicts a first token, chosen if NaN
+        token_ids, position, end = padded(token_ids, position, end, bucket(len(trie)))
+    rows = [getattr(batch, name)[chosen] for name in ("token_ids", *names)]
+    rows.insert(0, trie.row[np.maximum(batch.pred[chosen], 0)])  # nothing predicts a first token
     given = [token_ids, position, end, *map(torch.from_numpy, rows)]
     token_ids, position, ends, before, targets, *columns = to_device(given, device)
     # What compiled blocks read is no view: to them views and other tensors are different code.

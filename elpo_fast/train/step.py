@@ -149,7 +149,7 @@ class PolicyOptimizer:
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
         if compiled:
             compile_blocks(self.compute)
-        self._pair_cost = pair_cost(model)
+        self._pair_cost, self._head_cost = costs(model)
         self._masters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         assert ranks.mesh is None or all(isinstance(p, DTensor) for p in self._masters)
         self._copies: list[torch.Tensor] = [p for p in self.compute.parameters() if p.requires_grad]
@@ -200,7 +200,7 @@ class PolicyOptimizer:
         out = self._inside(compute)
         out.loss.backward()
         values = torch.hstack([out.loss.detach(), *out.stats, out.logprob - old])
-        return Part(len(batch), len(chosen), values)
+        return Part(len(batch.trie), len(chosen), values)
 
     def nll_backward(self, batch: PackedBatch) -> Part | None:
         """As `policy_backward`, for `nll_update`."""
@@ -211,7 +211,7 @@ class PolicyOptimizer:
         logprob = self._inside(lambda: self._logprob(staged, 1.0))
         loss = -(staged.columns[0] * logprob).sum()
         loss.backward()
-        return Part(len(batch), len(chosen), loss.detach()[None])
+        return Part(len(batch.trie), len(chosen), loss.detach()[None])
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
@@ -339,8 +339,11 @@ class PolicyOptimizer:
         return [gathered[index] for index in sorted(gathered)]
 
     def _cost(self, batch: PackedBatch) -> float:
-        """Estimated work, in tokens: products with the weights, and attention along the paths."""
-        return len(batch) + self._pair_cost * float(np.sum(batch.position + 1.0))
+        """Estimated work, in computed rows: products with the blocks' weights, attention along the
+        paths, and the head of every trained token."""
+        trie, trained = batch.trie, np.count_nonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
+        pairs = float(np.sum(trie.position + 1.0))
+        return len(trie) + self._pair_cost * pairs + self._head_cost * trained
 
     def _idle(self) -> None:
         """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
@@ -410,7 +413,8 @@ class PolicyOptimizer:
             for index, tree in enumerate(batch.trees):
                 self._optimizer.zero_grad(set_to_none=True)
                 start, stop = (int(at) for at in batch.tree_start[index : index + 2])
-                parts, _, length = self._gradient([section(batch, index, start, stop)], loss_of)
+                alone = section(batch, index, np.ones(stop - start, np.bool_))
+                parts, _, length = self._gradient([alone], loss_of)
                 if not all(map(math.isfinite, (*(part.loss for part in parts), length))):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
@@ -419,7 +423,8 @@ class PolicyOptimizer:
 def micro_batches(
     forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
 ) -> list[PackedBatch]:
-    """Trees into batches of at most `budget_tokens` computed tokens, first-fit decreasing.
+    """Trees into batches of at most `budget_tokens` computed rows, the largest first, each into the
+    batch that shares most with it of those with room, and of these the first.
 
     A larger tree is cut into parts that repeat what is above them (`tree.pack.cut`); a single path
     above the budget is a batch of its own. `scale` as in `tree.pack.pack`.
@@ -428,27 +433,38 @@ def micro_batches(
     parts = [part for index in range(len(trees)) for part in cut(packed, index, budget_tokens)]
     bins: list[list[int]] = []
     room: list[int] = []
-    for number in sorted(range(len(parts)), key=lambda number: (-len(parts[number]), number)):
-        size = len(parts[number])
-        fits = next((index for index, free in enumerate(room) if size <= free), None)
-        if fits is None:
-            bins.append([number])
-            room.append(budget_tokens - size)
+    for number in sorted(range(len(parts)), key=lambda number: (-len(parts[number].trie), number)):
+        trie = parts[number].trie
+        shared = [max(_common(trie.trunk, parts[other].trie.trunk) for other in b) for b in bins]
+        fits = [i for i, free in enumerate(room) if len(trie) - shared[i] <= free]
+        if fits:
+            best = max(fits, key=lambda i: (shared[i], -i))
+            bins[best].append(number)
+            room[best] -= len(trie) - shared[best]
         else:
-            bins[fits].append(number)
-            room[fits] -= size
+            bins.append([number])
+            room.append(budget_tokens - len(trie))
     return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
 
 
-def pair_cost(model: PreTrainedModel) -> float:
-    """What it takes that one token attends to another, in all layers, over what a token's products
-    with the blocks' weights take: 4 heads dim / 2 weights, floating point operations of both."""
+def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    """Number of tokens that both begin with."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
+
+
+def costs(model: PreTrainedModel) -> tuple[float, float]:
+    """What it takes that one token attends to another, in all layers, and what a token's product
+    with the head takes, over what its products with the blocks' weights take: 4 heads dim and
+    2 vocabulary hidden over 2 weights, floating point operations all."""
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     embedding = model.get_input_embeddings().weight
     blocks = (p for p in model.base_model.parameters() if p is not embedding)
     weights = sum(p.numel() for p in blocks)
-    return 2 * config.num_hidden_layers * config.num_attention_heads * dim / weights
+    pair = 2 * config.num_hidden_layers * config.num_attention_heads * dim / weights
+    return pair, model.get_output_embeddings().weight.numel() / weights
 
 
 def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

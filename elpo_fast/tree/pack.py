@@ -1,8 +1,12 @@
-"""Trees to flat arrays with one entry per *unique* token, which is what the trainer computes with.
+"""Trees to flat arrays: one entry for each token of a node, which is what is trained, and one row
+for each distinct prefix, which is what is computed.
 
-Tokens stand in preorder (depth first), several trees end to end. Then attention over a whole tree
-needs one integer a token, `allowed(q, k) = k <= q < end[k]`, because the tokens that may see `k` -
-the later ones of its node and everything below - are consecutive. Positions are path depths.
+Tokens stand in preorder (depth first), several trees end to end. Siblings that begin alike, and
+tasks with a common prompt, repeat tokens: a `Trie` of all paths has every prefix once, however many
+tokens it stands for. It is a preorder as well. Then attention needs one integer a row,
+`allowed(q, k) = k <= q < end[k]`, because the rows that may see `k` - all that begins with its
+prefix - are consecutive. Positions are path depths. Equal prefixes have equal hidden states, so
+that each token may keep coefficients, bounds and an old log-prob of its own.
 
 Every trajectory `i` through a token shares its importance ratio `r` and its clip bounds, and the
 clipped surrogate is positively homogeneous in the advantage, so that Eq. 1's sum collapses to
@@ -19,6 +23,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -49,7 +54,7 @@ class Scored:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """`P` unique tokens of some trees. Token arrays are `[P]`; trees are `tree_start` slices."""
+    """`P` tokens of the nodes of some trees. Token arrays are `[P]`, trees `tree_start` slices."""
 
     token_ids: NDArray[np.int32]
     position: NDArray[np.int32]  # depth along the path, from 0
@@ -66,8 +71,37 @@ class PackedBatch:
     tree_start: NDArray[np.int64]  # [B + 1]
 
     def __len__(self) -> int:
-        """Number of unique tokens."""
+        """Number of the nodes' tokens."""
         return len(self.token_ids)
+
+    @cached_property
+    def trie(self) -> Trie:
+        """The distinct prefixes of the tokens."""
+        row, parent = np.empty(len(self), np.int32), np.empty(len(self), np.int32)
+        rows = np.empty((3, len(self)), np.int32)
+        count = _merge(self.token_ids, self.pred, row, parent, *rows)
+        token_ids, position, end = rows[:, :count]
+        return Trie(token_ids, position, end, row)
+
+
+@dataclass(frozen=True, eq=False)
+class Trie:
+    """`R` distinct prefixes of a batch's tokens in preorder, by their last token, `[R]` each."""
+
+    token_ids: NDArray[np.int32]
+    position: NDArray[np.int32]  # depth, from 0
+    end: NDArray[np.int32]  # first row after those that begin with this prefix
+    row: NDArray[np.int32]  # [P] of each token of the batch
+
+    def __len__(self) -> int:
+        """Number of distinct prefixes."""
+        return len(self.token_ids)
+
+    @cached_property
+    def trunk(self) -> NDArray[np.int32]:
+        """The tokens that all paths begin with."""
+        branched = np.flatnonzero(self.end < len(self))
+        return self.token_ids[: branched[0] if len(branched) else len(self)]
 
 
 _COLUMNS: dict[str, type[np.generic]] = {
@@ -146,20 +180,24 @@ def pack(
 
 
 def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
-    """Tree `index` of a batch, or parts of it of at most `budget` tokens, that sum to the same.
+    """Tree `index` of a batch, or parts of it of at most `budget` rows, that sum to the same.
 
-    A part is a range of the tree's tokens, from one leaf's end to another's, and before it the path
-    above, repeated without coefficients and without agent tokens. A cut at `t` repeats
-    `position[t]` tokens; cuts are chosen so that all of them repeat as few as possible. A part is
-    larger than the budget only where a single path is.
+    A part is a range of the rows of the tree's trie, from one leaf's end to another's, and before
+    it the path above, repeated without coefficients and without agent tokens. A cut at row `t`
+    repeats `position[t]` rows; cuts are chosen so that all of them repeat as few as possible. A
+    part is larger than the budget only where a single path is.
     """
     first, last = (int(at) for at in batch.tree_start[index : index + 2])
-    if last - first <= budget:
-        return [section(batch, index, first, last)] if first < last else []
-    after_leaf = np.flatnonzero(batch.pred[first + 1 : last] != np.arange(first, last - 1)) + 1
-    bounds = [first, *(first + after_leaf).tolist(), last]
-    repeated = batch.position[bounds[:-1]].tolist()
-    # For the tokens before each bound: how many are repeated at least, where the last part starts.
+    if first == last:
+        return []
+    whole = section(batch, index, np.ones(last - first, np.bool_))
+    trie = whole.trie
+    if len(trie) <= budget:
+        return [whole]
+    after_leaf = np.flatnonzero(np.diff(trie.position) != 1) + 1
+    bounds = [0, *after_leaf.tolist(), len(trie)]
+    repeated = trie.position[bounds[:-1]].tolist()
+    # For the rows before each bound: how many are repeated at least, where the last part starts.
     best = [(0, 0)]
     for stop in range(1, len(bounds)):
         options: list[tuple[int, int]] = []
@@ -172,23 +210,26 @@ def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
     parts, stop = [], len(bounds) - 1
     while stop > 0:
         start = best[stop][1]
-        parts.append(section(batch, index, bounds[start], bounds[stop]))
+        inside = (trie.row >= bounds[start]) & (trie.row < bounds[stop])
+        parts.append(section(whole, 0, inside))
         stop = start
     return parts[::-1]
 
 
-def section(batch: PackedBatch, index: int, start: int, stop: int) -> PackedBatch:
-    """Tokens `start:stop` of tree `index`, and the path above them without coefficients."""
-    first = int(batch.tree_start[index])
-    above = first + np.flatnonzero(batch.end[first:start] > start)
-    chosen = np.concatenate([above, np.arange(start, stop)])
-    columns = {name: getattr(batch, name)[chosen] for name in _TOKEN_FIELDS}
-    columns["end"] = np.minimum(columns["end"], stop) - (start - len(above))
-    place = np.searchsorted(chosen, columns["pred"]).astype(np.int32)
-    columns["pred"] = np.where(columns["pred"] < 0, np.int32(-1), place)
+def section(batch: PackedBatch, index: int, chosen: NDArray[np.bool_]) -> PackedBatch:
+    """The `chosen` tokens of tree `index`, and those above them without coefficients."""
+    first, last = (int(at) for at in batch.tree_start[index : index + 2])
+    pred = batch.pred[first:last] - np.int32(first)
+    kept = chosen.copy()
+    _add_above(kept, pred)
+    columns = {name: getattr(batch, name)[first:last][kept] for name in _TOKEN_FIELDS}
+    place = np.concatenate([[0], np.cumsum(kept)]).astype(np.int32)  # of each token, or the next
+    columns["end"] = place[columns["end"] - first]
+    before = np.maximum(columns["pred"] - first, 0)
+    columns["pred"] = np.where(columns["pred"] < 0, np.int32(-1), place[before])
     for name in ("pos_coef", "neg_coef", "agent"):
-        columns[name][: len(above)] = 0
-    sizes = np.array([0, len(chosen)])
+        columns[name] *= chosen[kept]
+    sizes = np.array([0, len(columns["node"])])
     return PackedBatch(**columns, trees=batch.trees[index : index + 1], tree_start=sizes)
 
 
@@ -233,6 +274,72 @@ def active(forest: Forest, scored: Scored) -> NDArray[np.bool_]:
 
 # Each column is written by a loop of its own over a view: such loops vectorise, loops over several
 # columns or over indices that could be negative do not (4 to 8 times slower, measured).
+
+
+@njit(cache=True, nogil=True)
+def _merge(
+    token_ids: NDArray[np.int32],
+    pred: NDArray[np.int32],
+    row: NDArray[np.int32],
+    parent: NDArray[np.int32],
+    out_ids: NDArray[np.int32],
+    out_position: NDArray[np.int32],
+    out_end: NDArray[np.int32],
+) -> int:
+    """Fill `row` `[P]` and the columns of a `Trie` (`parent` is scratch); the number of rows.
+
+    Prefixes are found by the list of those that prolong the one before, which is short: only where
+    nodes or trees begin has it more than one member.
+    """
+    size = len(token_ids)
+    first = np.full(size + 1, -1, np.int32)  # of a prefix's continuations; the empty one is last
+    other = np.empty(size, np.int32)  # the next continuation of the same prefix
+    count = 0
+    for token in range(size):
+        above = row[pred[token]] if pred[token] >= 0 else size
+        found = first[above]
+        while found >= 0 and out_ids[found] != token_ids[token]:
+            found = other[found]
+        if found < 0:
+            found = count
+            out_ids[found] = token_ids[token]
+            parent[found] = above
+            other[found] = first[above]
+            first[above] = found
+            count += 1
+        row[token] = found
+    below = np.ones(count, np.int32)
+    for prefix in range(count - 1, -1, -1):  # children come after their parents
+        if parent[prefix] < size:
+            below[parent[prefix]] += below[prefix]
+    # Preorder: children in the order in which they were found.
+    start, free, ids = first[:count], other, out_ids[:count].copy()
+    depth = np.empty(count, np.int32)
+    roots = 0
+    for prefix in range(count):
+        above = parent[prefix]
+        if above == size:
+            start[prefix], depth[prefix] = roots, 0
+            roots += below[prefix]
+        else:
+            start[prefix], depth[prefix] = free[above], depth[above] + 1
+            free[above] += below[prefix]
+        free[prefix] = start[prefix] + 1
+    for prefix in range(count):
+        at = start[prefix]
+        out_ids[at], out_position[at] = ids[prefix], depth[prefix]
+        out_end[at] = at + below[prefix]
+    for token in range(size):
+        row[token] = start[row[token]]
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _add_above(kept: NDArray[np.bool_], pred: NDArray[np.int32]) -> None:
+    """Add to the kept tokens all that are before them on their paths."""
+    for token in range(len(kept) - 1, -1, -1):
+        if kept[token] and pred[token] >= 0:
+            kept[pred[token]] = True
 
 
 @njit(cache=True, nogil=True)

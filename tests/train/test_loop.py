@@ -448,6 +448,9 @@ def test_metrics_are_plain_json_numbers(tmp_path: Path, random_rewards: None) ->
     (record,) = [r for r in read_metrics(run) if r["phase"] == "rl"]
     for name in ("success", "failures_localized", "sharing", "approx_kl", "clipped_low", "entropy"):
         assert isinstance(record[name], float), name
+    assert (
+        record["sharing_computed"] >= record["sharing"] > 1
+    )  # all tasks have the same system text
     text = (run / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert all(json.loads(line) for line in text.splitlines())

@@ -103,10 +103,18 @@ def gemma_rms_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return (1 + self.weight) * (hidden * scale)
 
 
-def random_tree(rng: np.random.Generator, trajectories: int, *, prompt: int, branch: bool) -> Tree:
+def random_tree(
+    rng: np.random.Generator,
+    trajectories: int,
+    *,
+    prompt: int | list[int],
+    branch: bool,
+    tokens: int = VOCABULARY,
+) -> Tree:
     """Steps of 0 to 9 tokens, the agent's or not, old log-probs around those of a fresh model: so
-    far around that the loss is not a sum of terms that cancel, of which float32 leaves nothing."""
-    tree = Tree(rng.integers(0, VOCABULARY, prompt))
+    far around that the loss is not a sum of terms that cancel, of which float32 leaves nothing.
+    `prompt`: its length, or its tokens. With few different `tokens` siblings begin alike."""
+    tree = Tree(rng.integers(0, tokens, prompt) if isinstance(prompt, int) else prompt)
     for ordinal in range(trajectories):
         inner = [node for node in range(len(tree)) if tree.correct[node] < 0]
         node = int(rng.choice(inner)) if branch and ordinal else 0
@@ -114,7 +122,7 @@ def random_tree(rng: np.random.Generator, trajectories: int, *, prompt: int, bra
             size = int(rng.integers(0, 10))
             node = tree.add_step(
                 node,
-                rng.integers(0, VOCABULARY, size),
+                rng.integers(0, tokens, size),
                 rng.random(size) < 0.7,
                 -np.log(VOCABULARY) + rng.normal(0, 1.0, size),
                 np.zeros(size),
@@ -147,6 +155,23 @@ def forest() -> Forest:
             random_tree(rng, 12, prompt=150, branch=True),  # longer than one attention tile
         ]
     )
+
+
+def repeating_forest() -> Forest:
+    """Two tokens only, so that nodes and tasks repeat each other: a common system prompt, the same
+    prompt twice, one that is the beginning of another, one of its own."""
+    rng = np.random.default_rng(3)
+    system = [0, 1, 1, 0, 1, 0]
+    prompts = [[*system, 0, 1], [*system, 0, 1], [*system, 1, 1, 0], system, [1, 0, 0]]
+    return Forest.from_trees(
+        [
+            random_tree(rng, 10, prompt=prompt, branch=bool(index % 2), tokens=2)
+            for index, prompt in enumerate(prompts)
+        ]
+    )
+
+
+FORESTS = {"distinct": forest, "repeating": repeating_forest}
 
 
 def plain_loss(
@@ -194,6 +219,16 @@ def plain_loss(
     return total, size, held
 
 
+def prefixes(forest: Forest) -> set[tuple[int, ...]]:
+    """All beginnings of all trajectories."""
+    found = set()
+    for leaf in forest.leaf_node:
+        tokens, _ = token_rows(forest, forest.path(int(leaf)))
+        ids = forest.token_ids[tokens].tolist()
+        found |= {tuple(ids[: size + 1]) for size in range(len(ids))}
+    return found
+
+
 def token_rows(forest: Forest, path: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Token indices of the forest along a path, and the node of each."""
     spans = [np.arange(forest.token_start[node], forest.token_start[node + 1]) for node in path]
@@ -221,11 +256,26 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("budget", [100, 230, 100_000], ids=["by-path", "cut", "one-batch"])
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [
+        ("distinct", 100),
+        ("distinct", 230),
+        ("distinct", 100_000),
+        ("repeating", 60),
+        ("repeating", 100_000),
+    ],
+    ids=["by-path", "cut", "one-batch", "repeating-cut", "repeating"],
+)
 def test_packed_step_equals_one_row_per_trajectory(
-    model: PreTrainedModel, algorithm: str, dtype: torch.dtype, tolerance: float, budget: int
+    model: PreTrainedModel,
+    algorithm: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    kind: str,
+    budget: int,
 ) -> None:
-    trees, config = forest(), ALGORITHMS[algorithm]
+    trees, config = FORESTS[kind](), ALGORITHMS[algorithm]
     scored = score(trees, config)
     expected, size, held = plain_loss(model, trees, scored, config)
     assert min(held.values()) >= 20, f"the bounds hardly act: {held}"
@@ -238,7 +288,12 @@ def test_packed_step_equals_one_row_per_trajectory(
     batches = micro_batches(trees, scored, range(len(trees)), budget, scale=scale)
     computed = [tree for batch in batches for tree in batch.trees]
     assert (len(computed) > len(trees)) == (budget < 1000)
-    assert max(map(len, batches)) <= budget or budget == 100
+    rows = [len(batch.trie) for batch in batches]
+    assert max(rows) <= budget or budget == 100
+    if budget > 1000:
+        (batch,) = batches
+        assert rows == [len(prefixes(trees))]
+        assert (rows[0] < 0.5 * len(batch)) == (kind == "repeating")
     if dtype == torch.float64:
         batches = [widened(batch, scored, scale) for batch in batches]
     parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]
@@ -253,10 +308,10 @@ def test_packed_step_equals_one_row_per_trajectory(
         assert error <= tolerance, f"{name}: relative error {float(error):.1e}"
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_logprobs_equal_those_of_plain_rows(model: PreTrainedModel, algorithm: str) -> None:
-    trees = forest()
-    batch = pack(trees, range(len(trees)), score(trees, ALGORITHMS[algorithm]))
+@pytest.mark.parametrize("kind", FORESTS)
+def test_logprobs_equal_those_of_plain_rows(model: PreTrainedModel, kind: str) -> None:
+    trees = FORESTS[kind]()
+    batch = pack(trees, range(len(trees)), score(trees, ALGORITHMS["elpo"]))
     optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=torch.float64)
     (packed,) = optimizer.logprobs([batch])
     assert not packed[batch.agent == 0].any()

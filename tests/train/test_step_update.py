@@ -369,15 +369,17 @@ def test_micro_batches_are_first_fit_decreasing(
 def test_cost_counts_the_operations_of_a_forward(model: PreTrainedModel, forest: Forest) -> None:
     optimizer = PolicyOptimizer(model, lr=1.0)
     batch = pack(forest, range(len(forest)), scores(forest))
+    trie, trained = batch.trie, int(((batch.pos_coef != 0) | (batch.neg_coef != 0)).sum())
     blocks = [p for n, p in model.model.named_parameters() if "layers" in n and p.ndim == 2]
     pairs = 0
-    for leaf in range(len(batch)):  # what each token sees, itself included
-        pairs += int((batch.end[: leaf + 1] > leaf).sum())
-    products, attention = (
-        2 * len(batch) * sum(p.numel() for p in blocks),
+    for row in range(len(trie)):  # what each prefix sees, itself included
+        pairs += int((trie.end[: row + 1] > row).sum())
+    products, attention, head = (
+        2 * len(trie) * sum(p.numel() for p in blocks),
         2 * pairs * (4 * 4 * 8),  # layers, two products of 4 heads of 8
+        2 * trained * model.lm_head.weight.numel(),
     )
-    expected = len(batch) * (1 + attention / products)
+    expected = len(trie) * (1 + (attention + head) / products)
     assert optimizer._cost(batch) == pytest.approx(expected, rel=0.02)  # norms are weights, too
 
 

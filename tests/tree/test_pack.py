@@ -196,8 +196,10 @@ def test_parts_own_every_token_once_and_see_its_path(seed, budget):
     for index in range(3):
         for part in cut(batch, index, budget):
             names = [identity(part, at) for at in range(len(part))]
-            repeated = [name in seen for name in names]
-            assert repeated == sorted(repeated, reverse=True)
+            repeated = np.array([name in seen for name in names])
+            assert not repeated.all()
+            assert part.trie.row[repeated].max(initial=-1) < part.trie.row[~repeated].min()
+            assert len(part.trie) <= budget or part.trie.position[-1] == len(part.trie) - 1
             seen.update(names)
             for at, (name, again) in enumerate(zip(names, repeated, strict=True)):
                 origin = place[name]
@@ -216,23 +218,68 @@ def test_parts_own_every_token_once_and_see_its_path(seed, budget):
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.integers(5, 60))
-def test_cuts_repeat_as_few_tokens_as_possible(seed, budget):
+def test_cuts_repeat_as_few_rows_as_possible(seed, budget):
     forest = twin.random_forest(seed)
     batch = pack(forest, [0], scored(forest)[0])
-    starts = [at for at in range(1, len(batch)) if batch.pred[at] != at - 1][:9]
-    stop = next((at for at in range(1, len(batch)) if batch.pred[at] != at - 1 and at > starts[-1]),
-                len(batch)) if starts else len(batch)  # fmt: skip
-    batch = section(batch, 0, 0, stop)
+    starts = (np.flatnonzero(np.diff(batch.trie.position) != 1) + 1).tolist()
+    stop = starts[9] if len(starts) > 9 else len(batch.trie)
+    starts = starts[:9]
+    batch = section(batch, 0, batch.trie.row < stop)
+    assert len(batch.trie) == stop
     totals = []
     for chosen in itertools.chain.from_iterable(
         itertools.combinations(starts, count) for count in range(len(starts) + 1)
     ):
         bounds = [0, *chosen, stop]
-        sizes = [b - a + int(batch.position[a]) for a, b in itertools.pairwise(bounds)]
+        sizes = [b - a + int(batch.trie.position[a]) for a, b in itertools.pairwise(bounds)]
         single = [not set(starts) & set(range(a + 1, b)) for a, b in itertools.pairwise(bounds)]
         if all(size <= budget or one for size, one in zip(sizes, single, strict=True)):
             totals.append(sum(sizes))
-    assert sum(map(len, cut(batch, 0, budget))) == min(totals)
+    assert sum(len(part.trie) for part in cut(batch, 0, budget)) == min(totals)
+
+
+def repeating_forest(seed: int, alphabet: int) -> Forest:
+    """Trees whose tokens are few, so that siblings and trees begin alike."""
+    forest = twin.random_forest(seed)
+    return dataclasses.replace(forest, token_ids=forest.token_ids % np.int32(alphabet))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 4))
+def test_a_trie_has_every_prefix_once_in_preorder(seed, alphabet):
+    forest = repeating_forest(seed, alphabet)
+    batch = pack(forest, range(3), scored(forest)[0])
+    trie = batch.trie
+    paths: list[tuple[int, ...]] = []
+    for token, before in zip(batch.token_ids.tolist(), batch.pred.tolist(), strict=True):
+        paths.append((*(paths[before] if before >= 0 else ()), token))
+    assert len(trie) == len(set(paths))
+    prefix = dict(zip(trie.row.tolist(), paths, strict=True))
+    assert [prefix[row] for row in trie.row.tolist()] == paths
+    for row in range(len(trie)):
+        path = prefix[row]
+        assert trie.token_ids[row] == path[-1]
+        assert trie.position[row] == len(path) - 1
+        below = [other for other in prefix if prefix[other][: len(path)] == path]
+        assert sorted(below) == list(range(row, trie.end[row]))
+    for width in range(len(trie.trunk) + 1):
+        assert len({path[:width] for path in paths if len(path) >= width}) == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 3), st.integers(1, 30))
+def test_parts_of_repeating_trees_own_every_token_once(seed, alphabet, budget):
+    forest = repeating_forest(seed, alphabet)
+    batch = pack(forest, range(3), scored(forest)[0])
+    for index in range(3):
+        first, last = batch.tree_start[index : index + 2]
+        parts = cut(batch, index, budget)
+        for name in ("pos_coef", "neg_coef", "agent"):
+            total = sum(float(getattr(part, name).sum()) for part in parts)
+            assert total == pytest.approx(float(getattr(batch, name)[first:last].sum()), rel=1e-5)
+        for part in parts:
+            assert len(part.trie) <= budget or part.trie.position[-1] == len(part.trie) - 1
+            assert (part.agent[(part.pos_coef != 0) | (part.neg_coef != 0)] == 1).all()
 
 
 def test_concatenated_trees_are_those_packed_together():
