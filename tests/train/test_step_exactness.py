@@ -158,14 +158,14 @@ def forest() -> Forest:
 
 
 def repeating_forest() -> Forest:
-    """Two tokens only, so that nodes and tasks repeat each other: a common system prompt, the same
-    prompt twice, one that is the beginning of another, one of its own."""
+    """One or two tokens only, so that nodes and tasks repeat each other: a common system prompt, the
+    same prompt twice, one that is the beginning of another, one of its own."""
     rng = np.random.default_rng(3)
     system = [0, 1, 1, 0, 1, 0]
     prompts = [[*system, 0, 1], [*system, 0, 1], [*system, 1, 1, 0], system, [1, 0, 0]]
     return Forest.from_trees(
         [
-            random_tree(rng, 10, prompt=prompt, branch=bool(index % 2), tokens=2)
+            random_tree(rng, 10, prompt=prompt, branch=bool(index % 2), tokens=1 + index % 2)
             for index, prompt in enumerate(prompts)
         ]
     )
@@ -293,7 +293,7 @@ def test_packed_step_equals_one_row_per_trajectory(
     if budget > 1000:
         (batch,) = batches
         assert rows == [len(prefixes(trees))]
-        assert (rows[0] < 0.5 * len(batch)) == (kind == "repeating")
+        assert (rows[0] < 0.7 * len(batch)) == (kind == "repeating")
     if dtype == torch.float64:
         batches = [widened(batch, scored, scale) for batch in batches]
     parts = [part for batch in batches if (part := optimizer.policy_backward(batch))]
