@@ -69,11 +69,12 @@ class Functions:
         self.tools = [
             FunctionTool(self, number, schema) for number, (_, schema) in enumerate(self._functions)
         ]
-        # A thread a process: it waits for one reply at a time, and the process ends with it.
+        # Threads wait for the replies. They live as long as we do: a process ends with the one that
+        # started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="elpo-function")
-        self._mine = threading.local()
         self._lock = threading.Lock()
         self._processes: set[_Process] = set()
+        self._idle: list[_Process] = []
         self._closed = False
 
     async def call(self, number: int, arguments: Mapping[str, Any]) -> _worker.Reply:
@@ -118,19 +119,20 @@ class Functions:
             text = "the function's answer could not be read"
         else:
             if reply is not None:
+                with self._lock:
+                    self._idle.append(process)
                 return reply
             self._end(process)
             text = f"timed out after {self._timeout_s:g} s"
         return {"text": text, "error": True, "refused": False}
 
     def _process(self) -> _Process:
-        """This thread's."""
-        process: _Process | None = getattr(self._mine, "process", None)
-        if process is not None:
-            return process
+        """An idle one, or a new one that has imported the functions."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("these functions are closed; make a new toolbox")
+            if self._idle:
+                return self._idle.pop()
             process = _Process()
             self._processes.add(process)
         names = ", ".join(target for target, _ in self._functions)
@@ -143,12 +145,10 @@ class Functions:
         if problem:
             self._end(process)
             raise RunError(f"tools.functions: a process {problem} {names}; what it said is above")
-        self._mine.process = process
         return process
 
     def _end(self, process: _Process) -> str:
         """Kill it; how it ended."""
-        self._mine.process = None
         with self._lock:
             process.kill()
             self._processes.discard(process)

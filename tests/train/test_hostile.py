@@ -120,6 +120,7 @@ def attack(folder: str, isolation: str) -> None:
         "sft.demonstrations": 0,
         "train.steps": 2,
         "train.tasks_per_step": 2,
+        "train.updates_per_step": 2,
         "eval.tasks": 4,
     }
     pairs = [f"{name}={value}" for name, value in settings.items()]
