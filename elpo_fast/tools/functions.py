@@ -34,7 +34,6 @@ from elpo_fast.tools._link import signal_name
 from elpo_fast.types import RunError, Task, ToolResult
 
 START_S = 120  # until a process has imported the functions' modules
-ATTEMPTS = 3  # processes that may end while they wait for a call
 _REPLY_CAP = 1 << 20  # bytes
 
 _BOOT = """
@@ -59,7 +58,7 @@ class Functions:
     ) -> None:
         """`functions`: by "module:function", `{"type": "function", "function": {...}}` or the path
         of a JSON file with it. `ConfigError` for what cannot be used."""
-        self._timeout_s = timeout_s
+        self._workers, self._timeout_s = workers, timeout_s
         self._functions: list[tuple[str, Mapping[str, Any]]] = []
         for target, schema in functions.items():
             place = f"tools.functions: {target}"
@@ -97,7 +96,7 @@ class Functions:
             process.bury()
 
     def _call(self, request: bytes) -> _worker.Reply:
-        for _ in range(ATTEMPTS):
+        for _ in range(self._workers + 1):  # all that are idle may have been killed
             process = self._process()
             try:
                 process.pipe.send_bytes(request)
