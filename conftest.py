@@ -7,6 +7,7 @@ what it leaves in shared memory. What takes longest begins first.
 from __future__ import annotations
 
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ _LONGEST = ("test_tiny", "sglang", "test_aot")
 def _group(path: str) -> str:
     name = Path(path).stem
     return "sglang" if name.startswith(("test_sglang", "test_engine")) else name
+
+
+@pytest.fixture(scope="session", autouse=True)
+def landlock_is_accepted_where_bubblewrap_does_not_work() -> None:
+    """The tests' programs are the tests' own."""
+    try:
+        subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        from elpo_fast.tools import sandbox
+
+        sandbox.AUTO = ("landlock",)
 
 
 def pytest_configure() -> None:

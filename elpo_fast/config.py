@@ -111,6 +111,7 @@ class ToolConfig(Section):
     # distributions that the model's programs can import, beside the standard library and what these
     # require; None: those scientific ones that are installed (elpo_fast/tools/_view.py)
     packages: list[str] | None = None
+    # "auto" is bubblewrap; "landlock" accepts what it does not stop (`elpo doctor`), "none" all
     isolation: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
 
 

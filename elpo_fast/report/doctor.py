@@ -54,6 +54,8 @@ def doctor() -> int:
         table.add_row("sandbox", protection.isolation)
         for active in protection.active:
             table.add_row("", f"+ {active}")
+        for gap in protection.gaps:
+            table.add_row("", f"! {gap}")
         for reason in protection.why_not_better:
             table.add_row("", escape(f"- not {reason}"))
     Console().print(table)

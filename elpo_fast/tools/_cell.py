@@ -40,7 +40,7 @@ def explain_refusals() -> None:
     only_here = f"programs here write in their own folder only, {os.getcwd()}"
     WHY[errno.EPERM] = _NO_PROCESSES
     WHY.update(dict.fromkeys((errno.EACCES, errno.EROFS), only_here))
-    os.system = _refuse
+    os.system = _refuse  # type: ignore[assignment]
     _multiprocessing.SemLock = _NoSemaphore
 
 
@@ -135,9 +135,9 @@ def describe(problem: BaseException, name: str | None) -> str:
         message = f"(its message could not be shown: {type(fault).__name__})"
     if isinstance(problem, MemoryError) and not message:
         message = "memory limit reached"
-    for fault in (problem, problem.__context__):  # some libraries say it in words of their own
-        if isinstance(fault, OSError) and fault.errno in WHY:
-            message = f"{message} ({WHY[fault.errno]})"
+    for refusal in (problem, problem.__context__):  # some libraries say it in words of their own
+        if isinstance(refusal, OSError) and refusal.errno in WHY:
+            message = f"{message} ({WHY[refusal.errno]})"
             break
     last = f"{kind}: {message}" if message else kind
     return "\n".join(filter(None, (where(problem, name), last)))

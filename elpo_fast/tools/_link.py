@@ -37,6 +37,11 @@ _PARTS_CAP = 2 * (OUTPUT_CAP + len(CUT)) + OUTCOME_CAP
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
+LANDLOCK_GAP = (
+    "Landlock does not stop programs from finding out which paths exist on this machine, their "
+    "sizes and times, and where links lead"
+)
+
 # Kernel settings, at these values, that forbid user namespaces, and with them bubblewrap.
 _SETTINGS = Path("/proc/sys")
 _FORBIDDING = {
@@ -204,9 +209,11 @@ class Link:
                 return self._start_one(isolation), isolation
             except RefusedError as refusal:
                 reasons.append(f"{isolation}: {refusal}")
+        accept = f"accept by tools.isolation=landlock that {LANDLOCK_GAP}, or "
         raise RuntimeError(
             f"no safe way to run model-written code here ({'; '.join(reasons)}); install "
-            "bubblewrap, or set tools.isolation=none if everything the model may do is harmless"
+            f"bubblewrap, or {'' if 'landlock' in self._launch.isolations else accept}"
+            "set tools.isolation=none if everything the model may do is harmless"
         )
 
     def _start_one(self, isolation: str) -> socket.socket:
@@ -334,6 +341,7 @@ def _environment() -> dict[str, str]:
         "HOME": "/tmp",
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0",
+        "MALLOC_ARENA_MAX": "1",  # more, one a thread, take address space that nothing fills
         **dict.fromkeys(_THREAD_VARIABLES, "1"),  # threads do not survive a fork
     }
 

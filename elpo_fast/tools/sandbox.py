@@ -12,25 +12,24 @@ pid, mount, network and IPC namespaces and a private, sized /tmp, so it finds no
 or talk to, and its end takes along whatever it started. On top of that:
 
 - seccomp refuses sockets, fork and exec, ptrace, signals, mounts, namespaces, memory that limits
-  do not count, and rarely used parts of the kernel;
+  do not count, and rarely used parts of the kernel; sessions fork when the supervisor lets them;
 - hard limits on address space (`memory_mb` beyond the server's own), file size, processes, files,
   CPU time; wall clock and output are watched from outside;
 - a call starts from a copy of the untouched server, so nothing a call patches reaches the next one.
 
 With `landlock`, where namespaces are refused: Landlock gives read access to the same paths and
-nothing writable, seccomp does the rest; other processes stay visible to `kill` and the like, which
-seccomp refuses. `none` has the limits, the clock and the caps alone and must be asked for by name.
-`auto` takes the best that works and refuses to run unprotected. A self-test inside the confinement
-must fail to read, connect, fork, execute and write before the server is used.
+write access to a private folder, seccomp does the rest, and the supervisor looks ten times a second
+at threads and files. It leaves a gap (`LANDLOCK_GAP`) and so must be asked for by name, as must
+`none`, which has the limits, the clock and the caps alone. `auto` is bubblewrap. A self-test inside
+the confinement must fail to read, connect, fork, execute and write before the server is used.
 
 What may be imported and read is one thing for graders, which are ours, and another for programs
 that the model wrote, which must not find what they are asked for (`_view`).
 
-Two limits to know. Steps of a session can fork (that is how it branches), at most a fixed number of
-times; strays are found and the whole session ended. A function that executes what it judges shares
-its process with it: isolation keeps that from everything else, not from forging the result. So the
-graders here execute nothing but calculations (`tasks.calculation`), or report data that is judged
-outside (`tasks.unit_tests`); a grader of your own should do one or the other.
+A limit to know. A function that executes what it judges shares its process with it: isolation keeps
+that from everything else, not from forging the result. So the graders here execute nothing but
+calculations (`tasks.calculation`), or report data that is judged outside (`tasks.unit_tests`); a
+grader of your own should do one or the other.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from elpo_fast.tools._link import (
+    LANDLOCK_GAP,
     Launch,
     Link,
     NotStartedError,
@@ -60,7 +60,7 @@ from elpo_fast.types import RunError, valid_text
 _log = logging.getLogger(__name__)
 
 Isolation = Literal["auto", "bubblewrap", "landlock", "none"]
-SAFE: tuple[str, ...] = ("bubblewrap", "landlock")
+AUTO: tuple[str, ...] = ("bubblewrap",)
 ATTEMPTS = 5  # processes can be killed from outside, for want of memory for example
 CALLS_PER_SERVER = 8  # a server forks for so many workers; more workers, more servers
 
@@ -123,9 +123,10 @@ class Protection:
     isolation: str
     active: tuple[str, ...]
     why_not_better: tuple[str, ...]
+    gaps: tuple[str, ...] = ()  # what was accepted
 
     def __str__(self) -> str:
-        text = f"{self.isolation}: {', '.join(self.active)}"
+        text = f"{self.isolation}: {', '.join((*self.active, *self.gaps))}"
         return text + "".join(f"; not {reason}" for reason in self.why_not_better)
 
 
@@ -138,12 +139,15 @@ _ACTIVE = {
         "limits on memory, processes, files, CPU and wall clock",
     ),
     "landlock": (
-        "Landlock: reads system libraries, Python and scientific packages only, writes nothing",
-        "seccomp: no sockets, no programs, no signals",
+        "Landlock: reads system libraries, Python and scientific packages only",
+        "private folder of bounded size, the only place to write in",
+        "seccomp: no sockets, no programs, no signals, nothing that changes other files",
         "limits on memory, processes, files, CPU and wall clock",
     ),
     "none": ("limits on memory, files, CPU and wall clock only: code can read, write and connect",),
 }
+
+_GAPS = {"landlock": (LANDLOCK_GAP,)}
 
 
 class Sandbox:
@@ -162,7 +166,7 @@ class Sandbox:
         paths: Sequence[str] = (),
     ) -> None:
         self.timeout_s, self.memory_mb, self.max_snapshots = timeout_s, memory_mb, max_snapshots
-        self._isolations: tuple[str, ...] = SAFE if isolation == "auto" else (isolation,)
+        self._isolations: tuple[str, ...] = AUTO if isolation == "auto" else (isolation,)
         self._servers = -(-workers // CALLS_PER_SERVER)
         self._workers = -(-workers // self._servers)
         self._programs = programs(None if packages is None else tuple(packages))
@@ -304,7 +308,9 @@ class Sandbox:
                 raise RunError(str(problem)) from None
             # It has worked here before: whoever asks may try again.
             raise NotStartedError(f"a new server did not start: {problem}") from None
-        self._protection = self._protection or Protection(isolation, _ACTIVE[isolation], reasons)
+        self._protection = self._protection or Protection(
+            isolation, _ACTIVE[isolation], reasons, _GAPS.get(isolation, ())
+        )
         return self._protection
 
     async def _call(

@@ -13,9 +13,9 @@ from elpo_fast.tools.sandbox import Protection
     ("found", "code", "lines"),
     [
         (
-            Protection("landlock", ("reads little", "limits"), ("bubblewrap: not [installed]",)),
+            Protection("landlock", ("reads little", "limits"), ("bubblewrap: no [x]",), ("tells",)),
             0,
-            ["landlock", "+ reads little", "+ limits", "- not bubblewrap: not [installed]"],
+            ["landlock", "+ reads little", "+ limits", "! tells", "- not bubblewrap: no [x]"],
         ),
         ("no safe way [here]", 1, ["no safe way [here]"]),
     ],

@@ -19,6 +19,7 @@ import pytest
 
 from elpo_fast.config import ConfigError
 from elpo_fast.tools import _link
+from elpo_fast.tools import sandbox as sandbox_module
 from elpo_fast.tools.sandbox import (
     _LIGHT,
     ATTEMPTS,
@@ -251,14 +252,19 @@ def test_auto_picks_a_safe_isolation_and_describes_it(make_box) -> None:
     protection = asyncio.run(make_box().sandbox.describe())
     assert protection.isolation in ("bubblewrap", "landlock")
     assert "seccomp" in str(protection)
-    assert bool(protection.why_not_better) == (protection.isolation != "bubblewrap")
+    assert bool(protection.gaps) == (protection.isolation != "bubblewrap")
 
 
-def test_missing_bubblewrap_is_reported_and_landlock_used(make_box, monkeypatch) -> None:
+def test_missing_bubblewrap_is_reported_and_landlock_must_be_accepted(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    protection = asyncio.run(make_box().sandbox.describe())
-    assert protection.isolation == "landlock"
-    assert "bwrap is not installed" in str(protection)
+    monkeypatch.setattr(sandbox_module, "AUTO", ("bubblewrap",))
+    sandbox = Sandbox()
+    told = (
+        r"bwrap is not installed.*accept by tools\.isolation=landlock that Landlock does not stop"
+    )
+    with pytest.raises(RuntimeError, match=told):
+        asyncio.run(sandbox.start())
+    asyncio.run(sandbox.close())
 
 
 def test_kernel_settings_that_forbid_namespaces_are_named(make_box, monkeypatch, tmp_path) -> None:
@@ -273,6 +279,7 @@ def test_kernel_settings_that_forbid_namespaces_are_named(make_box, monkeypatch,
     bwrap.chmod(0o755)
     monkeypatch.setenv("PATH", f"{bwrap.parent}:/usr/bin:/bin")
     monkeypatch.setattr(_link, "_SETTINGS", tmp_path / "sys")
+    monkeypatch.setattr(sandbox_module, "AUTO", ("bubblewrap", "landlock"))
     protection = asyncio.run(make_box().sandbox.describe())
     assert protection.isolation == "landlock"
     assert protection.why_not_better == (
