@@ -158,8 +158,8 @@ def forest() -> Forest:
 
 
 def repeating_forest() -> Forest:
-    """One or two tokens only, so that nodes and tasks repeat each other: a common system prompt, the
-    same prompt twice, one that is the beginning of another, one of its own."""
+    """One or two tokens only, so that nodes and tasks repeat each other: a common system prompt,
+    the same prompt twice, one that is the beginning of another, one of its own."""
     rng = np.random.default_rng(3)
     system = [0, 1, 1, 0, 1, 0]
     prompts = [[*system, 0, 1], [*system, 0, 1], [*system, 1, 1, 0], system, [1, 0, 0]]
