@@ -429,7 +429,10 @@ class Server:
     def _on_ready(self, child: Child) -> None:
         """It is confined; until here it was ours."""
         self._unwatch(child.control.fileno())
-        packet, fds, _, _ = socket.recv_fds(child.control, 100, 2)
+        try:
+            packet, fds, _, _ = socket.recv_fds(child.control, 100, 2)
+        except ConnectionError:  # it was killed before it read what it was sent
+            return
         if packet:
             child.folder = fds[0]
             child.changed_ns = os.stat(child.folder).st_ctime_ns
