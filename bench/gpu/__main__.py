@@ -35,7 +35,7 @@ from bench.gpu.part import Part
 
 TEMPORARY = Path(tempfile.gettempdir()) / "elpo_fast_gpu"
 WHEELS = Path(__file__).parent.parent / "gpu_wheels.txt"
-PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
+PLATFORMS = ("2_34", "2_28", "2_27", "2_26", "2_24", "2_17", "2_12", "2_5")
 
 # Seconds of each part; those of a line run at the same time, and so does compiling ahead.
 STAGES: tuple[dict[str, float], ...] = (
@@ -54,14 +54,14 @@ NAMES = tuple(name for stage in STAGES for name in stage)
 
 
 class Process:
-    """One part, imported at once and begun by `go`."""
+    """One part of `program`, imported at once and begun by `go`."""
 
-    def __init__(self, name: str, folder: Path, *options: str) -> None:
+    def __init__(self, name: str, folder: Path, *options: str, program: str = "bench.gpu") -> None:
         self.name = name
         self.out = folder / f"{name}{'.ahead' if '--ahead' in options else ''}.json"
         self.out.unlink(missing_ok=True)
         self.log = self.out.with_suffix(".log")
-        command = [sys.executable, "-m", "bench.gpu", "--part", name, "--out", str(self.out)]
+        command = [sys.executable, "-m", program, "--part", name, "--out", str(self.out)]
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 [*command, *options],
@@ -210,11 +210,11 @@ def run_all(names: Sequence[str], seconds: float, results: Results, tiny: bool) 
         process.end()
 
 
-def fetch_wheels(folder: Path) -> None:
-    """Download what `gpu_wheels.txt` names, for CPython 3.12 on Linux."""
+def fetch_wheels(folder: Path, wheels: Path = WHEELS) -> None:
+    """Download what the file `wheels` names, for CPython 3.12 on Linux."""
     platforms = [f"--platform=manylinux_{number}_x86_64" for number in PLATFORMS]
     platforms += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]
-    for requirement in WHEELS.read_text().split():
+    for requirement in wheels.read_text().split():
         subprocess.run(
             [
                 *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
@@ -225,12 +225,14 @@ def fetch_wheels(folder: Path) -> None:
         )
 
 
-def one_part(options: argparse.Namespace) -> None:
+def one_part(
+    name: str, out: Path, *, tiny: bool, ahead: bool = False, program: str = "bench.gpu"
+) -> None:
     """The child's side: import, wait for the number of seconds, run."""
-    module = importlib.import_module(f"bench.gpu.{options.part}")
+    module = importlib.import_module(f"{program}.{name}")
     line = sys.stdin.readline()
     if line:
-        part = Part(options.out, float(line), tiny=options.tiny, ahead=options.ahead)
+        part = Part(out, float(line), tiny=tiny, ahead=ahead)
         part.attempt("part", lambda: module.run(part))
 
 
@@ -250,7 +252,7 @@ def main() -> None:
     if options.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
     if options.part:
-        one_part(options)
+        one_part(options.part, options.out, tiny=options.tiny, ahead=options.ahead)
         return
     import torch
 
