@@ -41,7 +41,7 @@ from elpo_fast.tasks.common import (
     unfinished,
     with_system,
 )
-from elpo_fast.tasks.unit_tests import UnitTest, judge, read_program, read_tests
+from elpo_fast.tasks.unit_tests import Tests, judge, read_program, read_tests
 from elpo_fast.types import End, Message, Task, Verdict
 
 
@@ -64,7 +64,7 @@ class _Row:
     place: str  # "FILE line N" or "FILE row N", for messages
     number: int
     prompt: tuple[Message, ...]
-    truth: tuple[str, ...] | tuple[UnitTest, ...]
+    truth: tuple[str, ...] | Tests
     info: Mapping[str, Any]
 
     @property
@@ -151,7 +151,7 @@ class FileSource:
         program passes the tests."""
         if reason := unfinished(end):
             return self.options.verdict(False, reason)
-        if isinstance(task.truth[0], UnitTest):
+        if not isinstance(task.truth, tuple) or not isinstance(task.truth[0], str):
             code = read_program(final_text(messages))
             if code is None:
                 return self.options.verdict(False, "no block of Python in the final message")
@@ -260,7 +260,7 @@ def _row(record: Mapping[str, Any], source: str, place: str, number: int) -> _Ro
 
 def _truth(
     reward_model: Mapping[str, Any], source: str, ability: str, place: str
-) -> tuple[str, ...] | tuple[UnitTest, ...]:
+) -> tuple[str, ...] | Tests:
     """The ground truth's accepted forms, as LaTeX without `\\boxed`, or the tests of a program."""
     truth = reward_model.get("ground_truth")
     try:

@@ -262,7 +262,7 @@ def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         ("ledger", "([], False)"),
         ("reasoning_gym", "[]"),
         ("file", "[]"),
-        ("file, in its tests", f"test 1 of 1: gave [], expected ['{MARK}']"),
+        ("file, in its tests", f"test 1 of 1: gave [], expected {MARK}"),
     ],
 )
 def test_no_door_leads_to_the_truth(seen: dict[str, str], source: str, nothing: str) -> None:

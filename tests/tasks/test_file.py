@@ -233,8 +233,8 @@ def test_answer_that_hangs_the_verifier_is_wrong(tmp_path, sandbox):
             "line 2, column reward_model: there are 2 inputs for 1 outputs",
         ),
         (
-            row(truth={"assert_case": ["assert f(1) > 2"]}),
-            "line 2, column reward_model: assert f(1) > 2 is not of the form",
+            row(truth={"assert_case": ["assert f(1) >"]}),
+            "line 2, column reward_model: assert f(1) > is not Python",
         ),
         (row(ability="code"), "line 2: data_source 'math_dapo' is judged by running tests"),
         ([1], "line 2 must be an object, not list"),
