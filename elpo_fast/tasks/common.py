@@ -66,7 +66,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
 
 def prompt_texts(source: TaskSource, tasks: int = 500) -> list[str]:
     """All that the model is shown first in the first training tasks of a source."""
-    count = min(tasks, source.train_size or tasks)
+    count = tasks if source.train_size is None else min(tasks, source.train_size)
     return [m["content"] for index in range(count) for m in source.train(index).messages]
 
 

@@ -24,6 +24,7 @@ from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.rollout.engines import make_engine
 from elpo_fast.tasks import make_source
+from elpo_fast.tasks.file import FileSource
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.parallel import ALONE, Ranks, SharedCollector
 from elpo_fast.train.step import PolicyOptimizer
@@ -113,6 +114,8 @@ async def assembled(
                 toolbox.schemas,
                 loaded.end_token_ids,
             )
+            if isinstance(source, FileSource):
+                source.fit_prompts(chat.prompt, config.rollout.max_tokens)
             tokens = config.tools.output_tokens
             collector = SharedCollector(
                 ranks, engine, toolbox, chat, source, config.rollout, output_tokens=tokens

@@ -128,7 +128,9 @@ def test_epochs_repeat_and_the_seed_shuffles(tmp_path):
 def test_data_sources_select_rows(tmp_path):
     code = row(ability="code")
     path = write(tmp_path, [{**code, "data_source": "code"}, *[row(n) for n in range(9)]])
-    with pytest.raises(ConfigError, match="line 1: data_source 'code' is judged by running tests"):
+    with pytest.raises(
+        ConfigError, match=r"line 1 column .*: a program is judged by running tests"
+    ):
         file(path)
     source = file(path, data_sources=["math_dapo"], held_out_fraction=1e-9)
     assert source.train_size == 9
@@ -188,69 +190,73 @@ def test_answer_that_hangs_the_verifier_is_wrong(tmp_path, sandbox):
 
 
 @pytest.mark.parametrize(
-    ("record", "message"),
+    ("record", "fault"),
     [
-        (
-            {k: v for k, v in row().items() if k != "prompt"},
-            "line 2, column prompt: there is no such column; columns: data_source, ab",
-        ),
-        (row(prompt="What?"), "line 2, column prompt: must be a non-empty list, not text"),
-        (row(prompt=[]), "line 2, column prompt: must be a non-empty list, not an empty list"),
-        (
-            row(prompt=[{"role": "user"}]),
-            "line 2, column prompt: every message needs text role and",
-        ),
-        (
-            row(prompt=[{"role": "system", "content": "x"}]),
-            "line 2, column prompt: there is no user message",
-        ),
-        (row(data_source=None), "line 2, column data_source: must be a non-empty text, not null"),
-        (
-            row(reward_model=None),
-            "line 2, column reward_model: must be a non-empty object, not null",
-        ),
-        (
-            row(reward_model={"style": "rule"}),
-            "line 2, column reward_model: ground_truth must be text or a number, not null",
-        ),
-        (row(truth=""), "line 2, column reward_model: ground_truth is empty"),
-        (row(truth=float("nan")), "line 2, column reward_model: ground_truth is empty"),
-        (row(truth=[]), "line 2, column reward_model: ground_truth is empty"),
-        (
-            row(truth=True),
-            "line 2, column reward_model: ground_truth must be text or a number, not b",
-        ),
-        (
-            row(truth=[{"input": "1"}]),
-            "line 2, column reward_model: test cases need inputs and outputs",
-        ),
-        (
-            row(truth='[{"input": "1"}, {"input": "2"}]'),
-            "line 2, column reward_model: test cases need inputs and outputs",
-        ),
-        (
-            row(truth={"inputs": ["1", "2"], "outputs": ["1"]}),
-            "line 2, column reward_model: there are 2 inputs for 1 outputs",
-        ),
-        (
-            row(truth={"assert_case": ["assert f(1) >"]}),
-            "line 2, column reward_model: assert f(1) > is not Python",
-        ),
-        (row(ability="code"), "line 2: data_source 'math_dapo' is judged by running tests"),
-        ([1], "line 2 must be an object, not list"),
+        ({k: v for k, v in row().items() if k != "prompt"},
+         "column prompt: there is no such column; columns: data_source, ability, reward_model"),
+        (row(prompt=3), "column prompt: must be text or messages, not int"),
+        (row(prompt=[]), "column prompt: must be text or messages, not an empty list"),
+        (row(prompt=[{"role": "user"}]),
+         "column prompt: every message needs text role and content"),
+        (row(prompt=[{"role": "system", "content": "x"}]),
+         "column prompt: there is no user message"),
+        (row(reward_model=None), "column reward_model: must be an object, not null"),
+        (row(reward_model={"style": "rule"}),
+         "column reward_model: has no ground_truth; it has style"),
+        (row(truth=""), "column reward_model.ground_truth: must be a value, not an empty text"),
+        (row(truth=float("nan")), "column reward_model.ground_truth: is empty"),
+        (row(truth=[]), "column reward_model.ground_truth: must be a value, not an empty list"),
+        (row(truth=True),
+         "column reward_model.ground_truth: must be text, a number or tests, not bool"),
+        (row(truth=[{"input": "1"}]),
+         "column reward_model.ground_truth: test cases need inputs and outputs, or assert_case"),
+        (row(truth='[{"input": "1"}, {"input": "2"}]'),
+         "column reward_model.ground_truth: test cases need inputs and outputs, or assert_case"),
+        (row(truth={"inputs": ["1", "2"], "outputs": ["1"]}),
+         "column reward_model.ground_truth: there are 2 inputs for 1 outputs"),
+        (row(truth={"assert_case": ["assert f(1) >"]}),
+         "column reward_model.ground_truth: assert f(1) > is not Python"),
+        (row(truth="He has 3.\n#### 3"),
+         "column reward_model.ground_truth: the answer stands after ####; set "
+         'task.options.answer_pattern="####[ \\\\t]*(.+)"'),
+        (row(ability="code"),
+         "column reward_model.ground_truth: a program is judged by running tests, and this holds "
+         "none"),
+        ([1], ": must be an object, not list"),
     ],
-    ids=lambda value: "" if isinstance(value, (dict, list)) else value[8:48],
-)
-def test_bad_row_is_refused_with_file_line_and_column(tmp_path, record, message):
+    ids=lambda value: "" if isinstance(value, (dict, list)) else value[8:58],
+)  # fmt: skip
+def test_bad_row_is_refused_with_file_line_and_column(tmp_path, record, fault):
     path = write(tmp_path, [row(), record])
-    with pytest.raises(ConfigError, match="^" + re.escape(f"{path} {message}")) as caught:
+    place = "  line 2" if fault.startswith(":") else "  line 2 "
+    message = f"{path}: 1 of 2 rows cannot be used:\n{place}{fault}"
+    with pytest.raises(ConfigError, match="^" + re.escape(message)) as caught:
         file(path)
-    assert "\n" not in str(caught.value)
+    expected = (
+        'expected rows such as {"prompt": [{"role": "user", "content": "What is 6 times 7?"}]'
+    )
+    assert str(caught.value).splitlines()[-1].startswith(expected)
+
+
+def test_all_faults_of_a_file_come_together(tmp_path):
+    wrong = [row(prompt=n, truth="") for n in (1, 2)] + [
+        row(truth=["x", n]) for n in ([], {}, None)
+    ]
+    truths = [row(n, {"inputs": ["1"] * n, "outputs": []}) for n in range(1, 15)]
+    path = write(tmp_path, [row(), *wrong, *truths])
+    Path(path).write_text(Path(path).read_text() + "{\n")
+    with pytest.raises(ConfigError) as caught:
+        file(path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{path}: 20 of 21 rows cannot be used:"
+    assert lines[1] == "  line 2 and 1 more column prompt: must be text or messages, not int"
+    assert lines[2].startswith("  line 2 and 1 more column reward_model.ground_truth: must be a v")
+    assert len(lines) == 1 + 10 + 2 and lines[-2] == "  ... and 8 other faults"
 
 
 def test_bad_parquet_row_is_named_by_row(tmp_path):
     path = write(tmp_path, [row(), row(truth=None)], "tasks.parquet")
-    with pytest.raises(ConfigError, match="row 1, column reward_model: ground_truth must be text"):
+    with pytest.raises(ConfigError, match=r"row 1 column reward_model.ground_truth: must be a val"):
         file(path)
 
 
@@ -258,13 +264,14 @@ def test_bad_parquet_row_is_named_by_row(tmp_path):
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "task file {path} does not exist"),
-        ("tasks.csv", b"a,b", "task file {path} ends in '.csv'; use .jsonl or .parquet"),
+        ("tasks.txt", b"a,b", "task file {path} ends in '.txt'; use .jsonl, .json, .csv, "),
         ("tasks.jsonl", b"", "{path} has no rows"),
-        ("tasks.jsonl", b"{", "{path} line 1 is not JSON"),
+        ("tasks.csv", b"a,b", "{path} has no rows"),
+        ("tasks.jsonl.gz", b"{", "{path} cannot be read: Not a gzipped file"),
         ("tasks.jsonl", b"\xff", "{path} is not UTF-8 text"),
         ("tasks.parquet", b"PAR1", "{path} is not readable Parquet: "),
     ],
-    ids=["absent", "suffix", "empty", "json", "encoding", "parquet"],
+    ids=["absent", "suffix", "empty", "no rows", "gzip", "encoding", "parquet"],
 )
 def test_unreadable_file_gives_one_clear_line(tmp_path, name, content, message):
     path = tmp_path / name
@@ -278,7 +285,7 @@ def test_unreadable_file_gives_one_clear_line(tmp_path, name, content, message):
 
 def test_two_ways_to_hold_out_exclude_each_other(tmp_path):
     options = {"path": "a.jsonl", "held_out_path": "b.jsonl", "held_out_fraction": 0.1}
-    with pytest.raises(ConfigError, match="held_out_path and held_out_fraction exclude each other"):
+    with pytest.raises(ConfigError, match="and held_out_fraction exclude each other"):
         make_source(TaskConfig(source="file", options=options), 0, run_function=None)
 
 
