@@ -131,6 +131,7 @@ class FileSource:
         self.options = options
         self.system = system
         self._run_function = run_function
+        self._shown_one = False
         known = preset(options.preset) if options.preset is not None else None
         self._read_record = (
             known.read if known else by_columns(options.columns or VERL, options.answer_pattern)
@@ -228,7 +229,16 @@ class FileSource:
 
     async def grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
         """Correct if the final message's answer is the ground truth, or its program passes the
-        tests."""
+        tests. The first one is shown with its verdict, for people to check what is rewarded."""
+        verdict = await self._grade(task, messages, end)
+        if not self._shown_one:
+            self._shown_one = True
+            said = "\n".join(f"[{m['role']}] {m.get('content') or ''}" for m in messages)
+            _log.warning("the first trajectory that was judged:\n%s", said)
+            _log.warning("its reward is %g: %s", verdict.reward, verdict.reason)
+        return verdict
+
+    async def _grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
         if reason := unfinished(end):
             return self.options.verdict(False, reason)
         said, truth = final_text(messages), task.truth

@@ -116,7 +116,9 @@ def _guarded(execute: Callable[[], str | None], name: str | None, timeout_s: flo
     except _TimeUp as up:
         timeout, error = True, where(up, name)
     except BaseException as problem:
-        error = describe(problem, name)
+        # `exit()` ends a program well; a function's end has to be its return.
+        if name is None or not isinstance(problem, SystemExit) or problem.code not in (None, 0):
+            error = describe(problem, name)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed by the program
             stream.flush()

@@ -38,6 +38,15 @@ _UNCHANGED = "the session is as it was before this call"
 REBUILD_S = 60.0
 
 
+_FENCED = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+
+
+def _unfenced(code: str) -> str:
+    """Code without the marks of a Markdown block around it, as models often write them."""
+    found = _FENCED.fullmatch(code)
+    return found[1] if found else code
+
+
 def _schema(name: str, description: str) -> dict[str, Any]:
     parameters = {
         "type": "object",
@@ -62,7 +71,7 @@ class CodeInterpreter:
         return None
 
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
-        execution = await self._sandbox.run(arguments["code"])
+        execution = await self._sandbox.run(_unfenced(arguments["code"]))
         return _result(execution, None)
 
     async def release(self, states: Iterable[Any]) -> None:
@@ -116,7 +125,7 @@ class PythonSession:
         return root
 
     async def call(self, state: SessionState, arguments: Mapping[str, Any]) -> ToolResult:
-        code = arguments["code"]
+        code = _unfenced(arguments["code"])
         origin = state
         if state.parent is None and len(modules := preloaded(code)) > len(state.modules):
             origin = replace(state, modules=modules)  # a root of its own: forking beats importing

@@ -17,12 +17,13 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
-from elpo_fast.config import ConfigError, TaskConfig
+from elpo_fast.config import ConfigError, TaskConfig, parse_section
 from elpo_fast.tasks import make_source
 from elpo_fast.tasks.answers import Choice
 from elpo_fast.tasks.file import FileOptions, FileSource
-from elpo_fast.tasks.problems import BOXED, LETTER
+from elpo_fast.tasks.problems import BOXED, LETTER, PRESETS
 from elpo_fast.types import End, Task
 
 ROWS = [{"problem": f"What is {n}?", "solution": f"It is #### {n}"} for n in range(6)]
@@ -259,6 +260,16 @@ def test_humaneval_is_judged_by_its_tests(tmp_path: Path, sandbox: Any, form: st
         assert not says(found, f"{row['canonical_solution']}")
 
 
+def test_every_configuration_of_the_documentation_is_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) > 3
+    for block in blocks:
+        parse_section(FileOptions, TaskConfig(**yaml.safe_load(block)).options)
+    table = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))
+    assert set(PRESETS) <= set(table)
+
+
 # --- what is said at the start -----------------------------------------------------------------
 
 
@@ -302,3 +313,12 @@ def test_prompts_and_truths_that_cannot_be_judged_are_said(tmp_path: Path, caplo
     prose = "because the heavier isotope moves more slowly through the gel"
     assert "1 of 1 ground truths are prose, first" in said(r"Why? Use \boxed{}.", prose)
     assert said(r"Use \boxed{}.", r"\frac{1}{2} \text{ of the way}") == ""
+
+
+def test_the_first_trajectory_is_shown_with_its_verdict(tmp_path: Path, caplog: Any) -> None:
+    found = mine(write(tmp_path / "a.jsonl"))
+    for answer in ("#### 0", "#### 1"):
+        said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": answer}]
+        asyncio.run(found.grade(found.held_out(0), said, End.LENGTH))
+    assert "[user] Q\n[assistant] #### 0" in caplog.text and "#### 1" not in caplog.text
+    assert "its reward is -1: cut at a token limit" in caplog.text

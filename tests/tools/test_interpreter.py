@@ -39,6 +39,30 @@ def test_code_interpreter_forgets(any_box) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("```python\nprint(1)\n```", "1"),
+        (" ```\nfor x in 'ab':\n    print(x)\n\n```\n", "a\nb"),
+        ("print('```\\n```')", "```\n```"),
+        ("print(1)\nexit()\nprint(2)", "1"),
+        ("import sys\nprint(1)\nsys.exit(0)", "1"),
+        ("raise SystemExit", "(no output)"),
+    ],
+)
+def test_marks_around_code_and_its_exit_are_no_errors(any_box, code: str, shown: str) -> None:
+    async def main() -> None:
+        result = await CodeInterpreter(any_box.sandbox).call(None, {"code": code})
+        assert (result.content, result.error) == (shown, False)
+        session = PythonSession(any_box.sandbox)
+        result = await session.call(await session.open(task("y = 3")), {"code": code})
+        assert (result.content, result.error) == (shown, False)
+        assert (await call(session, result.state, "y"))[0] == "3"
+        await session.close()
+
+    asyncio.run(main())
+
+
 def test_session_remembers_branches_and_keeps_old_states(any_box) -> None:
     async def main() -> None:
         session = PythonSession(any_box.sandbox)
