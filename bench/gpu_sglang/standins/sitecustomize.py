@@ -1,4 +1,4 @@
-"""Lets SGLang run a dense Qwen2 or Qwen3 on a GPU without the binaries of sgl_kernel and flashinfer.
+"""Lets SGLang run a dense Qwen2 or Qwen3 on a GPU without sgl_kernel's and flashinfer's binaries.
 
 Both are placeholders, as on a CPU (`elpo_fast.rollout.sglang.cpu`); what such a model calls of
 sgl_kernel is here in PyTorch. SGLang compiles its other operators itself, from its own sources.
