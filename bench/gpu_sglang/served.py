@@ -19,7 +19,8 @@ ARGS = {
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
     "grammar_backend": "none",
-    "cuda_graph_max_bs": 256,
+    "cuda_graph_max_bs_decode": 256,
+    "cuda_graph_backend_prefill": "disabled",
 }
 
 
