@@ -18,9 +18,10 @@ of `gpu_sglang_wheels.txt` (`--wheels DIR` fetches them where there is a package
     python -m pip install --no-index --no-deps --target /tmp/site DIR/*.whl
     export PYTHONPATH=/tmp/site:kernels/src:.
 
-They lack SGLang's own GPU binaries, 600 MB: attention is Triton's, and `standins/` holds in PyTorch
-what a dense model calls of them. So speeds are a lower bound of a full installation's. `--tiny`
-runs all of it on a CPU, where `make sglang-cpu` was run, without the stand-ins.
+They lack SGLang's own GPU binaries: attention is Triton's, and `standins/` holds in PyTorch what a
+dense model calls of them, so a full installation should be somewhat faster. `--tiny` runs all of it
+on a CPU, where `make sglang-cpu` was run: without the stand-ins, CUDA IPC (weights go by disk) and
+lending, which only a GPU can show. `bench/NOTES.md` says what was tried without one.
 """  # noqa: E501
 
 from __future__ import annotations
