@@ -1,6 +1,7 @@
 """The `elpo` command.
 
-    elpo train CONFIG [section.key=value ...] [--resume]   train; the run folder is run.dir/run.name
+    elpo train CONFIG [section.key=value ...] [--resume [--allow-change]]
+                                                           train; the run folder is run.dir/run.name
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -70,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train from a configuration file")
     _add_config(train)
     train.add_argument("--resume", action="store_true", help="continue a stopped run")
+    train.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="with --resume: go on under a configuration that changes the mathematics",
+    )
     train.set_defaults(run=_train)
 
     config = commands.add_parser("config", help="print the resolved configuration")
@@ -120,7 +126,7 @@ def _train(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from elpo_fast.train.loop import train
 
-    train(config, resume=arguments.resume)
+    train(config, resume=arguments.resume, allow_change=arguments.allow_change)
     return 0
 
 

@@ -277,10 +277,19 @@ class ParallelConfig(Section):
 
 
 class EvalConfig(Section):
-    tasks: NonNegative = 64
+    tasks: NonNegative | None = 64  # the first ones; None: all that the source has
     samples: Positive = 1  # per task
-    temperature: PositiveFloat = 1.0
+    temperature: NonNegativeFloat = 1.0  # 0: greedy
     every: NonNegative = 0  # RL steps; 0: only before and after
+
+    @model_validator(mode="after")
+    def _check(self) -> EvalConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(
+                f"samples={self.samples} at temperature=0 would be the same one again and again; "
+                "set samples=1 or a temperature"
+            )
+        return self
 
 
 class Config(Section):
@@ -362,6 +371,42 @@ def parse_section(model: type[SectionT], data: dict[str, Any], prefix: str = "")
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` of it gives an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+MECHANICS = (
+    *("run.dir", "run.name", "run.threads", "run.log", "parallel", "train.micro_batch_tokens"),
+    *("model.device", "model.attention", "model.gradient_checkpointing", "model.compile"),
+    *("tools.workers", "tools.remote_url", "tools.isolation"),
+    *("rollout.engine", "rollout.sglang", "rollout.trees_in_flight"),
+    *("rollout.max_batch", "rollout.cache_tokens"),
+)
+"""Keys, or sections, that say how things are computed and not what: results are the same but for
+rounding and chance."""
+
+
+def differences(before: Config, now: Config) -> dict[str, str]:
+    """The keys that differ, each with a text that says how."""
+    first, second = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    return {
+        key: f"{key} was {first.get(key)!r} and is now {second.get(key)!r}"
+        for key in sorted(first.keys() | second.keys())
+        if first.get(key) != second.get(key)
+    }
+
+
+def within(key: str, keys: Sequence[str]) -> bool:
+    """Whether `key` is one of `keys` or in a section that is."""
+    return any(key == name or key.startswith(f"{name}.") for name in keys)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

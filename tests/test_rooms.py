@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "elpo_fast"
-BASE = {"types", "config"}
+BASE = {"types", "config", "lock"}
 ALGO = BASE | {"tree"}
 ROLLOUT = ALGO | {"algo", "tools", "tasks"}
 ALL = ROLLOUT | {"rollout", "model", "report"}
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
+    "lock": {"config"},
     "tree": set(),
     "algo": ALGO,
     "tools": BASE,

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from elpo_fast.algo.star import StarPlanner
-from elpo_fast.config import EvalConfig
+from elpo_fast.config import ConfigError, EvalConfig
 from elpo_fast.eval.metrics import wilson_interval
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tree.store import Tree
+from elpo_fast.types import Task, TaskSource
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,18 @@ class EvalResult:
         return wilson_interval(self.success * self.tasks, self.tasks)
 
 
+def held_out_tasks(source: TaskSource, config: EvalConfig) -> list[Task]:
+    """The first `config.tasks` held-out tasks, or all that there are. Raises `ConfigError` where
+    that has no end."""
+    sizes = [size for size in (config.tasks, source.held_out_size) if size is not None]
+    if not sizes:
+        raise ConfigError(
+            f"eval.tasks: null asks for all held-out tasks, and those of {source.name} have no "
+            "end; give a number"
+        )
+    return [source.held_out(index) for index in range(min(sizes))]
+
+
 async def evaluate(
     collector: Collector,
     config: EvalConfig,
@@ -44,12 +57,8 @@ async def evaluate(
     seed: int,
     on_tree: Callable[[Tree], None] | None = None,
 ) -> EvalResult:
-    """Sample `config.samples` trajectories for each of the first `config.tasks` held-out tasks."""
-    source = collector.source
-    count = (
-        config.tasks if source.held_out_size is None else min(config.tasks, source.held_out_size)
-    )
-    tasks = [source.held_out(index) for index in range(count)]
+    """Sample `config.samples` trajectories for each of `held_out_tasks`."""
+    tasks = held_out_tasks(collector.source, config)
     trees = await collector.collect(
         tasks,
         lambda: StarPlanner(config.samples),
@@ -58,4 +67,4 @@ async def evaluate(
         on_tree=on_tree,
     )
     correct = [[tree.correct[leaf] == 1 for leaf in tree.leaves] for tree in trees]
-    return EvalResult(np.array(correct, dtype=bool).reshape(count, config.samples))
+    return EvalResult(np.array(correct, dtype=bool).reshape(len(tasks), config.samples))

@@ -29,7 +29,7 @@ from rich.console import Console
 
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
-from elpo_fast.eval.run import EvalResult, evaluate
+from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
 from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
 from elpo_fast.train.display import Display, Phase
@@ -62,8 +62,15 @@ from elpo_fast.tree.store import Forest, Tree
 _COLLECT, _EVALUATE, _SHUFFLE, _SFT = 1, 2, 3, 4  # independent random streams of a run
 
 
-def train(config: Config, *, resume: bool = False, console: Console | None = None) -> Path:
-    """Train as configured; the run folder. `resume` continues from its last checkpoint.
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    allow_change: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Train as configured; the run folder. `resume` continues from its last checkpoint, with
+    `allow_change` under a configuration that changes the mathematics.
 
     Raises `ConfigError` for faults of the configuration, `NonFiniteError` where a step met NaN or
     infinity (its trees are saved, the parameters are those before the step).
@@ -72,8 +79,10 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
         torch.set_num_threads(config.run.threads)
     with joined(config) as ranks:
         config = ranks.gather(settled(config, goes_on=resume))[0]
-        folder = _folder(config, resume, ranks)
+        folder = _folder(config, resume, allow_change, ranks)
         console = console or Console(quiet=not ranks.leads)
+        for change in folder.changes:
+            console.print(f"changed: {change}", highlight=False, soft_wrap=True, markup=False)
         try:
             asyncio.run(_main(config, folder, Display(console), resume, ranks))
         finally:
@@ -81,13 +90,16 @@ def train(config: Config, *, resume: bool = False, console: Console | None = Non
     return folder.path
 
 
-def _folder(config: Config, resume: bool, ranks: Ranks) -> RunFolder:
+def _folder(config: Config, resume: bool, allow_change: bool, ranks: Ranks) -> RunFolder:
     """The run folder, made by the leading rank; what is wrong with it stops all ranks."""
     folder: RunFolder = Follower(config)
     fault = None
     if ranks.leads:
         try:
-            folder = RunFolder.resume(config) if resume else RunFolder.create(config)
+            if resume:
+                folder = RunFolder.resume(config, allow_change=allow_change)
+            else:
+                folder = RunFolder.create(config)
         except ConfigError as error:
             fault = error
     if (fault := ranks.gather(fault)[0]) is not None:
@@ -336,7 +348,8 @@ class _Run:
     async def evaluate(self, name: str, step: int) -> EvalResult:
         """Success on held-out tasks, logged under `name`."""
         began = time.perf_counter()
-        with self.display.phase(f"eval {name}", self.config.eval.tasks) as phase:
+        total = len(held_out_tasks(self.parts.source, self.config.eval))
+        with self.display.phase(f"eval {name}", total) as phase:
             result = await evaluate(
                 self.parts.collector,
                 self.config.eval,

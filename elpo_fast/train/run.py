@@ -6,6 +6,7 @@
     tensorboard/     the same numbers as TensorBoard events
     trees/           one forest a step, `step_000001.npz`
     tokenizer/       for `elpo tree show` and `elpo export`
+    .lock            held by the process that runs it
     checkpoints/     see `elpo_fast.train.checkpoint`
     model/           at the end: the trained model, a folder in Hugging Face layout
     adapters/        with `model.lora`, at the end: its adapters alone, in peft's layout
@@ -22,80 +23,101 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from elpo_fast.config import Config, ConfigError, dump_config, load_config
+from elpo_fast.config import (
+    MECHANICS,
+    Config,
+    ConfigError,
+    differences,
+    dump_config,
+    load_config,
+    within,
+)
+from elpo_fast.lock import LOCK, Lock
 from elpo_fast.tree import io
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SECRET = "task_secret"
-_MAY_DIFFER = {
-    "run.dir",
-    "run.name",
-    "run.threads",
-    "train.steps",
-    "train.keep_checkpoints",
-    "parallel.replicate",
-    "parallel.shard",
-}
-"""Keys that a resumed run may change; any other change would not be a continuation."""
+_MAY_DIFFER = (
+    *MECHANICS,
+    *("eval", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.save_trees", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.max_tokens"),
+    *("tools.timeout_s", "tools.memory_mb", "tools.output_tokens"),
+)
+"""Keys that a resumed run may change: mechanics, limits, evaluation, what is kept."""
+_MAY_NOT = ("model.name", "model.revision", "model.scratch", "model.lora")
+"""Keys that make another model of it, which cannot go on from a checkpoint."""
 
 
 class RunFolder:
-    """An open run folder. `create` starts a new one, `resume` continues one."""
+    """An open run folder, locked for this process. `create` starts a new one, `resume` continues
+    one; `changes` says in what a resumed run differs from before."""
 
-    def __init__(self, path: Path) -> None:
+    changes: Sequence[str] = ()
+
+    def __init__(self, path: Path, lock: Lock) -> None:
         self.path = path
+        self._lock = lock
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
         path = config.run_dir
-        if path.exists() and not _unused(path):
-            raise ConfigError(
-                f"run folder {path} already exists; continue it with --resume, "
-                "or choose another run.name"
-            )
-        try:
-            (path / "trees").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot create run folder {path}: {error.strerror}") from None
-        secret = path / _SECRET
-        secret.unlink(missing_ok=True)
-        if config.task.seed is None:
-            secret.touch(0o600)
-            secret.write_text(secrets.token_hex(), encoding="utf-8")
-        (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        return cls(path)
+        with _locked(path) as lock:
+            if not _unused(path):
+                raise ConfigError(
+                    f"run folder {path} already exists; continue it with --resume, "
+                    "or choose another run.name"
+                )
+            (path / "trees").mkdir(exist_ok=True)
+            secret = path / _SECRET
+            secret.unlink(missing_ok=True)
+            if config.task.seed is None:
+                secret.touch(0o600)
+                secret.write_text(secrets.token_hex(), encoding="utf-8")
+            (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+            return cls(path, lock)
 
     @classmethod
-    def resume(cls, config: Config) -> RunFolder:
+    def resume(cls, config: Config, *, allow_change: bool = False) -> RunFolder:
+        """Continue a run. With `allow_change` alone may what changes the mathematics differ, and
+        what makes another model never."""
         path = config.run_dir
         saved = path / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"nothing to resume at {path}; start it without --resume")
-        before = _flat(yaml.safe_load(dump_config(load_config(saved))))  # with newer keys' defaults
-        now = _flat(yaml.safe_load(dump_config(config)))
-        for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and key not in _MAY_DIFFER:
+        with _locked(path) as lock:
+            changes = differences(load_config(saved), config)  # with newer keys' defaults
+            for key in ("run.dir", "run.name"):  # the folder was moved
+                changes.pop(key, None)
+            never = [text for key, text in changes.items() if within(key, _MAY_NOT)]
+            other = [text for key, text in changes.items() if not within(key, _MAY_DIFFER)]
+            if never:
                 raise ConfigError(
-                    f"cannot resume {path}: {key} was {before.get(key)!r} and is now "
-                    f"{now.get(key)!r}; change it back or start a new run"
+                    f"cannot resume {path} with another model: {'; '.join(never)}; change it back "
+                    "or start a new run"
                 )
-        if config.task.seed is None and not (path / _SECRET).is_file():
-            raise ConfigError(
-                f"cannot resume {path}: its {_SECRET} is gone, and with it the tasks; put it back "
-                "or start a new run"
-            )
-        saved.write_text(dump_config(config), encoding="utf-8")
-        return cls(path)
+            if other and not allow_change:
+                raise ConfigError(
+                    f"cannot resume {path}: {'; '.join(other)}; change it back, allow it with "
+                    "--allow-change or start a new run"
+                )
+            if config.task.seed is None and not (path / _SECRET).is_file():
+                raise ConfigError(
+                    f"cannot resume {path}: its {_SECRET} is gone, and with it the tasks; put it "
+                    "back or start a new run"
+                )
+            _replace(saved, dump_config(config))
+            folder = cls(path, lock)
+            folder.changes = tuple(changes.values())
+            return folder
 
     @property
     def secret(self) -> str | None:
@@ -130,9 +152,7 @@ class RunFolder:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, path)
+        _replace(path, "".join(lines))
         self._metrics = path.open("a", encoding="utf-8")
         for line in lines:
             self._plot(json.loads(line))
@@ -152,6 +172,7 @@ class RunFolder:
         self._metrics.close()
         if self._board is not None:
             self._board.close()
+        self._lock.release()
 
 
 class Follower(RunFolder):
@@ -181,23 +202,36 @@ class Follower(RunFolder):
         pass
 
 
+def _replace(path: Path, text: str) -> None:
+    """The file has its old text or the new one, whatever happens."""
+    temporary = path.with_suffix(io.TEMPORARY)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[Lock]:
+    """The folder, made if need be, and its lock, which is kept unless something is raised."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path)
+    except OSError as error:
+        raise ConfigError(f"cannot create run folder {path}: {error.strerror}") from None
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
 def _unused(path: Path) -> bool:
     """Whether there is nothing to lose: empty, or left by a run that failed before its first
     record."""
-    files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
+    left = [path / name for name in ("config.yaml", _SECRET, LOCK, "sglang.log")]
     return all(
-        file in (path / "config.yaml", path / _SECRET, path / "sglang.log")
+        file in left
         or file.parent == path / "tokenizer"
         or (file == path / "metrics.jsonl" and not file.stat().st_size)
-        for file in files
+        for file in path.rglob("*")
+        if not file.is_dir()
     )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
