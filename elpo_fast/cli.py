@@ -2,6 +2,9 @@
 
     elpo train CONFIG [section.key=value ...] [--resume [--allow-change]]
                                                            train; the run folder is run.dir/run.name
+    elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
+    elpo eval A --against B                                paired comparison of two evaluations
+    elpo show FILE [--failed] [--task ID]                  read trajectories as chats
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -16,11 +19,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elpo_fast import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from elpo_fast.eval.evaluation import Evaluation
 
 
 class UsageError(ValueError):
@@ -36,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        print("interrupted; continue with --resume", file=sys.stderr)
+        again = "--resume" if parsed.run is _train else "the same command"
+        print(f"interrupted; continue with {again}", file=sys.stderr)
         return 130
     except BaseExceptionGroup as group:
         return _fault(_first(group))
@@ -77,6 +89,26 @@ def _parser() -> argparse.ArgumentParser:
         help="with --resume: go on under a configuration that changes the mathematics",
     )
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="evaluate a model, or a run, on held-out tasks")
+    evaluate.add_argument(
+        "target",
+        metavar="MODEL|RUN",
+        help="a model folder, Hub id or run folder, or the folder of a finished evaluation",
+    )
+    evaluate.add_argument("config", nargs="*", metavar="CONFIG section.key=value")
+    evaluate.add_argument("--step", type=int, help="training step of a RUN; default: the latest")
+    evaluate.add_argument("--out", help="folder of the evaluation; default: run.dir/eval/...")
+    evaluate.add_argument(
+        "--against", metavar="B", help="compare with another evaluation, MODEL or RUN"
+    )
+    evaluate.set_defaults(run=_eval)
+
+    chats = commands.add_parser("show", help="read trajectories as chats")
+    chats.add_argument("file", metavar="FILE", help="JSON lines, or the folder of an evaluation")
+    chats.add_argument("--failed", action="store_true", help="only those judged wrong")
+    chats.add_argument("--task", metavar="ID", help="only tasks whose id contains this")
+    chats.set_defaults(run=_chats)
 
     config = commands.add_parser("config", help="print the resolved configuration")
     _add_config(config)
@@ -127,6 +159,73 @@ def _train(arguments: argparse.Namespace) -> int:
     from elpo_fast.train.loop import train
 
     train(config, resume=arguments.resume, allow_change=arguments.allow_change)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
+    from rich.console import Console
+
+    from elpo_fast.eval.evaluation import compare
+    from elpo_fast.eval.figures import compared, table
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError("elpo eval runs in one process: start it without torchrun")
+    console = Console()
+    try:
+        one = _evaluated(arguments.target, arguments, console)
+        console.print(table(one.name, one.figures))
+        where = one.folder / "trajectories.jsonl"
+        console.print(f"read them: elpo show {where}", highlight=False, soft_wrap=True)
+        if arguments.against is not None:
+            other = _evaluated(arguments.against, arguments, console)
+            console.print(table(other.name, other.figures))
+            said = compared(one.name, other.name, *compare(one, other))
+            console.print(said, highlight=False, soft_wrap=True)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    return 0
+
+
+def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> Evaluation:
+    """The evaluation of a target: found finished where that is what it names, else made."""
+    from elpo_fast.config import RunConfig, load_config, parse_config, parse_section
+    from elpo_fast.eval.evaluation import Evaluation, is_evaluation, of_model, run_evaluation
+    from elpo_fast.train.display import Display
+
+    path = Path(target)
+    if is_evaluation(path):
+        return Evaluation.read(path)
+    is_run = (path / "config.yaml").is_file()
+    files = [argument for argument in arguments.config if "=" not in argument]
+    if len(files) > 1:
+        raise UsageError(f"{files[1]}: there is one CONFIG; overrides are section.key=value")
+    file = files[0] if files else str(path / "config.yaml") if is_run else None
+    # Nothing is trained: log-probs of a cut distribution are as good as others.
+    overrides = ["train.old_logprob=recompute", *(a for a in arguments.config if "=" in a)]
+    config = parse_config({}, overrides) if file is None else load_config(file, overrides)
+    if is_run:
+        from elpo_fast.train.export import run_subject
+
+        subject = run_subject(path, config, arguments.step)
+    else:
+        subject = of_model(target, config)
+    task = Path(files[0]).stem if files else config.task.options.get("preset", config.task.source)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{task}-{subject.name}".strip("/"))
+    out = Path(arguments.out or Path(config.run.dir) / "eval" / name)
+    section = config.run.model_dump() | {"dir": str(out.parent), "name": out.name}
+    run = parse_section(RunConfig, section, "run.")
+    subject = replace(subject, config=subject.config.model_copy(update={"run": run}))
+    return run_evaluation(subject, Display(console).phase)
+
+
+def _chats(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.chat_view import show_chats
+
+    try:
+        show_chats(Path(arguments.file), failed=arguments.failed, task=arguments.task)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
     return 0
 
 

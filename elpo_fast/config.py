@@ -341,13 +341,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold `section: ...` entries, not a {type(data).__name__}")
+    return parse_config(data, overrides)
+
+
+def parse_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Validate a nested mapping, changed by dotted overrides; `ConfigError` names the first
+    fault."""
     for override in overrides:
         _apply(data, override)
-    return parse_config(data)
-
-
-def parse_config(data: dict[str, Any]) -> Config:
-    """Validate a nested mapping; `ConfigError` names the first fault."""
     return parse_section(Config, data)
 
 

@@ -134,6 +134,13 @@ class Chat:
             glue = self.encode(self._before_response + response + self._after_response)
         return glue[1:] if self._ended(generated) else glue
 
+    def response_text(self, glue: np.ndarray) -> str:
+        """The tool's response in what `response_glue` made of it."""
+        before, text = self._before_response, self.decode(glue)
+        end = self.decode([self.end_of_turn])  # of the turn, which may have been generated
+        text = text.removeprefix(end).removeprefix(before.removeprefix(end))
+        return text.removesuffix(self._after_response)
+
     def call_text(self, message: Message) -> str:
         """Assistant text of a message in OpenAI form, its tool calls written in this format."""
         text = message.get("content") or ""

@@ -7,17 +7,20 @@ folder, in peft's layout. A folder is either complete or not there.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from elpo_fast.config import load_config
-from elpo_fast.model.load import load_model, quiet
+from elpo_fast.config import Config, ModelConfig, load_config
+from elpo_fast.eval.evaluation import Subject
+from elpo_fast.model.load import LoadedModel, load_model, quiet
 from elpo_fast.model.lora import adapters, named_weights
 from elpo_fast.model.sharded import empty_like
 from elpo_fast.train.checkpoint import (
+    MANIFEST,
     PARTIAL,
     TRASH,
     CheckpointError,
@@ -26,6 +29,7 @@ from elpo_fast.train.checkpoint import (
     read_weights,
 )
 from elpo_fast.train.parallel import ALONE, Ranks
+from elpo_fast.train.run import SECRET
 
 
 def export_model(
@@ -101,11 +105,35 @@ def export_run(
     config = load_config(run / "config.yaml")
     if adapters_alone and config.model.lora is None:
         raise LookupError(f"{run} has no adapters: all weights were trained")
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
     here = config.model.model_copy(update={"device": "cpu", "attention": "auto"})
-    model = load_model(here, seed=config.run.seed, tokenizer=tokenizer).model
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    read_weights(checkpoint, trained)
+    model = trained_model(run, checkpoint, here).model
     export = export_adapters if adapters_alone else export_model
-    export(out, model, tokenizer)
+    export(out, model, AutoTokenizer.from_pretrained(run / "tokenizer"))
     return checkpoint
+
+
+def trained_model(run: Path, checkpoint: Path, model: ModelConfig) -> LoadedModel:
+    """The model as at the start of `run`, with a checkpoint's weights. `model` is that of the run,
+    perhaps on another device."""
+    seed, tokenizer = load_config(run / "config.yaml").run.seed, run / "tokenizer"
+    loaded = load_model(model, seed=seed, tokenizer=AutoTokenizer.from_pretrained(tokenizer))
+    named = loaded.model.named_parameters()
+    read_weights(checkpoint, {name: p.detach() for name, p in named if p.requires_grad})
+    return loaded
+
+
+def run_subject(run: Path, config: Config, step: int | None = None) -> Subject:
+    """The checkpoint of `step`, by default the latest, as what is evaluated: the run's own model
+    and tasks, and else what `config` says. Raises `LookupError` where there is none."""
+    checkpoint = checkpoint_of(run, step)
+    trained = load_config(run / "config.yaml").model
+    its = {name: getattr(trained, name) for name in ("name", "revision", "scratch", "lora")}
+    model = config.model.model_copy(update=its)
+    secret = run / SECRET
+    return Subject(
+        name=f"{run.name}-{checkpoint.name}",
+        config=config.model_copy(update={"model": model}),
+        weights=hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest(),
+        load=lambda _: trained_model(run, checkpoint, model),
+        secret=secret.read_text(encoding="utf-8") if secret.is_file() else None,
+    )

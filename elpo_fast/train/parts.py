@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from elpo_fast.config import Config, Sizes, load_config
+from elpo_fast.eval.sampler import sampler
 from elpo_fast.model.load import (
     LoadedModel,
     load_model,
@@ -19,10 +21,7 @@ from elpo_fast.model.load import (
     resolve_device,
     resolve_dtype,
 )
-from elpo_fast.model.lora import named_weights
-from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.rollout.engines import make_engine
 from elpo_fast.tasks import make_source
 from elpo_fast.tasks.file import FileSource
 from elpo_fast.tools.toolbox import Toolbox
@@ -89,11 +88,11 @@ async def assembled(
             tokenizer_texts=source.vocabulary_texts(),
             shard=ranks.shard(getattr(torch, config.model.dtype)),
         )
-        weights = named_weights(loaded.model)
-        engine = make_engine(
-            ranks.engine_of(config), loaded.model, loaded.tokenizer, weights, rank=ranks.rank
-        )
-        try:
+        kind = partial(SharedCollector, ranks)
+        mine = ranks.engine_of(config)
+        async with sampler(mine, toolbox, source, loaded, rank=ranks.rank, kind=kind) as collector:
+            if isinstance(source, FileSource):
+                source.fit_prompts(collector.chat.prompt, config.rollout.max_tokens)
             policy = PolicyOptimizer(
                 loaded.model,
                 lr=config.train.lr,
@@ -108,20 +107,6 @@ async def assembled(
                 ranks=ranks,
                 root=loaded.root,
             )
-            chat = Chat(
-                loaded.tokenizer,
-                config.rollout.call_format,
-                toolbox.schemas,
-                loaded.end_token_ids,
-            )
-            if isinstance(source, FileSource):
-                source.fit_prompts(chat.prompt, config.rollout.max_tokens)
-            tokens = config.tools.output_tokens
-            collector = SharedCollector(
-                ranks, engine, toolbox, chat, source, config.rollout, output_tokens=tokens
-            )
-            yield Parts(toolbox, source, loaded, policy, engine, collector, ranks)
-        finally:
-            await engine.close()
+            yield Parts(toolbox, source, loaded, policy, collector.engine, collector, ranks)
     finally:
         await toolbox.close()

@@ -43,7 +43,7 @@ from elpo_fast.tree import io
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SECRET = "task_secret"
+SECRET = "task_secret"
 _MAY_DIFFER = (
     *MECHANICS,
     *("eval", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"),
@@ -77,7 +77,7 @@ class RunFolder:
                     "or choose another run.name"
                 )
             (path / "trees").mkdir(exist_ok=True)
-            secret = path / _SECRET
+            secret = path / SECRET
             secret.unlink(missing_ok=True)
             if config.task.seed is None:
                 secret.touch(0o600)
@@ -109,9 +109,9 @@ class RunFolder:
                     f"cannot resume {path}: {'; '.join(other)}; change it back, allow it with "
                     "--allow-change or start a new run"
                 )
-            if config.task.seed is None and not (path / _SECRET).is_file():
+            if config.task.seed is None and not (path / SECRET).is_file():
                 raise ConfigError(
-                    f"cannot resume {path}: its {_SECRET} is gone, and with it the tasks; put it "
+                    f"cannot resume {path}: its {SECRET} is gone, and with it the tasks; put it "
                     "back or start a new run"
                 )
             _replace(saved, dump_config(config))
@@ -122,7 +122,7 @@ class RunFolder:
     @property
     def secret(self) -> str | None:
         """What generated tasks are drawn with; `None` where the configuration says it."""
-        file = self.path / _SECRET
+        file = self.path / SECRET
         return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
@@ -227,7 +227,7 @@ def _locked(path: Path) -> Iterator[Lock]:
 def _unused(path: Path) -> bool:
     """Whether there is nothing to lose: empty, or left by a run that failed before its first
     record."""
-    left = [path / name for name in ("config.yaml", _SECRET, LOCK, "sglang.log")]
+    left = [path / name for name in ("config.yaml", SECRET, LOCK, "sglang.log")]
     return all(
         file in left
         or file.parent == path / "tokenizer"

@@ -1,0 +1,39 @@
+"""What an evaluation and a training run have in common: a model's engine among tools and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from elpo_fast.config import Config
+from elpo_fast.model.load import LoadedModel
+from elpo_fast.model.lora import named_weights
+from elpo_fast.rollout.chat import Chat
+from elpo_fast.rollout.collector import Collector
+from elpo_fast.rollout.engines import make_engine
+from elpo_fast.tools.toolbox import Toolbox
+from elpo_fast.types import TaskSource
+
+
+@asynccontextmanager
+async def sampler(
+    config: Config,
+    toolbox: Toolbox,
+    source: TaskSource,
+    loaded: LoadedModel,
+    *,
+    rank: int = 0,
+    kind: Callable[..., Collector] = Collector,
+) -> AsyncIterator[Collector]:
+    """A collector, of this `kind`, on an engine of its own, which is closed at the end. `rank`: of
+    this process, among several."""
+    weights = named_weights(loaded.model)
+    engine = make_engine(config, loaded.model, loaded.tokenizer, weights, rank=rank)
+    try:
+        chat = Chat(
+            loaded.tokenizer, config.rollout.call_format, toolbox.schemas, loaded.end_token_ids
+        )
+        tokens = config.tools.output_tokens
+        yield kind(engine, toolbox, chat, source, config.rollout, output_tokens=tokens)
+    finally:
+        await engine.close()
