@@ -243,8 +243,8 @@ async def _sample(
     progress: Progress,
 ) -> None:
     """One trajectory for each of `wanted`, many at a time, written as they end."""
-    rollout, correct = config.rollout, 0
-    gate = asyncio.Semaphore(max(rollout.trees_in_flight, rollout.max_batch))
+    sizes, correct = config.rollout.sizes(), 0
+    gate = asyncio.Semaphore(max(sizes.trees_in_flight, sizes.max_batch))
 
     async def one(task: Task, number: int) -> None:
         nonlocal correct
