@@ -30,6 +30,7 @@ FIGURE4 = str(ROOT / "tests" / "data" / "figure4.json")
         (["train", TINY, "task.options.steps=0"], "task.options.steps"),
         (["train", TINY, "tools.names=[python_sessions]"], "tools.names"),
         (["train", TINY, "rollout.max_tokens=20"], "rollout.max_tokens=20 leaves no room"),
+        (["train", TINY, "rollout.max_tokens=2000"], "exceeds the 1024 tokens that the model's"),
         (["train", TINY, "tools.names=[python_session, code_interpreter]"], "exactly one tool"),
         (["train", TINY, "--resume"], "nothing to resume"),
         (["train", TINY, "run.dir=/proc/none"], "cannot create run folder"),

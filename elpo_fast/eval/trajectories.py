@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from elpo_fast.faults import enough_disk
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.tasks.common import last_boxed, last_tagged
 from elpo_fast.tree.store import Tree
@@ -33,6 +34,7 @@ class Trajectories:
     """A file of trajectories, read and then appended to; `records` are by task and sample."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("ab+")
         self._file.seek(0)
         data = self._file.read()
@@ -44,8 +46,10 @@ class Trajectories:
 
     def add(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        self._file.write(line.encode(errors="backslashreplace"))  # as JSON writes a lone surrogate
-        self._file.flush()
+        with enough_disk(self._path, "choose another folder by --out"):
+            # What UTF-8 cannot carry, lone surrogates, as JSON escapes.
+            self._file.write(line.encode(errors="backslashreplace"))
+            self._file.flush()
         self._keep(record)
 
     def close(self) -> None:

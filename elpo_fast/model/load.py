@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from elpo_fast.config import ConfigError, ModelConfig, ScratchConfig
+from elpo_fast.faults import enough_memory
 from elpo_fast.model.attention import ATTENTION, attention_name
 from elpo_fast.model.compiled import BACKENDS as COMPILED
 from elpo_fast.model.compiled import has_compiler
@@ -41,6 +42,7 @@ from elpo_fast.model.lora import add_adapters, initialise
 from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import train_tokenizer
+from elpo_fast.types import RunError
 
 SMOLLM2 = "smollm2-135m"
 SCRATCH = "scratch"
@@ -54,6 +56,7 @@ Shard = Callable[[PreTrainedModel], nn.Module]
 """Spreads a model over processes in place; the module that it belongs to, which runs a function
 with the parameters gathered."""
 
+_SMALLER = "take a smaller model, or spread it over several GPUs by parallel.shard"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -110,12 +113,15 @@ def load_model(
             if tokenizer_texts is None:
                 raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
             tokenizer = train_tokenizer(tokenizer_texts)
-        found = _Read(scratch_model(config.scratch, tokenizer, seed), tokenizer)
+        with enough_memory("making the model", "lower model.scratch"):
+            found = _Read(scratch_model(config.scratch, tokenizer, seed), tokenizer)
     else:
         read = _smollm2() if config.name == SMOLLM2 else _pretrained(config, shard is not None)
         try:
-            with quiet():
+            with quiet(), enough_memory("loading the model", _SMALLER):
                 found = read()
+        except RunError:
+            raise
         except Exception as error:  # whatever a foreign folder provokes, a person reads one line
             raise ConfigError(
                 f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
@@ -124,7 +130,8 @@ def load_model(
         _check_complete(config.name, found.tokenizer, found.missing)
     model = found.model.eval()
     if found.stored is None:
-        model.to(device)
+        with enough_memory(f"moving the model to {device}", _SMALLER):
+            model.to(device)
     _switch_dropout_off(model)
     dim = getattr(model.config, "head_dim", None)
     model.set_attn_implementation(attention_name(_checked_attention(config, device, dim or 0)))

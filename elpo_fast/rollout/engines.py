@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from elpo_fast.config import Config
+from elpo_fast.config import Config, ConfigError
+from elpo_fast.faults import enough_memory
 from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.types import Engine
 
@@ -33,12 +34,22 @@ def make_engine(
             rollout, model, tokenizer, dtype=dtype, log=log, seed=config.run.seed, weights=weights
         )
     sizes = rollout.sizes(model.device.type)
-    return LocalEngine(
-        model,
-        tokenizer,
-        max_batch=sizes.max_batch,
-        cache_tokens=sizes.cache_tokens,
-        seed=config.run.seed,
-        dtype=dtype,
-        weights=weights,
-    )
+    with enough_memory(
+        "making room for the engine",
+        f"lower rollout.cache_tokens={sizes.cache_tokens}, or set rollout.dtype=bfloat16",
+    ):
+        engine = LocalEngine(
+            model,
+            tokenizer,
+            max_batch=sizes.max_batch,
+            cache_tokens=sizes.cache_tokens,
+            seed=config.run.seed,
+            dtype=dtype,
+            weights=weights,
+        )
+    if rollout.max_tokens > engine.context:
+        raise ConfigError(
+            f"rollout.max_tokens={rollout.max_tokens} exceeds the {engine.context} tokens that the "
+            f"model's context and rollout.cache_tokens={sizes.cache_tokens} hold; lower it"
+        )
+    return engine

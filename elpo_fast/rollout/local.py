@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from elpo_fast.faults import enough_memory
 from elpo_fast.rollout.batching import Batcher, Request
 from elpo_fast.rollout.decoder import Decoder
 from elpo_fast.rollout.request import check_request, check_tokens
@@ -82,6 +84,7 @@ class LocalEngine:
         self._shapes = {name: weight.shape for name, weight in given.items()}
         self._decoder = Decoder(model, cache_tokens, dtype or model.dtype)
         self._decoder.load(_Whole(self._checked(given.items())))
+        self._max_batch = max_batch
         self._batcher = Batcher(self._decoder, max_batch, prefill_chunk)
         self._tokenizer = tokenizer
         self._texts: TokenTexts | None = None
@@ -92,6 +95,11 @@ class LocalEngine:
         self._running = False
         self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-engine")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest trajectory."""
+        return self._decoder.context
 
     async def generate(
         self, prefix_ids: np.ndarray, n: int, sampling: Sampling
@@ -182,8 +190,20 @@ class LocalEngine:
 
     async def _alone(self, work: Callable[[], Any]) -> Any:
         future, settle = _future()
-        self._submit(_Exclusive(work, settle))
+
+        def guarded() -> Any:
+            with self._enough_memory():
+                return work()
+
+        self._submit(_Exclusive(guarded, settle))
         return await future
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        batch, slots = self._max_batch, self._decoder.slots
+        return enough_memory(
+            "computing in the engine",
+            f"lower rollout.max_batch={batch} or rollout.cache_tokens={slots}",
+        )
 
     def _submit(self, item: Request | _Exclusive) -> None:
         with self._lock:
@@ -199,7 +219,8 @@ class LocalEngine:
         numba.set_num_threads(min(torch.get_num_threads(), _NUMBA_THREADS))
         while self._take():
             try:
-                self._batcher.step()
+                with self._enough_memory():
+                    self._batcher.step()
             except Exception as error:
                 self._batcher.fail(error)
 

@@ -36,6 +36,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from elpo_fast.faults import free, size
 from elpo_fast.train.parallel import ALONE, Ranks, on_own_gpu
 from elpo_fast.train.step import WEIGHTS, PolicyOptimizer
 from elpo_fast.tree import io
@@ -167,9 +168,18 @@ class Checkpoints:
             for trash in root.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
 
+        needed = size(sum(value.nbytes for value in staged.values()))
+
         def everywhere(work: Callable[[], _T]) -> list[_T]:
+            what = f"cannot write checkpoint {target} of {needed}"
             return _everywhere(
-                work, ranks, f"cannot write checkpoint {target}", "free or change the disk"
+                work,
+                ranks,
+                what,
+                lambda: (
+                    f"{free(root)}; make room, lower train.keep_checkpoints={self._keep} or move "
+                    "the run and set run.dir"
+                ),
             )
 
         everywhere(begin)
@@ -235,7 +245,7 @@ def load_checkpoint(path: Path, policy: PolicyOptimizer, ranks: Ranks = ALONE) -
             _set_generators(torch.load(path / f"rng-{ranks.rank}.pt", weights_only=True))
 
     for work in (verify, read):
-        _everywhere(work, ranks, f"{path} is not a readable checkpoint", _DELETE)
+        _everywhere(work, ranks, f"{path} is not a readable checkpoint", lambda: _DELETE)
     return TrainState(
         step=manifest["step"],
         weight_version=manifest["weight_version"],
@@ -254,7 +264,7 @@ def read_weights(path: Path, into: Mapping[str, torch.Tensor]) -> None:
         named = {f"{WEIGHTS}{name}": tensor for name, tensor in into.items()}
         dcp.load(named, checkpoint_id=path / STATE, no_dist=True)
 
-    _everywhere(read, ALONE, f"{path} is not a readable checkpoint", _DELETE)
+    _everywhere(read, ALONE, f"{path} is not a readable checkpoint", lambda: _DELETE)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -267,7 +277,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _everywhere(work: Callable[[], _T], ranks: Ranks, what: str, remedy: str) -> list[_T]:
+def _everywhere(
+    work: Callable[[], _T], ranks: Ranks, what: str, remedy: Callable[[], str]
+) -> list[_T]:
     """`work` on every rank, and its results by rank. What goes wrong on any of them is the same
     `CheckpointError` on all."""
     result: Any = None
@@ -277,7 +289,7 @@ def _everywhere(work: Callable[[], _T], ranks: Ranks, what: str, remedy: str) ->
     except CheckpointError as error:
         fault = error
     except (Exception, dcp.CheckpointException) as error:  # the latter is no `Exception`
-        fault = CheckpointError(f"{what} ({_reason(error)}); {remedy}")
+        fault = CheckpointError(f"{what} ({_reason(error)}); {remedy()}")
         fault.__cause__ = error
     gathered = ranks.gather((result, fault), ranks.checkpoints)
     for _, fault in gathered:

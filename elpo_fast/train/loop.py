@@ -30,6 +30,7 @@ from rich.console import Console
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
+from elpo_fast.faults import enough_disk, enough_memory
 from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
 from elpo_fast.train.display import Display, Phase
@@ -247,7 +248,9 @@ class _Run:
         forest = Forest.from_trees(trees)
         ranks = self.parts.ranks
         if config.train.save_trees and ranks.leads:
-            io.save(forest, self.folder.tree_file(step + 1))
+            file = self.folder.tree_file(step + 1)
+            with enough_disk(file, "set train.save_trees=false, and go on with --resume"):
+                io.save(forest, file)
         counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
         return _Collected(forest, counts, time.perf_counter() - began)
 
@@ -325,8 +328,14 @@ class _Run:
     @contextmanager
     def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:
         """Save the forest of an update that is not finite and say which tasks are to blame."""
+        tokens = self.config.train.micro_batch_tokens
         try:
-            yield
+            with enough_memory(
+                "updating the policy",
+                f"lower train.micro_batch_tokens={tokens} or rollout.max_tokens, or set "
+                "model.gradient_checkpointing=true, and go on with --resume",
+            ):
+                yield
         except NonFiniteError as error:
             path = self.folder.path / f"nonfinite_{name}.npz"
             if self.parts.ranks.leads:
@@ -383,7 +392,11 @@ class _Run:
             extra=extra,
             collected=ready.forest if ready else None,
         )
-        self.checkpoints.save(state, self.parts.policy)
+        with enough_memory(
+            "copying weights and moments for a checkpoint",
+            "free main memory, or write fewer checkpoints by train.checkpoint_every",
+        ):
+            self.checkpoints.save(state, self.parts.policy)
 
     def first_task(self, step: int) -> int:
         """Index of a step's first training task: the cold start's come before all of them."""

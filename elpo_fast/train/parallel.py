@@ -128,7 +128,16 @@ def joined(config: Config) -> Iterator[Ranks]:
         )
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of this machine is taken by another process; "
+            "give torchrun another one by --master-port, or --standalone"
+        ) from error
     try:
         names, shape = ("replicate", "shard"), (wanted.replicate, wanted.shard)
         first = 0 if wanted.replicate > 1 else 1

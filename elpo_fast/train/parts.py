@@ -14,6 +14,7 @@ import torch
 
 from elpo_fast.config import Config, Sizes, load_config
 from elpo_fast.eval.sampler import sampler
+from elpo_fast.faults import enough_memory
 from elpo_fast.model.load import (
     LoadedModel,
     load_model,
@@ -93,20 +94,24 @@ async def assembled(
         async with sampler(mine, toolbox, source, loaded, rank=ranks.rank, kind=kind) as collector:
             if isinstance(source, FileSource):
                 source.fit_prompts(collector.chat.prompt, config.rollout.max_tokens)
-            policy = PolicyOptimizer(
-                loaded.model,
-                lr=config.train.lr,
-                betas=config.train.betas,
-                optimizer=config.train.optimizer,
-                weight_decay=config.train.weight_decay,
-                grad_clip=config.train.grad_clip,
-                temperature=config.rollout.temperature,
-                dtype=getattr(torch, config.model.dtype),
-                gradient_checkpointing=config.model.gradient_checkpointing,
-                compiled=config.model.compile is True,
-                ranks=ranks,
-                root=loaded.root,
-            )
+            with enough_memory(
+                "making room for training",
+                "take a smaller model, or set parallel.shard, model.lora or train.optimizer",
+            ):
+                policy = PolicyOptimizer(
+                    loaded.model,
+                    lr=config.train.lr,
+                    betas=config.train.betas,
+                    optimizer=config.train.optimizer,
+                    weight_decay=config.train.weight_decay,
+                    grad_clip=config.train.grad_clip,
+                    temperature=config.rollout.temperature,
+                    dtype=getattr(torch, config.model.dtype),
+                    gradient_checkpointing=config.model.gradient_checkpointing,
+                    compiled=config.model.compile is True,
+                    ranks=ranks,
+                    root=loaded.root,
+                )
             yield Parts(toolbox, source, loaded, policy, collector.engine, collector, ranks)
     finally:
         await toolbox.close()

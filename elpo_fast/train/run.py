@@ -37,6 +37,7 @@ from elpo_fast.config import (
     load_config,
     within,
 )
+from elpo_fast.faults import enough_disk
 from elpo_fast.lock import LOCK, Lock
 from elpo_fast.tree import io
 
@@ -128,9 +129,10 @@ class RunFolder:
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
         """Append one record; a crash loses at most the record being written."""
         record = {"phase": phase, "step": step, **values}
-        self._metrics.write(json.dumps(record, allow_nan=False, default=float) + "\n")
-        self._metrics.flush()
-        self._plot(record)
+        with enough_disk(self.path / "metrics.jsonl", "lower train.keep_checkpoints"):
+            self._metrics.write(json.dumps(record, allow_nan=False, default=float) + "\n")
+            self._metrics.flush()
+            self._plot(record)
 
     def _plot(self, record: Mapping[str, Any]) -> None:
         if self._board is None:
@@ -163,7 +165,8 @@ class RunFolder:
         return sum(1 for _ in (self.path / "metrics.jsonl").open(encoding="utf-8"))
 
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        tokenizer.save_pretrained(self.path / "tokenizer")
+        with enough_disk(self.path / "tokenizer"):
+            tokenizer.save_pretrained(self.path / "tokenizer")
 
     def tree_file(self, step: int) -> Path:
         return self.path / "trees" / f"step_{step:06d}.npz"
@@ -205,7 +208,8 @@ class Follower(RunFolder):
 def _replace(path: Path, text: str) -> None:
     """The file has its old text or the new one, whatever happens."""
     temporary = path.with_suffix(io.TEMPORARY)
-    temporary.write_text(text, encoding="utf-8")
+    with enough_disk(path):
+        temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

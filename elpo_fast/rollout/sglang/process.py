@@ -36,6 +36,15 @@ _TORCHRUN = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
+_REMEDIES = {
+    "Not enough memory": "its share of the GPU's memory leaves no room for keys and values; raise "
+    "rollout.sglang.args.mem_fraction_static={share}, or give it another GPU",
+    "out of memory": "the GPU's memory ran out; lower "
+    "rollout.sglang.args.mem_fraction_static={share}, or give it another GPU",
+    "ddress already in use": "a port is taken by another process; start again, or name other ones "
+    "by rollout.sglang.args, nccl_port or dist_init_addr",
+}
+_REMEDY_CHARACTERS = 20_000  # the log's end: it holds earlier servers, too
 _TAIL_LINES = 12
 _STOP_TIMEOUT_S = 20.0
 
@@ -117,6 +126,15 @@ class ServerProcess:
             watch.wait()
             for file in files:
                 Path(file).unlink(missing_ok=True)
+
+    def remedy(self) -> str | None:
+        """What helps, where the log says that memory or a port was missing."""
+        text = self.log.read_text(errors="replace") if self.log.exists() else ""
+        share = self._args.get("mem_fraction_static", "SGLang's own choice")
+        for sign, hint in _REMEDIES.items():
+            if sign in text[-_REMEDY_CHARACTERS:]:
+                return hint.format(share=share)
+        return None
 
     def tail(self) -> str:
         """The log's last lines."""

@@ -64,7 +64,7 @@ class Server:
             ended = self.process and not self.process.alive
             if ended or time.monotonic() > deadline:
                 how = "ended" if ended else f"did not answer in {self._config.start_timeout_s:g} s"
-                what = f"{self.name} {how} while starting{self._log()}"
+                what = f"{self.name} {how} while starting{self._remedy()}{self._log()}"
                 # One that has started before was killed perhaps, and may start again.
                 raise ServerFault(what) if ended and self._fault else RunError(what)
             await asyncio.sleep(0.2)
@@ -184,6 +184,10 @@ class Server:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _remedy(self) -> str:
+        hint = self.process and self.process.remedy()
+        return f": {hint}" if hint else ""
 
     def _log(self) -> str:
         return f"; its log {self.process.log} ends:\n{self.process.tail()}" if self.process else ""
