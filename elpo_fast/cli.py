@@ -192,6 +192,7 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     from elpo_fast.config import RunConfig, load_config, parse_config, parse_section
     from elpo_fast.eval.evaluation import Evaluation, is_evaluation, of_model, run_evaluation
     from elpo_fast.train.display import Display
+    from elpo_fast.train.parts import settled
 
     path = Path(target)
     if is_evaluation(path):
@@ -204,6 +205,7 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     # Nothing is trained: log-probs of a cut distribution are as good as others.
     overrides = ["train.old_logprob=recompute", *(a for a in arguments.config if "=" in a)]
     config = parse_config({}, overrides) if file is None else load_config(file, overrides)
+    config = settled(config)
     if is_run:
         from elpo_fast.train.export import run_subject
 

@@ -46,8 +46,7 @@ from elpo_fast.eval.run import held_out_tasks
 from elpo_fast.eval.sampler import sampler
 from elpo_fast.eval.trajectories import Record, Trajectories, read_trajectories, record_of
 from elpo_fast.lock import Lock
-from elpo_fast.model.load import SCRATCH, LoadedModel, load_model, resolve_device, resolve_dtype
-from elpo_fast.rollout.chat import Chat
+from elpo_fast.model.load import SCRATCH, LoadedModel, load_model
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
@@ -62,8 +61,9 @@ _MAY_DIFFER = (*MECHANICS, "algo", "sft", "train", "eval.tasks", "eval.samples",
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and how: `config` names the model and, as run folder, that of the
-    evaluation. `weights` differs where weights of the same name may; `secret` draws the tasks."""
+    """What is evaluated, and how: `config`, with nothing left to the machine, names the model and,
+    as run folder, that of the evaluation. `weights` differs where weights of the same name may;
+    `secret` draws the tasks."""
 
     name: str
     config: Config
@@ -145,12 +145,7 @@ def compare(one: Evaluation, other: Evaluation) -> tuple[Comparison, int]:
 def run_evaluation(subject: Subject, phase: Phase) -> Evaluation:
     """Sample what the folder does not have yet. Raises `ConfigError` where it belongs to another
     evaluation, or to another process."""
-    model, rollout = subject.config.model, subject.config.rollout
-    sizes = rollout.sizes(resolve_device(model.device).type)
-    model = model.model_copy(update={"dtype": resolve_dtype(model)})
-    rollout = rollout.model_copy(update=sizes._asdict())
-    config = subject.config.model_copy(update={"model": model, "rollout": rollout})
-    folder = config.run_dir
+    config, folder = subject.config, subject.config.run_dir
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     try:
@@ -217,22 +212,33 @@ async def _evaluate(
     try:
         secret = _secret(folder, config, subject)
         source = make_source(config.task, config.run.seed, toolbox.run_function, secret)
-        tasks = held_out_tasks(source, config.eval)
-        if not tasks:
-            raise ConfigError("eval.tasks: there is no held-out task to evaluate")
-        wanted = [(task, sample) for task in tasks for sample in range(config.eval.samples)]
-        missing = [at for at in wanted if (at[0].id, at[1]) not in trajectories.records]
-        if missing:
+        if _missing(source, config, trajectories):
             _say(folder, subject, None)
             loaded = subject.load(source)
             async with sampler(config, toolbox, source, loaded) as collector:
-                _check_prompts(tasks, collector.chat, config.rollout.max_tokens)
-                with phase("evaluating", len(wanted), len(wanted) - len(missing)) as progress:
+                missing = _missing(source, config, trajectories)  # of what has room to answer
+                total = len(held_out_tasks(source, config.eval)) * config.eval.samples
+                with phase("evaluating", total, total - len(missing)) as progress:
                     await _sample(collector, config, missing, trajectories, progress)
+        tasks = held_out_tasks(source, config.eval)
     finally:
         await toolbox.close()
     records = trajectories.records
     return [[records[task.id, n] for n in range(config.eval.samples)] for task in tasks]
+
+
+def _missing(
+    source: TaskSource, config: Config, trajectories: Trajectories
+) -> list[tuple[Task, int]]:
+    """The tasks, and which of their samples, that are still to be evaluated."""
+    tasks = held_out_tasks(source, config.eval)
+    if not tasks:
+        raise ConfigError(
+            f"there is no task to evaluate: eval.tasks={config.eval.tasks}, and {source.name} has "
+            f"{source.held_out_size} held-out ones"
+        )
+    every = [(task, sample) for task in tasks for sample in range(config.eval.samples)]
+    return [at for at in every if (at[0].id, at[1]) not in trajectories.records]
 
 
 async def _sample(
@@ -264,16 +270,3 @@ async def _sample(
     async with asyncio.TaskGroup() as group:
         for task, number in wanted:
             group.create_task(one(task, number))
-
-
-def _check_prompts(tasks: Sequence[Task], chat: Chat, limit: int) -> None:
-    """Prompts that leave no room to answer are found before anything is sampled."""
-    lengths = [len(chat.prompt(task.messages)) for task in tasks]
-    too_long = sum(length >= limit for length in lengths)
-    if too_long:
-        longest = int(np.argmax(lengths))
-        raise ConfigError(
-            f"{too_long} of {len(tasks)} prompts leave no room to answer in "
-            f"rollout.max_tokens={limit}, that of task {tasks[longest].id} has {lengths[longest]} "
-            "tokens; raise it"
-        )

@@ -14,20 +14,19 @@ that one.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from elpo_fast.faults import enough_disk
 from elpo_fast.rollout.chat import Chat
-from elpo_fast.tasks.common import last_boxed, last_tagged
+from elpo_fast.tasks.answers import read_answer
 from elpo_fast.tree.store import Tree
 from elpo_fast.types import End, MalformedCall, Message, Task
 
 Record = dict[str, Any]
 
-_HASHES = re.compile(r"####[ \t]*(\S.*)")
+_FORMS = frozenset(("boxed", "hashes", "tags", "line"))
 
 
 class Trajectories:
@@ -94,9 +93,8 @@ def record_of(tree: Tree, task: Task, sample: int, chat: Chat) -> Record:
 
 
 def answer_in(text: str) -> str | None:
-    r"""The answer that a final message marks, by `\boxed{}`, `<answer>` or `####`, on one line."""
-    hashes = _HASHES.findall(text)
-    found = last_boxed(text) or last_tagged(text) or (hashes[-1] if hashes else None)
+    """The answer that a final message marks in any form, on one line."""
+    found = read_answer(text, _FORMS)
     return " ".join(found.split()) if found else None
 
 

@@ -24,7 +24,6 @@ from elpo_fast.model.load import (
 )
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tasks import make_source
-from elpo_fast.tasks.file import FileSource
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.parallel import ALONE, Ranks, SharedCollector
 from elpo_fast.train.step import PolicyOptimizer
@@ -92,8 +91,6 @@ async def assembled(
         kind = partial(SharedCollector, ranks)
         mine = ranks.engine_of(config)
         async with sampler(mine, toolbox, source, loaded, rank=ranks.rank, kind=kind) as collector:
-            if isinstance(source, FileSource):
-                source.fit_prompts(collector.chat.prompt, config.rollout.max_tokens)
             with enough_memory(
                 "making room for training",
                 "take a smaller model, or set parallel.shard, model.lora or train.optimizer",

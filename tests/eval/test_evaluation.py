@@ -25,7 +25,7 @@ from elpo_fast.tasks.ledger import Ledger
 from elpo_fast.train import loop
 from elpo_fast.train.display import Display
 from elpo_fast.train.export import run_subject
-from elpo_fast.train.parts import assembled
+from elpo_fast.train.parts import assembled, settled
 
 
 def data(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def data(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
-    return parse_config(data(folder, **sections))
+    return settled(parse_config(data(folder, **sections)))
 
 
 def phase(*arguments: Any) -> Any:
@@ -174,12 +174,35 @@ def test_greedy_depends_on_no_seed_and_is_sampled_once(tmp_path: Path) -> None:
         make_config(tmp_path, eval={"temperature": 0})
 
 
-def test_prompts_without_room_are_found_before_anything_is_sampled(tmp_path: Path) -> None:
-    config = make_config(tmp_path, rollout={"max_tokens": 3})
-    with pytest.raises(ValueError, match=r"3 of 3 prompts .*rollout.max_tokens=3, .* raise it"):
-        evaluate(config)
-    assert not lines(config.run_dir)
-    evaluate(make_config(tmp_path, run={"name": "other"}, eval={"tasks": 1}))
+def test_a_file_needs_no_training_data_and_prompts_without_room_are_left_out(
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {"question": f"{n} + 1?" + " more" * 500 * (n == 1), "answer": f"#### {n + 1}"}
+        for n in range(3)
+    ]
+    file = tmp_path / "gsm8k.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"preset": "gsm8k", "path": str(file), "overlong": "refuse"}
+    task = {"source": "file", "options": options, "seed": None, "system": None}
+    # A tokenizer for the model: one that needs no training tasks.
+    run = {"name": "refused"}
+    texts = evaluation.Subject(
+        "scratch",
+        make_config(tmp_path, task=task, run=run),
+        "",
+        lambda _: evaluation.load_model(
+            make_config(tmp_path).model, seed=0, tokenizer_texts=["user assistant tool 1 + more?"]
+        ),
+    )
+    with pytest.raises(ValueError, match=r"1 of 3 prompts have no room .*rollout.max_tokens=300"):
+        run_evaluation(texts, phase)
+    dropping = task | {"options": options | {"overlong": "drop"}}
+    config = make_config(tmp_path, task=dropping, eval={"tasks": None})
+    found = run_evaluation(evaluation.Subject("scratch", config, "", texts.load), phase)
+    assert (found.figures["tasks"], len(lines(found.folder))) == (2, 4)
+    again = run_evaluation(evaluation.Subject("scratch", config, "", texts.load), phase)
+    assert again.figures == found.figures and len(lines(found.folder)) == 4
 
 
 def test_a_run_is_evaluated_at_its_checkpoint_on_its_own_tasks(tmp_path: Path, lucky: None) -> None:
