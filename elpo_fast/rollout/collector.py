@@ -42,6 +42,7 @@ from elpo_fast.types import (
     ToolCall,
     ToolResult,
     Verdict,
+    valid_text,
 )
 
 _log = logging.getLogger(__name__)
@@ -287,7 +288,8 @@ class Collector:
         kind = doing, type(problem)
         if kind not in self._known_faults:
             self._known_faults.add(kind)
-            _log.warning("a trajectory ends: %s failed", doing, exc_info=problem)
+            traced = valid_text("".join(traceback.format_exception(problem)))
+            _log.warning("a trajectory ends: %s failed\n%s", doing, traced)
         return f"{doing} failed: {said}"
 
 
