@@ -4,11 +4,13 @@ work where nothing stops it: as a plain subprocess, or in an interpreter that is
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import zlib
 from pathlib import Path
 
 import pytest
@@ -236,6 +238,7 @@ def test_patched_library_would_last(safe_box, name: str) -> None:
 # --- graders -------------------------------------------------------------------------------------
 
 ENTRY = make_dataset("chain_sum", {}, seed=1, size=1)[0]
+PROGRAM = {"code": "", "stdin": "", "calls": [], "first": 0, "main": True, "prelude": False}
 GRADERS = {
     "elpo_fast.tasks.gym_verifier:score": (
         {
@@ -251,8 +254,8 @@ GRADERS = {
         {"correct": True},
     ),
     "elpo_fast.tasks.code_verifier:run": (
-        {"code": "print(input())", "stdin": "a", "expression": "2**10"},
-        {"stdout": "a\n", "value": 1024, "error": ""},
+        PROGRAM | {"code": "print(input())", "stdin": "a"},
+        {"stdout": base64.b64encode(zlib.compress(b"a\n")).decode(), "error": "", "results": []},
     ),
 }
 
@@ -286,10 +289,11 @@ def test_module_that_does_not_start_is_told_with_its_reason(safe_box) -> None:
 def test_graders_that_execute_are_confined_too(safe_box, unprotected, attack: str) -> None:
     assert unprotected(attack) == "True", "the attack is not one"
     Path("/dev/shm/elpo-grader").unlink(missing_ok=True)
-    payload = {"code": "", "stdin": "", "expression": attack}
+    payload = PROGRAM | {"code": f"print({attack})"}
     call = safe_box.sandbox.call_function
     result = asyncio.run(call("elpo_fast.tasks.code_verifier:run", payload, 5.0))
     its_own = safe_box.isolation == "bubblewrap" and "/dev/shm" in attack
-    assert (result["value"] is True) == its_own
+    printed = zlib.decompress(base64.b64decode(result["stdout"]))
+    assert (printed == b"True\n") == its_own
     assert not Path("/dev/shm/elpo-grader").exists()
     assert asyncio.run(call("math:factorial", 5, 5.0)) == 120
