@@ -335,7 +335,8 @@ class Server:
         run.child.handles.add(snapshot.id)
         self._finish(run, "done", payload, snapshot, grown_kb=max(0, grown))
         # A snapshot has nothing to say: whatever comes, its end above all, makes it useless.
-        self._watch(run.channel.fileno(), lambda: self._drop(snapshot.id))
+        if snapshot.id in self._snapshots:
+            self._watch(run.channel.fileno(), lambda: self._drop(snapshot.id))
 
     def _finish(
         self,
@@ -361,8 +362,11 @@ class Server:
             kill(run.child)  # a call, or a fork that did not report
         elif not run.pid:
             self._drop(run.origin)  # it did not even fork
-        else:
-            self._look_at_directory(run.child, snapshot)
+        elif self._look_at_directory(run.child, snapshot) and how == "done":
+            how, payload, told = "lost", b"", {}
+            if snapshot is not None:
+                self._drop(snapshot.id)
+                snapshot = None
         self._end_session_if_unused(run.child)
         if how != "cancelled":
             header: dict[str, Any] = {"id": run.id, "how": how, **told}
@@ -370,18 +374,22 @@ class Server:
                 header["snapshot"] = snapshot.id
             self._reply(header, *(capture.text() for capture in run.captures), [payload])
 
-    def _look_at_directory(self, child: Child, newest: Snapshot | None) -> None:
-        """After a step. The first that changes the directory leaves nothing beside itself."""
+    def _look_at_directory(self, child: Child, newest: Snapshot | None) -> bool:
+        """After a step. The first that changes the directory leaves nothing beside itself. True
+        where others run: they may have written what this step has seen, so it does not stand."""
         if child.touched or child.folder < 0:
-            return
+            return False
         child.touched = os.stat(child.folder).st_ctime_ns != child.changed_ns or bool(
             os.listdir(child.folder)
         )
-        if child.touched:
-            for run in [self._runs[number] for number in child.runs]:
-                self._finish(run, "lost")
-            for number in child.handles - {newest.id if newest else 0}:
-                self._drop(number)
+        if not child.touched:
+            return False
+        beside = [self._runs[number] for number in child.runs]
+        for run in beside:
+            self._finish(run, "lost")
+        for number in child.handles - {newest.id if newest else 0}:
+            self._drop(number)
+        return bool(beside)
 
     def _close_pipe(self, run: Run, fd: int) -> None:
         del run.pipes[fd]

@@ -260,13 +260,8 @@ def test_branches_are_apart(place: Place, name: str) -> None:
     assert said[3] == "'goes on'"
 
 
-def test_branches_that_run_at_the_same_time_are_apart(
-    safe_box, request: pytest.FixtureRequest
-) -> None:
+def test_branches_that_run_at_the_same_time_are_apart(safe_box) -> None:
     """One writes while the other looks, and the other's answer is right all the same."""
-    if safe_box.isolation == "landlock":
-        reason = "a known fault: with Landlock they have one folder while both run"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     look = (
         "import glob, tempfile, time\nend = time.monotonic() + 1\nseen = []\n"
         "while time.monotonic() < end and not seen:\n"
