@@ -245,7 +245,7 @@ def fault(ranks: Ranks, used: Path) -> str:
     """What a rank says of a run folder that has something in it."""
     config = parse_config({"run": {"dir": str(used.parent), "name": used.name}})
     with pytest.raises(ConfigError) as raised:
-        loop._folder(config, False, ranks)
+        loop._folder(config, False, False, ranks)
     return str(raised.value)
 
 
