@@ -213,6 +213,8 @@ def test_a_row_of_a_bfloat16_product_does_not_depend_on_the_others(size: tuple[i
     together = linear(rows)
     for count in (padded(1), 3, 5, 8, 15, 16, 31, 64, 120):
         assert torch.equal(linear(rows[:count]), together[:count]), count
+    order = torch.randperm(len(rows), generator=generator)[:37]  # nor on its place
+    assert torch.equal(linear(rows[order]), together[order])
 
 
 def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -243,6 +243,8 @@ def adapted_run(ranks: Ranks, folder: Path, run: Path) -> None:
 
 def fault(ranks: Ranks, used: Path) -> str:
     """What a rank says of a run folder that has something in it."""
+    used.mkdir(exist_ok=True)
+    (used / "something").touch()
     config = parse_config({"run": {"dir": str(used.parent), "name": used.name}})
     with pytest.raises(ConfigError) as raised:
         loop._folder(config, False, False, ranks)
@@ -263,7 +265,7 @@ def compare(out: str, folder: str) -> None:
             results[name, "poisoned"] = poisoned(among)
             results[name, "loaded"] = [loaded(among, Path(folder), lora) for lora in (False, True)]
             adapted_run(among, Path(folder), run / "adapted")
-        results["fault"] = ranks.gather(fault(ranks, Path(__file__).parent))
+        results["fault"] = ranks.gather(fault(ranks, Path(out).with_name("used")))
         if ranks.leads:
             torch.save(results, out)
 
