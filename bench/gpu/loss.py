@@ -8,12 +8,14 @@ gradients.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -77,17 +79,24 @@ def cut_cross_entropy(p: Problem) -> Tensor:
 
 
 def trl_chunked(p: Problem) -> Tensor:
-    """Loaded by its file: TRL itself wants more packages than a bare machine has."""
-    name = "trl_chunked_logprob"
+    """Loaded by its file, in a package where what it takes from TRL's trainer does nothing: TRL
+    itself wants more packages than a bare machine has."""
+    name = "trl_alone.kernels.chunked_logprob"
     if name not in sys.modules:
-        (found,) = (
+        found = next(
             path
             for place in sys.path
             if (path := Path(place) / "trl" / "kernels" / "chunked_logprob.py").exists()
         )
+        utils = ModuleType("trl_alone.trainer.utils")
+        vars(utils)["maybe_gather_lm_head_ctx"] = lambda *_: contextlib.nullcontext()
+        for package in ("trl_alone", "trl_alone.kernels", "trl_alone.trainer"):
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = []
         spec = importlib.util.spec_from_file_location(name, found)
         assert spec is not None and spec.loader is not None
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules |= {utils.__name__: utils, name: module}
         spec.loader.exec_module(module)
     call = sys.modules[name].ChunkedLogProbFunction.apply
     return from_logprob(p, call(p.hidden, p.weight, None, p.targets, 1.0, 4096, None, 1.0, ())[0])

@@ -139,6 +139,20 @@ def compare(variant: str, found: list[Any], true: list[Any]) -> None:
             assert error(value, exact) <= tolerance, f"result {number}: {error(value, exact):.2e}"
 
 
+@interpreted
+@pytest.mark.parametrize("live", ["0", "01", "10", "0011", "110100100", "111000111", "000000001"])
+def test_live_rows_come_first(live: str) -> None:
+    from elpo_kernels._triton_tiles import TritonTiles
+
+    flags = torch.tensor([mark == "1" for mark in live])
+    values = torch.randn(len(live), 70)
+    place, count = values.clone(), int(flags.sum())
+    order = TritonTiles(None).compact(place, flags, count)  # type: ignore[arg-type]
+    assert sorted(order.tolist()) == flags.nonzero()[:, 0].tolist()
+    assert torch.equal(place[:count], values[order])
+    assert all(order[i] == i for i in range(count) if flags[i]), "moved without need"
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that it starts")
 def test_in_the_interpreter() -> None:
     run = subprocess.run(

@@ -109,13 +109,16 @@ def chosen_tokens(
 ) -> Tensor:
     """Where the mask `chosen` `[T]` is true; `ValueError` for a target that is no token, and for
     `signed`, c⁺ and c⁻, of other signs. Reads the device once where all are chosen, else twice."""
-    wrong = (targets != ignore_index) & ((targets < 0) | (targets >= size))
-    counts = [chosen.sum(), wrong.sum()]
+    if not len(targets):
+        return torch.arange(0, device=targets.device)
+    bounds = torch.aminmax(torch.where(targets == ignore_index, 0, targets))
+    counts = [chosen.sum(), *bounds]
     if signed:
         pos, neg = signed
-        counts += [(pos < 0).sum(), (neg > 0).sum()]
-    count, wrong_targets, *wrong_signs = torch.stack(counts).tolist()
-    if wrong_targets:
+        counts += [(pos < 0).any(), (neg > 0).any()]
+    count, least, most, *wrong_signs = torch.stack(counts).tolist()
+    if least < 0 or most >= size:
+        wrong = (targets != ignore_index) & ((targets < 0) | (targets >= size))
         at = int(wrong.nonzero()[0])
         raise ValueError(
             f"targets[{at}] = {int(targets[at])} is outside the vocabulary of {size}; "

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from elpo_kernels._head import (
     LN2,
+    LOG2E,
     MIB,
     Head,
     Rows,
@@ -34,7 +35,6 @@ from elpo_kernels._head import (
     blocks,
     column,
     cut,
-    gather_rows,
     subset,
 )
 
@@ -58,6 +58,8 @@ class Tiles(Protocol):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor: ...
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None: ...
+    def at_targets(self, xs: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor]: ...
+    def compact(self, place: Tensor, live: Tensor, count: int) -> Tensor: ...
     def weight(self, i: int, strip: slice) -> Tensor: ...
     def through_weight(self, kept: Tensor, i: int) -> Tensor: ...
     def sums(self, rows: Rows, want_entropy: bool) -> tuple[Tensor, Tensor]: ...
@@ -211,6 +213,22 @@ class Gradients:
         ]
 
 
+def gather_rows(
+    head: Head, tiles: Tiles, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor
+) -> Rows:
+    """Rows `index` of the flat arrays with their target logits, exact in the accumulation dtype;
+    not yet anchored. Collective over the head's group."""
+    scale = head.inv_temperature
+    if isinstance(scale, Tensor):
+        scale = scale[index]
+    xs = tuple(x[index].to(head.dtype) for x in xs)
+    mine, both = tiles.at_targets(xs, targets[index])
+    raw, logit = head.all_reduce(both)
+    if head.softcap:
+        logit = head.softcap * torch.tanh(logit / head.softcap)
+    return Rows(xs, mine, raw, logit * column(scale), scale, None, raw, raw)
+
+
 def forward(
     head: Head,
     xs: tuple[Tensor, ...],
@@ -229,7 +247,12 @@ def forward(
         return *values, torch.logaddexp2(rows.target, log_rest) - rows.offset
 
     for block in blocks(index, head.tiling.rows):
-        rows = gather_rows(head, xs, targets, block)
+        rows = gather_rows(head, tiles, xs, targets, block)
+        # Products that are not rounded need no anchor; one at an improbable target would be far
+        # off.
+        rounded = head.dtype != tiles.acc
+        origin = LOG2E * rows.logit if rounded else torch.zeros_like(rows.logit)
+        rows = anchored(head, rows, origin, loose=True)
         values = found(rows)
         if tiles.rounds_logits:
             far = (values[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
@@ -272,7 +295,7 @@ def backward(
     gradients = Gradients(head, xs, wanted, tiles, like)
     if not len(index):
         return gradients.finish()
-    rows = gather_rows(head, xs, targets, index)
+    rows = gather_rows(head, tiles, xs, targets, index)
     logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
     log_sum = log_sum[index]
     rows = anchored(head, rows, log_sum, loose=grad_entropy is None)

@@ -14,7 +14,6 @@ their cost is proportional to the tokens that have a gradient.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +28,7 @@ from elpo_kernels._engine import (
     Wanted,
     backward,
     forward,
+    gather_rows,
     measured,
 )
 from elpo_kernels._head import (
@@ -37,15 +37,10 @@ from elpo_kernels._head import (
     Rows,
     anchored,
     column,
-    gather_rows,
     guessed,
     subset,
 )
-from elpo_kernels._threads import spread
 from elpo_kernels.policy import statistics, surrogate
-
-# Columns of rows that a thread moves at once where each row lies in a column.
-_CHUNK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,13 +156,16 @@ def _one_pass(
     def take(block: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Leave the logit gradients of the rows of `block` that have any in the first rows of
         `place`, but for a factor: these rows and their factors. The device is waited for once."""
-        rows = gather_rows(head, xs, targets, block)
+        rows = gather_rows(head, tiles, xs, targets, block)
         # With anchors far from the log-sum-exp the entropy's sums would cancel.
         rows = anchored(head, rows, guessed(rows, policy.guess(block)), loose=not want_entropy)
         sums = _powers(head, tiles, rows, place, None, want_entropy)
         log_total, found, slope, live = measure(rows, sums, block)
         far = ~(log_total.abs() <= limit)
-        lost, count = torch.stack([far.sum(), live.sum()]).tolist()
+        counts = torch.stack([far.sum(), live.sum()])
+        once = policy.entropy_coef is not None  # else all may be done again: not to wait before it
+        factor = log_total if once else finish(rows, sums, block, place, log_total, found, slope)
+        lost, count = counts.tolist()
         if lost:  # anchors too far from their log-sum-exp
             again = far.nonzero()[:, 0]
             worst = subset(rows, again)
@@ -177,6 +175,24 @@ def _one_pass(
             rows.target[again] = nearer.target
             log_total, found, slope, live = measure(rows, sums, block)
             count = int(live.sum())
+        if lost or once:
+            factor = finish(rows, sums, block, place, log_total, found, slope)
+        if count == len(live):
+            return block, factor
+        order = tiles.compact(place, live, count)
+        return block[order], factor[order]
+
+    def finish(
+        rows: Rows,
+        sums: Tensor,
+        block: Tensor,
+        place: Tensor,
+        log_total: Tensor,
+        found: Tensor,
+        slope: Tensor,
+    ) -> Tensor:
+        """Note the block's log-probs and entropies, and turn its powers into the logits' gradients
+        but for a factor, which is returned."""
         total, moment = sums
         logprob[block] = found
         if want_entropy:
@@ -194,10 +210,7 @@ def _one_pass(
             at_target *= column(rows.inv_temperature)
             factor = torch.ones_like(factor)
         _write_targets(head, rows, place, at_target)
-        if count == len(live):
-            return block, factor
-        order = _compacted(head, place, live, count)
-        return block[order], factor[order]
+        return factor
 
     def measure(rows: Rows, sums: Tensor, block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """log2 Z, the log-prob, the loss's derivative by it, and which rows have a gradient."""
@@ -256,34 +269,6 @@ def _powers(
     """Fill rows `position` of `place` (by default all) with E; Σ E and Σ E·L over all shards,
     `[2, R]`."""
     return head.all_reduce(torch.stack(tiles.powers(rows, place, position, want_entropy)))
-
-
-def _compacted(head: Head, place: Tensor, live: Tensor, count: int) -> Tensor:
-    """Move the last of the `count` live rows of `place` onto the dead ones among the first, so that
-    the live ones come first; the rows they were, in their new order. As little is moved as can
-    be."""
-    order = torch.arange(count, device=live.device)
-    holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
-    order[holes] = movers
-
-    def move_columns(strip: slice) -> None:
-        part = place.t()[strip]  # as it lies in memory
-        part.index_copy_(1, holes, part.index_select(1, movers))
-
-    if place.device.type != "cpu":
-        for part in place.split(head.tiling.strip, 1):
-            part.index_copy_(0, holes, part.gather(0, movers[:, None].expand(-1, part.shape[1])))
-    elif place.stride(1) > 1:
-        spread(move_columns, head.strips(_CHUNK))
-    else:  # PyTorch would look at every row in all threads
-        pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
-
-        def move_row(pair: tuple[int, int]) -> None:
-            start = place.data_ptr()  # `place` lives as long as somebody moves its rows
-            ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
-
-        spread(move_row, zip(holes.tolist(), movers.tolist(), strict=True))
-    return order
 
 
 def _write_targets(head: Head, rows: Rows, place: Tensor, values: Tensor) -> None:

@@ -15,8 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elpo_kernels._checks import accumulation
-
 LOG2E = 1 / math.log(2)
 LN2 = math.log(2)
 MIB = 1 << 20
@@ -190,40 +188,7 @@ class Rows:
     inv_temperature: float | Tensor  # Tensor: [R, 1]
     anchor: Tensor | None  # [R, 1] added inside the product, in its dtype; None: 0 for all
     offset: Tensor  # [R]
-    target: Tensor  # [R] L of the target
-
-
-def gather_rows(head: Head, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor) -> Rows:
-    """Rows `index` of the flat arrays with their target logits, exact in the
-    accumulation dtype, anchored at the target's logit where products are rounded. Collective over
-    the head's group."""
-    inv_temperature = head.inv_temperature
-    xs, targets = tuple(x[index].to(head.dtype) for x in xs), targets[index]
-    if isinstance(inv_temperature, Tensor):
-        inv_temperature = inv_temperature[index]
-    column = targets - head.first
-    mine = (column >= 0) & (column < head.vocabulary)
-    safe = torch.where(mine, column, 0)
-    acc = accumulation(head.dtype)
-    raw = torch.zeros(len(targets), dtype=acc, device=targets.device)
-    for x, weight in zip(xs, head.weights, strict=True):
-        # With all rows at once the copies would be the peak of the memory.
-        for part in cut(0, len(raw), head.tiling.rows):
-            raw[part] += weight[safe[part]].to(acc).mul_(x[part]).sum(1)
-    logit = raw if head.bias is None else raw + head.bias[safe]
-    both = torch.where(mine, torch.stack([raw, logit]), 0)
-    raw, logit = head.all_reduce(both)
-    if head.softcap:
-        logit = head.softcap * torch.tanh(logit / head.softcap)
-    if isinstance(inv_temperature, Tensor):
-        logit = logit * inv_temperature[:, 0]
-    else:
-        logit = logit * inv_temperature
-    mine = torch.where(mine, column, -1)
-    rows = Rows(xs, mine, raw, logit, inv_temperature, raw[:, None], raw, raw)
-    # Products that are not rounded need no anchor; one at an improbable target would be far off.
-    origin = torch.zeros_like(logit) if head.dtype == acc else LOG2E * logit
-    return anchored(head, rows, origin, loose=True)
+    target: Tensor  # [R] L of the target, once `anchored`
 
 
 def guessed(rows: Rows, logprob: Tensor) -> Tensor:

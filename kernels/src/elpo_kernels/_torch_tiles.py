@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -19,6 +20,8 @@ _GROUP = 176
 _FEW = 512
 # Least width of a strip that a thread takes for itself.
 _NARROWEST = 512
+# Columns of rows that a thread moves at once where each row lies in a column.
+_CHUNK = 512
 
 
 def combined(head: Head, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,6 +84,50 @@ class TorchTiles:
             total.copy_(torch.mm(a, b))
         else:
             total += torch.mm(a, b)
+
+    def at_targets(self, xs: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Columns of the targets in this shard `[R]`, -1 where they are in another, and their
+        logits before and after the bias `[2, R]`, 0 there."""
+        head = self.head
+        column = targets - head.first
+        mine = (column >= 0) & (column < head.vocabulary)
+        safe = torch.where(mine, column, 0)
+        raw = torch.zeros(len(targets), dtype=self.acc, device=targets.device)
+        for x, weight in zip(xs, head.weights, strict=True):
+            # With all rows at once the copies would be the peak of the memory.
+            for part in cut(0, len(raw), head.tiling.rows):
+                raw[part] += weight[safe[part]].to(self.acc).mul_(x[part]).sum(1)
+        logit = raw if head.bias is None else raw + head.bias[safe]
+        both = torch.where(mine, torch.stack([raw, logit]), 0)
+        return torch.where(mine, column, -1), both
+
+    def compact(self, place: Tensor, live: Tensor, count: int) -> Tensor:
+        """Move the last of the `count` live rows of `place` onto the dead ones among the first, so
+        that the live ones come first; the rows they were, in their new order. As little is moved as
+        can be."""
+        order = torch.arange(count, device=live.device)
+        holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
+        order[holes] = movers
+
+        def move_columns(strip: slice) -> None:
+            part = place.t()[strip]  # as it lies in memory
+            part.index_copy_(1, holes, part.index_select(1, movers))
+
+        if place.device.type != "cpu":
+            for part in place.split(self.head.tiling.strip, 1):
+                source = movers[:, None].expand(-1, part.shape[1])
+                part.index_copy_(0, holes, part.gather(0, source))
+        elif place.stride(1) > 1:
+            spread(move_columns, self.head.strips(_CHUNK))
+        else:  # PyTorch would look at every row in all threads
+            pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
+
+            def move_row(pair: tuple[int, int]) -> None:
+                start = place.data_ptr()  # `place` lives as long as somebody moves its rows
+                ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
+
+            spread(move_row, zip(holes.tolist(), movers.tolist(), strict=True))
+        return order
 
     def weight(self, i: int, strip: slice) -> Tensor:
         """Rows `strip` of a weight in the dtype of the products, valid until the next strip."""

@@ -32,25 +32,84 @@ def _level(z, scale, offset, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _load(logits, bias, at, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(logits, bias, at, first, columns, HAS_BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     inside = at < columns
     z = tl.load(logits + at, mask=inside, other=float("-inf")).to(tl.float32)
     if HAS_BIAS:
-        z += tl.load(bias + at, mask=inside, other=0.0)
+        z += tl.load(bias + first + at, mask=inside, other=0.0)
     return z, inside
+
+
+@triton.jit
+def target_kernel(  # type: ignore[no-untyped-def]
+    x,  # [R, width]
+    weight,  # [vocabulary, width]
+    bias,  # [vocabulary]
+    target,  # [R] token
+    column,  # [R] out: where the target lies in this shard, -1 where it does not
+    raw,  # [R] the target's logit, added to; 0 where it is in another shard
+    logit,  # [R] the same with the bias
+    shard,  # the first token of this shard
+    vocabulary,
+    width,
+    x_stride,
+    weight_stride,
+    width_stride,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    here = tl.load(target + row).to(tl.int64) - shard
+    mine = (here >= 0) & (here < vocabulary)
+    tl.store(column + row, tl.where(mine, here, -1))
+    if mine:
+        total = 0.0
+        for start in range(0, width, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < width
+            a = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(
+                weight + here * weight_stride + at.to(tl.int64) * width_stride,
+                mask=inside,
+                other=0.0,
+            )
+            total += tl.sum(a * b.to(tl.float32), 0)
+        tl.store(raw + row, tl.load(raw + row) + total)
+        if HAS_BIAS:
+            total += tl.load(bias + here)
+        tl.store(logit + row, tl.load(logit + row) + total)
+
+
+@triton.jit
+def move_kernel(  # type: ignore[no-untyped-def]
+    values,  # [., columns], updated
+    source,  # [R] row r becomes row source[r], which does not change
+    columns,
+    stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    origin = tl.load(source + row)
+    if origin != row:
+        for start in range(0, columns, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < columns
+            value = tl.load(values + origin * stride + at, mask=inside)
+            tl.store(values + row * stride + at, value, mask=inside)
 
 
 @triton.jit
 def sums_kernel(  # type: ignore[no-untyped-def]
     logits,  # [., columns]
     index,  # [R] row of `logits` that program r works on
-    bias,  # [columns]
+    bias,  # [V]
     scale,  # [R]
     offset,  # [R]
-    target,  # [R] column of the target, anything outside the tile where it is not in it
+    target,  # [R] column of the target in the vocabulary, -1 where it is not in this shard
     top,  # [R] running maximum of L, updated
     total,  # [R] running Σ 2^(L − top) without the target, updated
     moment,  # [R] running Σ 2^(L − top) · (L − top) without the target, updated
+    first,  # the tile's first column in the vocabulary
     columns,
     stride,
     HAS_BIAS: tl.constexpr,
@@ -61,11 +120,11 @@ def sums_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index + row).to(tl.int64)
     row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
-    skip = tl.load(target + row)
+    skip = tl.load(target + row) - first
     m, s, e = tl.load(top + row), tl.load(total + row), tl.load(moment + row)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z, inside = _load(logits + source * stride, bias, at, columns, HAS_BIAS)
+        z, inside = _load(logits + source * stride, bias, at, first, columns, HAS_BIAS)
         level, _ = _level(z, row_scale, row_offset, SOFTCAP)
         level = tl.where(inside, tl.where(at == skip, float("-inf"), level), float("-inf"))
         higher = tl.maximum(m, tl.max(level, 0))
@@ -86,14 +145,15 @@ def sums_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def powers_kernel(  # type: ignore[no-untyped-def]
     logits,  # [R, columns]
-    bias,  # [columns]
+    bias,  # [V]
     scale,  # [R]
     offset,  # [R]
     target,  # [R]
-    out,  # [., columns] row position[r] receives row r
+    out,  # [., V] row position[r] receives row r
     position,  # [R]
     total,  # [R] running Σ 2^L without the target, updated
     moment,  # [R] running Σ 2^L · L without the target, updated
+    first,  # the tile's first column in the vocabulary
     columns,
     stride,
     out_stride,
@@ -104,12 +164,12 @@ def powers_kernel(  # type: ignore[no-untyped-def]
 ):
     row = tl.program_id(0).to(tl.int64)
     row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
-    skip = tl.load(target + row)
-    place = out + tl.load(position + row).to(tl.int64) * out_stride
+    skip = tl.load(target + row) - first
+    place = out + tl.load(position + row).to(tl.int64) * out_stride + first
     s, e = tl.load(total + row), tl.load(moment + row)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z, inside = _load(logits + row * stride, bias, at, columns, HAS_BIAS)
+        z, inside = _load(logits + row * stride, bias, at, first, columns, HAS_BIAS)
         level, slope = _level(z, row_scale, row_offset, SOFTCAP)
         level = tl.where(inside, tl.where(at == skip, float("-inf"), level), float("-inf"))
         power = tl.exp2(level)
@@ -127,7 +187,7 @@ def powers_kernel(  # type: ignore[no-untyped-def]
 def gradient_kernel(  # type: ignore[no-untyped-def]
     logits,  # [., columns]
     index,  # [R] row of `logits` that program r works on
-    bias,  # [columns]
+    bias,  # [V]
     scale,  # [R]
     offset,  # [R]
     target,  # [R]
@@ -135,6 +195,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     beta,  # [R]
     at_target,  # [R]
     out,  # [., columns] written at the same rows; may be `logits`
+    first,  # the tile's first column in the vocabulary
     columns,
     stride,
     out_stride,
@@ -147,10 +208,11 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     source = tl.load(index + row).to(tl.int64)
     row_scale, row_offset = tl.load(scale + row), tl.load(offset + row)
-    skip, a, peak = tl.load(target + row), tl.load(alpha + row), tl.load(at_target + row)
+    skip = tl.load(target + row) - first
+    a, peak = tl.load(alpha + row), tl.load(at_target + row)
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        z, inside = _load(logits + source * stride, bias, at, columns, HAS_BIAS)
+        z, inside = _load(logits + source * stride, bias, at, first, columns, HAS_BIAS)
         level, slope = _level(z, row_scale, row_offset, SOFTCAP)
         power = tl.exp2(level)
         factor = power * a

@@ -17,8 +17,10 @@ from elpo_kernels._torch_tiles import combined
 from elpo_kernels._triton_rows import (
     gradient_kernel,
     launch,
+    move_kernel,
     powers_kernel,
     sums_kernel,
+    target_kernel,
     with_entropy_kernel,
 )
 
@@ -51,6 +53,38 @@ class TritonTiles:
         else:
             total.copy_(torch.mm(a, b))
 
+    def at_targets(self, xs: tuple[Tensor, ...], targets: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.head
+        column = torch.empty_like(targets, dtype=torch.int64)
+        both = torch.zeros(2, len(targets), dtype=self.acc, device=targets.device)
+        for i, (x, weight) in enumerate(zip(xs, head.weights, strict=True)):
+            launch(
+                target_kernel,
+                len(targets),
+                x,
+                weight,
+                x if head.bias is None else head.bias,
+                targets,
+                column,
+                *both,
+                head.first,
+                *weight.shape,
+                x.stride(0),
+                *weight.stride(),
+                HAS_BIAS=i == 0 and head.bias is not None,
+            )
+        return column, both
+
+    def compact(self, place: Tensor, live: Tensor, count: int) -> Tensor:
+        """Without a wait: which rows move is known on the device alone."""
+        dead = ~live
+        movers = count + torch.argsort(dead[count:].byte(), stable=True)
+        hole = (torch.cumsum(dead[:count], 0) - 1).clamp_(0, len(movers) - 1)
+        order = torch.arange(count, device=live.device)
+        order = torch.where(dead[:count], movers[hole], order)
+        launch(move_kernel, count, place, order, place.shape[1], place.stride(0))
+        return order
+
     def weight(self, i: int, strip: slice) -> Tensor:
         return self.head.weights[i][strip]
 
@@ -78,17 +112,12 @@ class TritonTiles:
         return torch.arange(len(rows.column), device=rows.column.device)
 
     def _scale(self, rows: Rows) -> Tensor:
-        return torch.ones_like(rows.raw) * (LOG2E * column(rows.inv_temperature))
+        scale = LOG2E * column(rows.inv_temperature)
+        return scale if isinstance(scale, Tensor) else torch.full_like(rows.raw, scale)
 
-    def _bias(self, rows: Rows, strip: slice) -> Tensor:
-        return rows.raw if self.head.bias is None else self.head.bias[strip]
-
-    def _targets(self, rows: Rows) -> Tensor:
-        """Target columns within each strip `[strips, R]`."""
-        starts = torch.arange(
-            0, self.head.vocabulary, self.head.tiling.strip, device=rows.column.device
-        )
-        return rows.column - starts[:, None]
+    def _bias(self, rows: Rows) -> Tensor:
+        """Read only where there is one."""
+        return rows.raw if self.head.bias is None else self.head.bias
 
     def _flags(self, entropy: bool) -> dict[str, bool | float]:
         return {
@@ -101,20 +130,21 @@ class TritonTiles:
         top = torch.full_like(rows.raw, -torch.inf)
         total, moment = torch.zeros_like(top), torch.zeros_like(top)
         every, scale = self._every(rows), self._scale(rows)
-        for (strip, weights), target in zip(self._strips(), self._targets(rows), strict=True):
+        for strip, weights in self._strips():
             tile = self._logits(rows.xs, weights)
             launch(
                 sums_kernel,
                 len(top),
                 tile,
                 every,
-                self._bias(rows, strip),
+                self._bias(rows),
                 scale,
                 rows.offset,
-                target,
+                rows.column,
                 top,
                 total,
                 moment,
+                strip.start,
                 tile.shape[1],
                 tile.stride(0),
                 **self._flags(want_entropy),
@@ -128,26 +158,21 @@ class TritonTiles:
         moment = torch.zeros_like(total)
         if position is None:
             position = self._every(rows)
-        scale, targets = self._scale(rows), self._targets(rows)
-        strips = [
-            (weights, self._bias(rows, strip), out[:, strip]) for strip, weights in self._strips()
-        ]
-        flags = self._flags(want_entropy)
+        scale, strips, flags = self._scale(rows), self._strips(), self._flags(want_entropy)
         for part in cut(0, len(total), self.head.tiling.rows):  # a strip each is a product
             xs = tuple(x[part] for x in rows.xs)
-            per_row = scale[part], rows.offset[part]
+            per_row = self._bias(rows), scale[part], rows.offset[part], rows.column[part]
             sums = position[part], total[part], moment[part]
-            for (weights, bias, place), target in zip(strips, targets[:, part], strict=True):
+            for strip, weights in strips:
                 tile = self._logits(xs, weights)
                 launch(
                     powers_kernel,
                     len(tile),
                     tile,
-                    bias,
                     *per_row,
-                    target,
-                    place,
+                    out,
                     *sums,
+                    strip.start,
                     tile.shape[1],
                     tile.stride(0),
                     out.stride(0),
@@ -174,14 +199,15 @@ class TritonTiles:
             len(alpha),
             tile,
             self._every(rows),
-            self._bias(rows, strip),
+            self._bias(rows),
             self._scale(rows),
             rows.offset,
-            rows.column - strip.start,
+            rows.column,
             alpha,
             alpha if beta is None else beta,
             at_target,
             out,
+            strip.start,
             tile.shape[1],
             tile.stride(0),
             out.stride(0),

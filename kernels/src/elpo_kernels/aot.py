@@ -35,11 +35,12 @@ BY_NAME = {
     "index": "*i64",
     "target": "*i64",
     "position": "*i64",
+    "source": "*i64",
+    "column": "*i64",
     "flags": "*i8",
-    "columns": "i32",
-    "stride": "i32",
-    "out_stride": "i32",
-    "count": "i32",
+    **dict.fromkeys(("first", "columns", "stride", "out_stride", "count"), "i32"),
+    **dict.fromkeys(("shard", "vocabulary", "width"), "i32"),
+    **dict.fromkeys(("x_stride", "weight_stride", "width_stride"), "i32"),
     "ratio_cap": "fp32",
 }
 ATTENTION = {
@@ -165,6 +166,11 @@ def _shipped_rows() -> Iterator[Shipped]:
                 yield Shipped(rows.gradient_kernel, types, constants, rows.WARPS)
         for out in (narrow, wide):
             yield Shipped(rows.powers_kernel, {"out": out}, constants, rows.WARPS)
+    for operand, bias in itertools.product((narrow, wide), (False, True)):
+        types, constants = dict.fromkeys(("x", "weight"), operand), {"HAS_BIAS": bias, **block}
+        yield Shipped(rows.target_kernel, types, constants, rows.WARPS)
+    for values in (narrow, wide):
+        yield Shipped(rows.move_kernel, {"values": values}, block, rows.WARPS)
     for kept in (narrow, wide):
         yield Shipped(rows.with_entropy_kernel, {"kept": kept}, block, rows.WARPS)
     for low, high in itertools.product((0, 1), repeat=2):
