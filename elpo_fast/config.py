@@ -207,6 +207,7 @@ class AlgoConfig(Section):
     lambda_tree: Fraction = 0.5
     advantage_eps: NonNegativeFloat = 1e-6
     weights: Literal["sequence_mean"] = "sequence_mean"
+    merge_equal_steps: bool = False  # equal siblings are one node, whose value is pooled
     clip: ClipConfig = ClipConfig()
 
 

@@ -57,6 +57,7 @@ from elpo_fast.train.step import (
 )
 from elpo_fast.train.summary import DURING, print_summary
 from elpo_fast.tree import io
+from elpo_fast.tree.merge import merge_equal_steps
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
 
@@ -245,6 +246,8 @@ class _Run:
             seed=self.stream(_COLLECT, step),
             on_tree=on_tree,
         )
+        if config.algo.merge_equal_steps:
+            trees = [merge_equal_steps(tree) for tree in trees]
         forest = Forest.from_trees(trees)
         ranks = self.parts.ranks
         if config.train.save_trees and ranks.leads:
