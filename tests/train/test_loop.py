@@ -158,8 +158,13 @@ def test_the_engine_lends_its_memory_to_all_training(
 
 @pytest.mark.parametrize(
     "algo",
-    [{}, {"planner": "star", "advantage": "group"}, {"clip": {"scope": "tree", "eps_elc": 0.2}}],
-    ids=["ELPO", "GRPO", "ELPO, clip scope tree"],
+    [
+        {},
+        {"planner": "star", "advantage": "group"},
+        {"clip": {"scope": "tree", "eps_elc": 0.2}},
+        {"merge_equal_steps": True},
+    ],
+    ids=["ELPO", "GRPO", "ELPO, clip scope tree", "ELPO, equal steps merged"],
 )
 def test_algorithms_are_a_matter_of_configuration(
     algo: dict[str, Any], tmp_path: Path, random_rewards: None
