@@ -25,14 +25,15 @@ def _no_gap() -> NDArray[np.float32]:
 
 @dataclass(frozen=True, slots=True)
 class StepStats:
-    """One update. Means are over the tokens with a coefficient; ratio and clip figures are those
-    before the update, 1 and 0 where there is no ratio (negative log-likelihood)."""
+    """One update. Means are over the rows of the loss (`tree.pack.LossRows`); ratio and clip
+    figures are those before the update, 1 and 0 where there is no ratio (negative
+    log-likelihood)."""
 
     loss: float
     grad_norm: float  # before clipping
     lr: float
     tokens: int  # distinct prefixes, which is what was computed
-    trained_tokens: int  # of the nodes' tokens, with a coefficient
+    trained_tokens: int  # rows of the loss
     ratio_mean: float = 1.0
     ratio_max: float = 1.0
     clipped_low: float = 0.0  # share of tokens held by the lower bound

@@ -33,9 +33,12 @@ class Staged(NamedTuple):
 
 
 def stage(
-    batch: PackedBatch, chosen: NDArray[np.int64], names: Sequence[str], device: torch.device
+    batch: PackedBatch,
+    chosen: NDArray[np.int64],
+    columns: Sequence[NDArray[Any]],
+    device: torch.device,
 ) -> Staged:
-    """The batch, its tokens `chosen` `[T]` and their columns `names`.
+    """The batch, its tokens `chosen` `[T]` and `columns` `[T]` of theirs.
 
     On a GPU the prefixes are followed by ones of one token, up to one of few lengths.
     """
@@ -43,12 +46,12 @@ def stage(
     token_ids, position, end = map(torch.from_numpy, (trie.token_ids, trie.position, trie.end))
     if device.type != "cpu":
         token_ids, position, end = padded(token_ids, position, end, bucket(len(trie)))
-    rows = [getattr(batch, name)[chosen] for name in ("token_ids", *names)]
-    rows.insert(0, trie.row[np.maximum(batch.pred[chosen], 0)])  # nothing predicts a first token
-    given = [token_ids, position, end, *map(torch.from_numpy, rows)]
-    token_ids, position, ends, before, targets, *columns = to_device(given, device)
+    before = trie.row[np.maximum(batch.pred[chosen], 0)]  # nothing predicts a first token
+    rows = map(torch.from_numpy, (before, batch.token_ids[chosen], *columns))
+    given = [token_ids, position, end, *rows]
+    token_ids, position, ends, preceding, targets, *moved = to_device(given, device)
     # What compiled blocks read is no view: to them views and other tensors are different code.
-    return Staged(token_ids, position.clone(), ends.clone(), before, targets, columns, end)
+    return Staged(token_ids, position.clone(), ends.clone(), preceding, targets, moved, end)
 
 
 def to_device(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:

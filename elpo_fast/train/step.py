@@ -50,9 +50,6 @@ Schedule = Callable[[int], float]
 WEIGHTS, MOMENTS = "weights.", "moments."
 """What the names of a `PolicyOptimizer.state_dict` begin with; a parameter's name follows."""
 
-_POLICY_COLUMNS = ("old_logprob", "pos_coef", "neg_coef", "eps_low", "eps_high")
-"""Of a batch, in the order in which the loss takes them."""
-
 _T = TypeVar("_T")
 
 
@@ -179,11 +176,13 @@ class PolicyOptimizer:
     def policy_backward(self, batch: PackedBatch) -> Part | None:
         """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient.
         Nothing here waits for the device."""
-        chosen = np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
-        if not len(chosen):
+        rows = batch.loss_rows
+        if not len(rows):
             return None
-        staged = self._stage(batch, chosen, *_POLICY_COLUMNS)
-        old = staged.columns[0]
+        old, low, high = (
+            column[rows.index] for column in (batch.old_logprob, batch.eps_low, batch.eps_high)
+        )
+        staged = self._stage(batch, rows.index, old, rows.pos, rows.neg, low, high)
 
         def compute() -> PolicyLossOutput:
             hidden, head = self._predictors(staged)
@@ -199,19 +198,20 @@ class PolicyOptimizer:
 
         out = self._inside(compute)
         out.loss.backward()
-        values = torch.hstack([out.loss.detach(), *out.stats, out.logprob - old])
-        return Part(len(batch.trie), len(chosen), values)
+        gap = out.logprob - staged.columns[0]
+        values = torch.hstack([out.loss.detach(), *out.stats, gap])
+        return Part(len(batch.trie), len(rows), values)
 
     def nll_backward(self, batch: PackedBatch) -> Part | None:
         """As `policy_backward`, for `nll_update`."""
-        chosen = np.flatnonzero(batch.pos_coef)
-        if not len(chosen):
+        rows = batch.loss_rows
+        if not len(rows):
             return None
-        staged = self._stage(batch, chosen, "pos_coef")
+        staged = self._stage(batch, rows.index, rows.pos)
         logprob = self._inside(lambda: self._logprob(staged, 1.0))
         loss = -(staged.columns[0] * logprob).sum()
         loss.backward()
-        return Part(len(batch.trie), len(chosen), loss.detach()[None])
+        return Part(len(batch.trie), len(rows), loss.detach()[None])
 
     @torch.no_grad()
     def logprobs(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
@@ -222,14 +222,16 @@ class PolicyOptimizer:
         """
 
         def of(batch: PackedBatch) -> torch.Tensor:
-            staged = self._stage(batch, np.flatnonzero(batch.agent))
+            _, first, _ = _spoken(batch)
+            staged = self._stage(batch, first)
             return self._inside(lambda: self._logprob(staged, self.temperature)).float()
 
         done = self._mine(batches, of)
         found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))
         results = [np.zeros(len(batch), np.float32) for batch in batches]
         for batch, result, logprob in zip(batches, results, found, strict=True):
-            result[batch.agent != 0] = logprob
+            tokens, _, place = _spoken(batch)
+            result[tokens] = logprob[place]
         return results
 
     @torch.no_grad()
@@ -340,10 +342,10 @@ class PolicyOptimizer:
 
     def _cost(self, batch: PackedBatch) -> float:
         """Estimated work, in computed rows: products with the blocks' weights, attention along the
-        paths, and the head of every trained token."""
-        trie, trained = batch.trie, np.count_nonzero((batch.pos_coef != 0) | (batch.neg_coef != 0))
+        paths, and the head of every row of the loss."""
+        trie = batch.trie
         pairs = float(np.sum(trie.position + 1.0))
-        return len(trie) + self._pair_cost * pairs + self._head_cost * trained
+        return len(trie) + self._pair_cost * pairs + self._head_cost * len(batch.loss_rows)
 
     def _idle(self) -> None:
         """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
@@ -364,8 +366,10 @@ class PolicyOptimizer:
         norm = nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def _stage(self, batch: PackedBatch, chosen: NDArray[np.int64], *names: str) -> Staged:
-        return stage(batch, chosen, names, self.model.device)
+    def _stage(
+        self, batch: PackedBatch, chosen: NDArray[np.int64], *columns: NDArray[Any]
+    ) -> Staged:
+        return stage(batch, chosen, columns, self.model.device)
 
     def _logprob(self, staged: Staged, temperature: float) -> torch.Tensor:
         hidden, head = self._predictors(staged)
@@ -418,6 +422,16 @@ class PolicyOptimizer:
                 if not all(map(math.isfinite, (*(part.loss for part in parts), length))):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
+
+
+def _spoken(
+    batch: PackedBatch,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """The agent's tokens `[A]`, the first of each distinct prefix among them `[D]`, and which of
+    these has the prefix of each `[A]`."""
+    tokens = np.flatnonzero(batch.agent)
+    _, first, place = np.unique(batch.trie.row[tokens], return_index=True, return_inverse=True)
+    return tokens, tokens[first], place
 
 
 def micro_batches(

@@ -83,6 +83,38 @@ class PackedBatch:
         token_ids, position, end = rows[:, :count]
         return Trie(token_ids, position, end, row)
 
+    @cached_property
+    def loss_rows(self) -> LossRows:
+        """What the loss is computed of."""
+        chosen = np.flatnonzero((self.pos_coef != 0) | (self.neg_coef != 0))
+        index = np.empty(len(chosen), np.int64)
+        sums = np.zeros((2, len(chosen)))
+        count = _add_up(
+            self.trie.row,
+            chosen,
+            self.old_logprob,
+            self.eps_low,
+            self.eps_high,
+            self.pos_coef,
+            self.neg_coef,
+            index,
+            *sums,
+        )
+        return LossRows(index[:count], *sums[:, :count])
+
+
+@dataclass(frozen=True, eq=False)
+class LossRows:
+    """The tokens with a coefficient, those as one that are equal in prefix, old log-prob and clip
+    bounds: the loss is positively homogeneous in its coefficients, which are added."""
+
+    index: NDArray[np.int64]  # [R], the first token of each row
+    pos: NDArray[np.float64]  # [R]
+    neg: NDArray[np.float64]  # [R]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
 
 @dataclass(frozen=True, eq=False)
 class Trie:
@@ -331,6 +363,42 @@ def _merge(
         out_end[at] = at + below[prefix]
     for token in range(size):
         row[token] = start[row[token]]
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _add_up(
+    row: NDArray[np.int32],
+    chosen: NDArray[np.int64],
+    old: NDArray[np.float32],
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    pos: NDArray[np.float32],
+    neg: NDArray[np.float32],
+    index: NDArray[np.int64],
+    pos_sum: NDArray[np.float64],
+    neg_sum: NDArray[np.float64],
+) -> int:
+    """Fill the columns of `LossRows`; the number of rows. Those of a prefix are a short list."""
+    first = np.full(len(row), -1, np.int64)  # by prefix
+    other = np.empty(len(chosen), np.int64)  # the next loss row of the same prefix
+    count = 0
+    for number in range(len(chosen)):
+        token = chosen[number]
+        found = first[row[token]]
+        while found >= 0:
+            at = index[found]
+            if old[at] == old[token] and low[at] == low[token] and high[at] == high[token]:
+                break
+            found = other[found]
+        if found < 0:
+            found = count
+            index[found] = token
+            other[found] = first[row[token]]
+            first[row[token]] = found
+            count += 1
+        pos_sum[found] += pos[token]
+        neg_sum[found] += neg[token]
     return count
 
 

@@ -246,6 +246,26 @@ def repeating_forest(seed: int, alphabet: int) -> Forest:
 
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(1, 4))
+def test_equal_tokens_are_one_row_of_the_loss(seed, alphabet):
+    forest = repeating_forest(seed, alphabet)
+    batch = pack(forest, range(3), scored(forest)[0])
+    batch = dataclasses.replace(batch, old_logprob=np.round(batch.old_logprob))
+    sums: dict[tuple[float, ...], list[float]] = {}
+    columns = (batch.trie.row, batch.old_logprob, batch.eps_low, batch.eps_high)
+    for token in np.flatnonzero((batch.pos_coef != 0) | (batch.neg_coef != 0)):
+        both = sums.setdefault(tuple(float(column[token]) for column in columns), [0.0, 0.0])
+        both[0] += float(batch.pos_coef[token])
+        both[1] += float(batch.neg_coef[token])
+    rows = batch.loss_rows
+    found = [tuple(float(column[token]) for column in columns) for token in rows.index]
+    assert found == list(sums), "in the order of their first tokens"
+    assert np.array_equal(
+        np.stack([rows.pos, rows.neg], 1).reshape(-1, 2), [*sums.values()] or np.empty((0, 2))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 4))
 def test_a_trie_has_every_prefix_once_in_preorder(seed, alphabet):
     forest = repeating_forest(seed, alphabet)
     batch = pack(forest, range(3), scored(forest)[0])
