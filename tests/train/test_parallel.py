@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, checkpointed": {"dtype": torch.bfloat16, "gradient_checkpointing": True},
     "three micro-batches": {"budget": 45},
     "one micro-batch": {"budget": 500},
+    "siblings and tasks that begin alike": {"alphabet": 2},
     "untied head": {"tied": False},
     "adapters": {"tied": False, "lora": ["q_proj", "down_proj", "lm_head"]},
     "adapters, bf16": {"lora": "all-linear", "dtype": torch.bfloat16},
@@ -56,21 +57,22 @@ EIGHT_BITS = {"optimizer": "adamw8bit", "width": 256}  # small shards are not qu
 MESHES = ["shard", "replicate"]
 
 
-def forest() -> Forest:
+def forest(alphabet: int) -> Forest:
     rng = np.random.default_rng(0)
     trees = []
     for lengths in [(3, 4), (2, 9, 5), (6,), (1, 30), (8, 8)]:
-        tree = Tree(rng.integers(0, VOCABULARY, 5))
+        tree = Tree(rng.integers(0, VOCABULARY, 5) % alphabet)
         for size in lengths:
             ids, logprobs = rng.integers(0, VOCABULARY, size), rng.normal(-4.1, 0.1, size)
+            ids %= alphabet
             leaf = tree.add_step(0, ids, np.ones(size), logprobs, np.zeros(size), tool_call=False)
             tree.finish(leaf, reward=0.0, correct=False, end="answer")
         trees.append(tree)
     return Forest.from_trees(trees)
 
 
-def batches(budget: int = 25) -> list[PackedBatch]:
-    trees = forest()
+def batches(budget: int = 25, alphabet: int = VOCABULARY) -> list[PackedBatch]:
+    trees = forest(alphabet)
     value = np.random.default_rng(1).normal(size=len(trees.parent))
     scored = Scored(
         *(value for _ in range(4)),
@@ -126,9 +128,11 @@ def whole(weight: Any) -> torch.Tensor:
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
-def three_updates(ranks: Ranks, *, budget: int = 25, **options: Any) -> dict[str, Any]:
+def three_updates(
+    ranks: Ranks, *, budget: int = 25, alphabet: int = VOCABULARY, **options: Any
+) -> dict[str, Any]:
     """Figures of a demonstration update and two of the policy against recomputed log-probs."""
-    policy, work = make_policy(ranks, **options), batches(budget)
+    policy, work = make_policy(ranks, **options), batches(budget, alphabet)
     stats = [policy.nll_update([replace(batch, neg_coef=0 * batch.neg_coef) for batch in work])]
     current = policy.logprobs(work)
     work = [replace(batch, old_logprob=old) for batch, old in zip(work, current, strict=True)]
