@@ -72,19 +72,21 @@ def become(
         for fd in (0, 1):
             os.dup2(null, fd)
         os.closerange(CONTROL + 2, 1 << 30)
+        passed = [CONTROL + 1]
+        if isolation != "none":
+            passed.append(_confine.ask_before_forks())
+        ours = socket.socket(fileno=CONTROL)
+        # Before the limit on descriptors: it also bounds those that are on their way through
+        # sockets, and there it counts all of this user's on the machine.
+        socket.send_fds(ours, [b"ready"], passed)
+        for fd in passed:
+            os.close(fd)
         _confine.limit(
             address_space=address_space,
             file_size=FILES_MB << 20,
             processes=processes,
             files=DESCRIPTORS,
         )
-        passed = [CONTROL + 1]
-        if isolation != "none":
-            passed.append(_confine.ask_before_forks())
-        ours = socket.socket(fileno=CONTROL)
-        socket.send_fds(ours, [b"ready"], passed)
-        for fd in passed:
-            os.close(fd)
         if isolation != "none":
             _confine.filter_system_calls(host_files=isolation == "landlock")
             _cell.explain_refusals()

@@ -297,3 +297,31 @@ def test_graders_that_execute_are_confined_too(safe_box, unprotected, attack: st
     assert (printed == b"True\n") == its_own
     assert not Path("/dev/shm/elpo-grader").exists()
     assert asyncio.run(call("math:factorial", 5, 5.0)) == 120
+
+
+# Descriptors on their way through sockets count for the user, whoever sent them.
+IN_FLIGHT = """
+import os, socket, sys
+from elpo_fast.tools import _confine
+if os.getuid() == 0:
+    os.setresuid(*[_confine.UID] * 3)  # whom programs run as
+pairs = [socket.socketpair() for _ in range(100)]
+for sender, _ in pairs:
+    socket.send_fds(sender, [b'x'], [0, 0])
+print('sent', flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("isolation", ["bubblewrap", "landlock"])
+def test_what_other_sandboxes_send_stops_no_new_process(make_box, isolation: str) -> None:
+    box = make_box(isolation, timeout_s=20.0)
+    others = subprocess.Popen(
+        [sys.executable, "-c", IN_FLIGHT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert others.stdout is not None and others.stdout.read(5) == b"sent\n"
+        assert [box.run("1 + 1").value for _ in range(8)] == ["2"] * 8
+    finally:
+        others.kill()
+        others.communicate()
