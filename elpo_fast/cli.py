@@ -2,6 +2,8 @@
 
     elpo train CONFIG [section.key=value ...] [--resume [--allow-change]]
                                                            train; the run folder is run.dir/run.name
+    elpo sft CONFIG [section.key=value ...] [--resume [--allow-change]]
+                                                           fine-tune on conversations (sft.data)
     elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
     elpo eval A --against B                                paired comparison of two evaluations
     elpo show FILE [--failed] [--task ID]                  read trajectories as chats
@@ -34,6 +36,20 @@ if TYPE_CHECKING:
     from elpo_fast.eval.evaluation import Evaluation
 
 
+_SFT_EXAMPLE = """\
+A configuration needs a model and conversations; everything else has a default:
+
+    run: {name: my-sft}
+    model: {name: Qwen/Qwen2.5-0.5B-Instruct}
+    sft: {data: conversations.jsonl, epochs: 3, batch: 16, lr: 1.0e-5, warmup: 10}
+
+sft.data is .jsonl, .json or .parquet (also .gz), a folder of these or hf:org/name, with rows
+{"messages": [{"role": ..., "content": ...}, ...]} (OpenAI, with tool_calls and tool messages) or
+{"conversations": [{"from": ..., "value": ...}, ...]} (ShareGPT). Only what the assistant says is
+learned. The model comes out as runs/my-sft/model; docs/sft.md tells the rest.
+"""
+
+
 class UsageError(ValueError):
     """The command line asks for something that is not there; one line, exit code 2."""
 
@@ -47,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        again = "--resume" if parsed.run is _train else "the same command"
+        again = "--resume" if parsed.run in (_train, _sft) else "the same command"
         print(f"interrupted; continue with {again}", file=sys.stderr)
         return 130
     except BaseExceptionGroup as group:
@@ -81,14 +97,18 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train from a configuration file")
-    _add_config(train)
-    train.add_argument("--resume", action="store_true", help="continue a stopped run")
-    train.add_argument(
-        "--allow-change",
-        action="store_true",
-        help="with --resume: go on under a configuration that changes the mathematics",
-    )
+    _add_training(train)
     train.set_defaults(run=_train)
+
+    sft = commands.add_parser(
+        "sft",
+        help="fine-tune on conversations",
+        description="Supervised fine-tuning on conversations, without reinforcement learning.",
+        epilog=_SFT_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_training(sft)
+    sft.set_defaults(run=_sft)
 
     evaluate = commands.add_parser("eval", help="evaluate a model, or a run, on held-out tasks")
     evaluate.add_argument(
@@ -149,7 +169,21 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
-def _train(arguments: argparse.Namespace) -> int:
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="continue a stopped run")
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="with --resume: go on under a configuration that changes the mathematics",
+    )
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    return _train(arguments, sft_only=True)
+
+
+def _train(arguments: argparse.Namespace, *, sft_only: bool = False) -> int:
     from elpo_fast.config import load_config
 
     config = load_config(arguments.config, arguments.overrides)
@@ -158,7 +192,7 @@ def _train(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from elpo_fast.train.loop import train
 
-    train(config, resume=arguments.resume, allow_change=arguments.allow_change)
+    train(config, resume=arguments.resume, allow_change=arguments.allow_change, sft_only=sft_only)
     return 0
 
 

@@ -212,19 +212,45 @@ class AlgoConfig(Section):
 
 
 class SftConfig(Section):
-    """Cold start from the task source's own solver; `demonstrations: 0` skips it."""
+    """Supervised fine-tuning before reinforcement learning, on conversations, on demonstrations of
+    the task source's own solver, or on both; without either there is none."""
 
+    # conversations (docs/sft.md): a file, a folder or hf:org/name, as task.options.path is
+    data: str | None = None
+    split: str | None = None  # of a folder or of hf:org/name
+    held_out_path: str | None = None  # other conversations, for the held-out loss
+    held_out_split: str | None = None  # of held_out_path, or of data
+    # of the prompts of `data`, at least one of them; default 0.05, 0 for none
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
+    max_tokens: Positive | None = None  # of a conversation; None: rollout.max_tokens
+    overlong: Literal["refuse", "drop"] = "refuse"  # conversations with more
     demonstrations: NonNegative = 0
     epochs: Positive = 1
-    batch: Positive = 8
+    batch: Positive = 8  # conversations and demonstrations in an update
     lr: PositiveFloat = 1e-5
-    warmup: NonNegative = 0
+    warmup: NonNegative = 0  # updates; then the learning rate falls to 0 along a cosine
     target_loss: NonNegativeFloat = 0.0  # stop early, to leave reinforcement learning room
+    checkpoint_every: NonNegative = 0  # updates; 0: only after each epoch
 
     @property
-    def steps(self) -> int:
+    def wanted(self) -> bool:
+        return self.data is not None or self.demonstrations > 0
+
+    def steps(self, examples: int) -> int:
         """Updates at most; the last batch of an epoch may be smaller."""
-        return self.epochs * -(-self.demonstrations // self.batch)
+        return self.epochs * -(-examples // self.batch)
+
+    @model_validator(mode="after")
+    def _check(self) -> SftConfig:
+        other = self.held_out_path is not None or self.held_out_split is not None
+        if other and self.held_out_fraction is not None:
+            raise ValueError(
+                "held_out_path (or held_out_split) and held_out_fraction exclude each other; "
+                "drop one"
+            )
+        if self.data is None and (other or self.split or self.held_out_fraction is not None):
+            raise ValueError("split and held-out conversations need data to be split from; set it")
+        return self
 
 
 class TrainConfig(Section):

@@ -10,10 +10,10 @@ from elpo_fast.model.load import LoadedModel
 from elpo_fast.model.lora import named_weights
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.rollout.engines import make_engine
+from elpo_fast.rollout.engines import NoEngine, make_engine
 from elpo_fast.tasks.file import FileSource
 from elpo_fast.tools.toolbox import Toolbox
-from elpo_fast.types import TaskSource
+from elpo_fast.types import Engine, TaskSource
 
 
 @asynccontextmanager
@@ -25,17 +25,20 @@ async def sampler(
     *,
     rank: int = 0,
     kind: Callable[..., Collector] = Collector,
+    samples: bool = True,
 ) -> AsyncIterator[Collector]:
     """A collector, of this `kind`, on an engine of its own, which is closed at the end. `rank`: of
     this process, among several. Tasks of a file whose prompts have no room are left out of the
-    source, or refused by a `ConfigError`."""
-    weights = named_weights(loaded.model)
-    engine = make_engine(config, loaded.model, loaded.tokenizer, weights, rank=rank)
+    source, or refused by a `ConfigError`. Without `samples` nothing will be asked of the engine."""
+    engine: Engine = NoEngine()
+    if samples:
+        weights = named_weights(loaded.model)
+        engine = make_engine(config, loaded.model, loaded.tokenizer, weights, rank=rank)
     try:
         chat = Chat(
             loaded.tokenizer, config.rollout.call_format, toolbox.schemas, loaded.end_token_ids
         )
-        if isinstance(source, FileSource):
+        if samples and isinstance(source, FileSource):
             source.fit_prompts(chat.prompt, config.rollout.max_tokens)
         tokens = config.tools.output_tokens
         yield kind(engine, toolbox, chat, source, config.rollout, output_tokens=tokens)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.faults import enough_memory
 from elpo_fast.rollout.local import LocalEngine
-from elpo_fast.types import Engine
+from elpo_fast.types import Completion, Engine, EngineStats, Sampling
 
 
 def make_engine(
@@ -53,3 +54,29 @@ def make_engine(
             f"model's context and rollout.cache_tokens={sizes.cache_tokens} hold; lower it"
         )
     return engine
+
+
+class NoEngine:
+    """Of a run that samples nothing."""
+
+    weight_version = 0
+
+    async def generate(
+        self, prefix_ids: np.ndarray, n: int, sampling: Sampling
+    ) -> list[Completion]:
+        raise AssertionError("this run samples nothing")
+
+    async def score(self, token_ids: np.ndarray) -> np.ndarray:
+        raise AssertionError("this run samples nothing")
+
+    async def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        raise AssertionError("this run samples nothing")
+
+    async def release(self) -> None:
+        return None
+
+    def stats(self) -> EngineStats:
+        return EngineStats()
+
+    async def close(self) -> None:
+        return None

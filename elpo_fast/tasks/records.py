@@ -51,18 +51,21 @@ class Faults:
         raise ConfigError("\n".join([*lines, expected]))
 
 
-def read(path: str, split: str | None, faults: Faults) -> Iterator[tuple[str, Record]]:
+def read(
+    path: str, split: str | None, faults: Faults, section: str = "task.options"
+) -> Iterator[tuple[str, Record]]:
     """Rows, each with the words to name it by. `split`: of a folder (files or folders that are
-    named after it) or of a data set of the Hub. `ConfigError` for what cannot be read at all."""
+    named after it) or of a data set of the Hub. `section`: of the configuration, where `split`
+    stands. `ConfigError` for what cannot be read at all."""
     if path.startswith(HUB):
-        yield from _hub(path, split)
+        yield from _hub(path, split, section)
         return
     here = Path(path)
     if here.is_dir():
         files = _files(here, split)
     elif split is not None:
         raise ConfigError(
-            f"{path} is one file; task.options.split={split} is for folders and {HUB}org/name"
+            f"{path} is one file; {section}.split={split} is for folders and {HUB}org/name"
         )
     else:
         files = [here]
@@ -80,7 +83,7 @@ def read(path: str, split: str | None, faults: Faults) -> Iterator[tuple[str, Re
 def _files(folder: Path, split: str | None) -> list[Path]:
     found = sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES))
     if not found:
-        raise ConfigError(f"{folder} has no task files; use {', '.join(SUFFIXES)}")
+        raise ConfigError(f"{folder} has no data files; use {', '.join(SUFFIXES)}")
     wanted = [file for file in found if split is None or _of_split(file.relative_to(folder), split)]
     if not wanted:
         names = shown(", ".join(str(file.relative_to(folder)) for file in found), 200)
@@ -97,9 +100,9 @@ def _of_split(file: Path, split: str) -> bool:
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows as they stand; a `ValueError` in place of one that is not JSON."""
     if not path.is_file():
-        raise ConfigError(f"task file {path} does not exist")
+        raise ConfigError(f"data file {path} does not exist")
     if not path.name.endswith(SUFFIXES):
-        raise ConfigError(f"task file {path} ends in {path.suffix!r}; use {', '.join(SUFFIXES)}")
+        raise ConfigError(f"data file {path} ends in {path.suffix!r}; use {', '.join(SUFFIXES)}")
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -146,7 +149,7 @@ def _json_lines(text: str) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", error
 
 
-def _hub(path: str, split: str | None) -> Iterator[tuple[str, Record]]:
+def _hub(path: str, split: str | None, section: str) -> Iterator[tuple[str, Record]]:
     try:
         import datasets
     except ModuleNotFoundError:
@@ -165,7 +168,7 @@ def _hub(path: str, split: str | None) -> Iterator[tuple[str, Record]]:
     if isinstance(data, dict):
         if len(data) > 1:
             names = ", ".join(data)
-            raise ConfigError(f"{path} has the splits {names}; name one in task.options.split")
+            raise ConfigError(f"{path} has the splits {names}; name one in {section}.split")
         (data,) = data.values()
     yield from ((f"row {number}", record) for number, record in enumerate(data))
 

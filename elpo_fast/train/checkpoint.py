@@ -1,6 +1,6 @@
 """Checkpoints: a folder that is either complete or not there, written while training goes on.
 
-    run/checkpoints/step-00000010/
+    run/checkpoints/step-00000010/     sft-00000010: before all steps, after so many updates of SFT
         state/            trained weights and their moments: every rank's shards, in the format of
                           `torch.distributed.checkpoint`, which any number of ranks can read
         rng-0.pt ...      states of Python's, NumPy's and torch's generators, one file a rank
@@ -48,7 +48,9 @@ STATE = "state"
 COLLECTED = "collected.npz"
 FORMAT = 2
 _FOLDER = "checkpoints"
-_NAME = re.compile(r"step-(\d+)")
+SFT, RL = "sft", "step"
+"""The phases of a run, in their order, as the names of their checkpoints begin."""
+_NAME = re.compile(rf"({SFT}|{RL})-(\d+)")
 _DELETE = "delete this folder to go on from the one before"
 TRASH = ".deleting-"
 PARTIAL = ".writing-"
@@ -67,11 +69,12 @@ class CheckpointError(RunError):
 class TrainState:
     """Where a run stands, apart from its weights and moments."""
 
-    step: int
+    step: int  # of the phase
     weight_version: int
     data_position: int  # index of the next training task
     extra: dict[str, Any] = field(default_factory=dict)  # anything else that JSON can hold
     collected: Forest | None = None  # trees of the next step, if they are there already
+    phase: str = RL
 
 
 class Checkpoints:
@@ -118,7 +121,7 @@ class Checkpoints:
         self, state: TrainState, updates: int, staged: Any, generators: Mapping[str, Any]
     ) -> None:
         ranks, root = self._ranks, self._root
-        target = root / f"step-{state.step:08d}"
+        target = root / f"{state.phase}-{state.step:08d}"
         partial = root / f"{PARTIAL}{target.name}"
 
         def begin() -> None:
@@ -149,6 +152,7 @@ class Checkpoints:
                 return
             manifest = {
                 "format": FORMAT,
+                "phase": state.phase,
                 "step": state.step,
                 "weight_version": state.weight_version,
                 "data_position": state.data_position,
@@ -163,7 +167,7 @@ class Checkpoints:
                 target.rename(root / f"{TRASH}{target.name}")
             partial.rename(target)
             force_to_disk([root])
-            for old in list(_complete(root).values())[: -self._keep]:
+            for old in _complete(root)[: -self._keep]:
                 old.rename(root / f"{TRASH}{old.name}")
             for trash in root.glob(f"{TRASH}*"):
                 shutil.rmtree(trash)
@@ -193,20 +197,23 @@ class Checkpoints:
 def latest(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or `None`."""
     complete = _complete(run_dir / _FOLDER)
-    return complete[max(complete)] if complete else None
+    return complete[-1] if complete else None
 
 
 def checkpoint_of(run_dir: Path, step: int | None = None) -> Path:
-    """The checkpoint of `step`, by default the newest. Raises `LookupError` for one that is not
-    there."""
-    complete = _complete(run_dir / _FOLDER)
-    if not complete:
+    """The checkpoint of `step` of the newest one's phase, by default the newest. Raises
+    `LookupError` for one that is not there."""
+    newest = latest(run_dir)
+    if newest is None:
         raise LookupError(f"{run_dir} has no checkpoint yet")
-    step = max(complete) if step is None else step
-    if step not in complete:
-        known = ", ".join(map(str, complete))
+    if step is None:
+        return newest
+    phase, _ = _phase(newest)
+    found = {s: path for path in _complete(newest.parent) for p, s in [_phase(path)] if p == phase}
+    if step not in found:
+        known = ", ".join(map(str, found))
         raise LookupError(f"{run_dir} has no checkpoint of step {step}; steps: {known}")
-    return complete[step]
+    return found[step]
 
 
 def load_checkpoint(path: Path, policy: PolicyOptimizer, ranks: Ranks = ALONE) -> TrainState:
@@ -252,6 +259,7 @@ def load_checkpoint(path: Path, policy: PolicyOptimizer, ranks: Ranks = ALONE) -
         data_position=manifest["data_position"],
         extra=manifest["extra"],
         collected=collected,
+        phase=manifest.get("phase", RL),
     )
 
 
@@ -305,14 +313,18 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _complete(root: Path) -> dict[int, Path]:
-    """Checkpoint folders by step. The manifest is written last: without it, it is not one."""
-    found = [
-        (int(match[1]), path)
-        for path in (root.iterdir() if root.is_dir() else ())
-        if (match := _NAME.fullmatch(path.name)) and (path / MANIFEST).is_file()
-    ]
-    return dict(sorted(found))
+def _complete(root: Path) -> list[Path]:
+    """Checkpoint folders in their order. The manifest is written last: without it, it is none."""
+    found = root.iterdir() if root.is_dir() else ()
+    complete = [p for p in found if _NAME.fullmatch(p.name) and (p / MANIFEST).is_file()]
+    return sorted(complete, key=_phase)
+
+
+def _phase(checkpoint: Path) -> tuple[str, int]:
+    """Phase and step that a checkpoint's name says; "sft" comes before "step"."""
+    name = _NAME.fullmatch(checkpoint.name)
+    assert name is not None
+    return name[1], int(name[2])
 
 
 def _files(folder: Path) -> list[Path]:

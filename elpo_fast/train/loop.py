@@ -32,7 +32,14 @@ from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
 from elpo_fast.model.lora import named_weights
-from elpo_fast.train.checkpoint import Checkpoints, TrainState, latest, load_checkpoint
+from elpo_fast.train.checkpoint import (
+    RL,
+    SFT,
+    Checkpoints,
+    TrainState,
+    latest,
+    load_checkpoint,
+)
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.export import export_adapters, export_model
 from elpo_fast.train.metrics import (
@@ -49,13 +56,20 @@ from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled, settled
 from elpo_fast.train.probe import check_engine
 from elpo_fast.train.run import Follower, RunFolder
-from elpo_fast.train.sft import cold_start
+from elpo_fast.train.sft import (
+    Data,
+    Examples,
+    cold_start,
+    held_out_loss,
+    in_tokens,
+    read_data,
+)
 from elpo_fast.train.step import (
     NonFiniteError,
     micro_batches,
     warmup_constant,
 )
-from elpo_fast.train.summary import DURING, print_summary
+from elpo_fast.train.summary import DURING, print_summary, read_metrics
 from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
 from elpo_fast.tree.pack import active
@@ -69,14 +83,21 @@ def train(
     *,
     resume: bool = False,
     allow_change: bool = False,
+    sft_only: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Train as configured; the run folder. `resume` continues from its last checkpoint, with
-    `allow_change` under a configuration that changes the mathematics.
+    `allow_change` under a configuration that changes the mathematics. `sft_only` ends after
+    supervised fine-tuning, without anything sampled.
 
     Raises `ConfigError` for faults of the configuration, `NonFiniteError` where a step met NaN or
     infinity (its trees are saved, the parameters are those before the step).
     """
+    if sft_only and not config.sft.wanted:
+        raise ConfigError(
+            "sft.data: there is nothing to learn from; name a file of conversations (docs/sft.md), "
+            "or set sft.demonstrations for a task source with a solver"
+        )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     with joined(config) as ranks:
@@ -86,7 +107,7 @@ def train(
         for change in folder.changes:
             console.print(f"changed: {change}", highlight=False, soft_wrap=True, markup=False)
         try:
-            asyncio.run(_main(config, folder, Display(console), resume, ranks))
+            asyncio.run(_main(config, folder, Display(console), resume, ranks, sft_only))
         finally:
             folder.close()
     return folder.path
@@ -119,15 +140,23 @@ class _Collected:
 
 
 async def _main(
-    config: Config, folder: RunFolder, display: Display, resume: bool, ranks: Ranks
+    config: Config,
+    folder: RunFolder,
+    display: Display,
+    resume: bool,
+    ranks: Ranks,
+    sft_only: bool,
 ) -> None:
     found = ranks.gather(latest(folder.path) if resume and ranks.leads else None)[0]
+    begins = found is None or found.name.startswith(SFT)
+    data = read_data(config.sft) if begins else Data([], [])
     if (executor := threads(ranks)) is not None:
         asyncio.get_running_loop().set_default_executor(executor)
     secret = ranks.gather(folder.secret)[0]
-    async with assembled(config, ranks, secret=secret) as parts:
+    async with assembled(config, ranks, secret=secret, samples=not sft_only) as parts:
         with closing(Checkpoints(folder.path, config.train.keep_checkpoints, ranks)) as checkpoints:
-            await _Run(config, folder, display, parts, checkpoints).learn(found)
+            run = _Run(config, folder, display, parts, checkpoints)
+            await run.learn(found, data, sft_only)
 
 
 @dataclass
@@ -140,27 +169,36 @@ class _Run:
     parts: Parts
     checkpoints: Checkpoints
 
-    async def learn(self, found: Path | None) -> None:
-        """Cold start, then reinforcement learning, with evaluation around both; from the checkpoint
-        `found` on, if there is one."""
+    async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
+        """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
+        the checkpoint `found` on, if there is one."""
         train, policy = self.config.train, self.parts.policy
         constant = warmup_constant(train.warmup)
         policy.restart(lr=train.lr, schedule=constant)
         restored = load_checkpoint(found, policy, self.parts.ranks) if found else None
+        if sft_only and restored and restored.phase == RL:
+            raise ConfigError(
+                f"run {self.folder.path} is past its supervised fine-tuning; go on with "
+                "elpo train --resume, or start a new run"
+            )
         # Whatever was recorded after the checkpoint, or before any, is work that is done again.
         self.folder.rewind(restored.extra["records"] if restored else 0)
-        if restored and restored.step >= train.steps:
+        if restored and restored.phase == RL and restored.step >= train.steps:
             self.finish()
             return
-        if restored is None:
-            self.folder.keep_tokenizer(self.parts.loaded.tokenizer)
-            if self.config.sft.steps:
-                await self.evaluate("before SFT", 0)
-                await self.cold_start()
+        if restored is None or restored.phase == SFT:
+            if restored is None:
+                self.folder.keep_tokenizer(self.parts.loaded.tokenizer)
+            if self.config.sft.wanted:
+                await self.fine_tune(data, restored, sft_only)
+            if sft_only:
+                self.finish()
+                return
             await self.evaluate(
-                "after SFT" if self.config.sft.steps else f"before {self.algorithm}", 0
+                "after SFT" if self.config.sft.wanted else f"before {self.algorithm}", 0
             )
             policy.restart(lr=train.lr, schedule=constant)
+            restored = None
         release_memory()
         start, ready = 0, None
         if restored is None:
@@ -202,30 +240,79 @@ class _Run:
     def algorithm(self) -> str:
         return "ELPO" if self.config.algo.planner == "bel" else "RL"
 
-    async def cold_start(self) -> None:
-        sft = self.config.sft
-        step = 0
-        with self.display.phase("SFT", sft.steps) as phase:
+    async def fine_tune(self, data: Data, restored: TrainState | None, sft_only: bool) -> None:
+        """Supervised fine-tuning, with its held-out loss before and after each epoch."""
+        examples = Examples([], [], "")
+        if data.train:
+            positions = getattr(self.parts.loaded.model.config, "max_position_embeddings", None)
+            chat = self.parts.collector.chat
+            examples = in_tokens(data, chat, self.config, positions)
+            said = f"{self.config.sft.data}: {examples.said}"
+            self.display.console.print(said, highlight=False, soft_wrap=True, markup=False)
+        if restored is None and not sft_only:
+            await self.evaluate("before SFT", 0)
+        await self.cold_start(examples, restored)
+        if not sft_only:
+            await self.push_weights(self.parts.engine.weight_version + 1)
 
-            def on_step(stats: StepStats) -> None:
-                nonlocal step
+    async def cold_start(self, examples: Examples, restored: TrainState | None) -> None:
+        sft, policy, folder = self.config.sft, self.parts.policy, self.folder
+        losses: list[float] = []
+        if restored is not None:
+            mine = read_metrics(folder.path) if self.parts.ranks.leads else []
+            found = [r["loss"] for r in mine if r["phase"] == "sft" and "loss" in r]
+            losses = self.parts.ranks.gather(found)[0]
+        total = sft.steps(len(examples.train) + sft.demonstrations)
+        step = saved = len(losses)
+        began = time.perf_counter()
+        with self.display.phase("SFT", total, step) as phase:
+
+            def held_out() -> str:
+                if not examples.held_out:
+                    return ""
+                budget = self.config.train.micro_batch_tokens
+                loss = held_out_loss(examples.held_out, policy, budget)
+                folder.log("sft", step, {"held_out_loss": loss})
+                return f"held-out loss {loss:.3f}"
+
+            def on_step(stats: StepStats, epoch_ends: bool) -> None:
+                nonlocal step, saved, began
                 step += 1
-                self.folder.log("sft", step, {"loss": stats.loss, "grad_norm": stats.grad_norm})
-                shown = step % max(1, sft.steps // 5) == 0 or step == sft.steps
-                phase.advance(f"loss {stats.loss:.3f}", report=shown)
+                values = {
+                    "loss": stats.loss,
+                    "grad_norm": stats.grad_norm,
+                    "lr": stats.lr,
+                    "trained_tokens": stats.trained_tokens,
+                    "computed_tokens": stats.tokens,
+                    "seconds": time.perf_counter() - began,
+                }
+                folder.log("sft", step, values)
+                shown = epoch_ends or step % max(1, total // 5) == 0
+                said = [f"loss {stats.loss:.3f}", held_out() if epoch_ends else ""]
+                phase.advance("  ".join(filter(None, said)), report=shown)
+                self.checkpoints.check()
+                if epoch_ends or (sft.checkpoint_every and step % sft.checkpoint_every == 0):
+                    self.save(step, phase=SFT)
+                    saved = step
+                began = time.perf_counter()
 
-            phase.detail(f"running the tools of {sft.demonstrations} demonstrations")
-            seed = self.stream(_SFT, 0)
+            if sft.demonstrations:
+                phase.detail(f"running the tools of {sft.demonstrations} demonstrations")
             await self.parts.engine.release()
+            if restored is None and (said := held_out()):
+                phase.advance(said, units=0)
             await cold_start(
                 self.config,
                 self.parts.collector,
-                self.parts.policy,
+                policy,
                 on_step,
                 guard=lambda forest: self.saving_offenders(forest, f"sft_{step + 1:06d}"),
-                seed=seed,
+                seed=self.stream(_SFT, 0),
+                conversations=examples.train,
+                losses=losses,
             )
-        await self.push_weights(self.parts.engine.weight_version + 1)
+        if saved < step:  # it stopped early
+            self.save(step, phase=SFT)
 
     async def collect(self, step: int, phase: Phase) -> _Collected:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
@@ -383,17 +470,19 @@ class _Run:
         self.folder.log("eval", step, values)
         return result
 
-    def save(self, step: int, ready: _Collected | None = None) -> None:
-        """Begin a checkpoint; `ready`: the next step's trees, where they are there already."""
+    def save(self, step: int, ready: _Collected | None = None, phase: str = RL) -> None:
+        """Begin a checkpoint after a step of a phase; `ready`: the next step's trees, where they
+        are there already."""
         extra: dict[str, Any] = {"records": self.folder.records}
         if ready is not None:
             extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
         state = TrainState(
             step=step,
             weight_version=self.parts.engine.weight_version,
-            data_position=self.first_task(step),
+            data_position=self.first_task(step if phase == RL else 0),
             extra=extra,
             collected=ready.forest if ready else None,
+            phase=phase,
         )
         with enough_memory(
             "copying weights and moments for a checkpoint",

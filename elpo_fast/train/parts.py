@@ -71,10 +71,10 @@ def _filled(config: Config, other: Config) -> Config:
 
 @asynccontextmanager
 async def assembled(
-    config: Config, ranks: Ranks = ALONE, *, secret: str | None = None
+    config: Config, ranks: Ranks = ALONE, *, secret: str | None = None, samples: bool = True
 ) -> AsyncIterator[Parts]:
     """Everything a run needs, as it is at its start; closed at the end. `secret`, the same on all
-    ranks: see `make_source`.
+    ranks: see `make_source`. Without `samples` there is no engine.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
@@ -90,7 +90,9 @@ async def assembled(
         )
         kind = partial(SharedCollector, ranks)
         mine = ranks.engine_of(config)
-        async with sampler(mine, toolbox, source, loaded, rank=ranks.rank, kind=kind) as collector:
+        async with sampler(
+            mine, toolbox, source, loaded, rank=ranks.rank, kind=kind, samples=samples
+        ) as collector:
             with enough_memory(
                 "making room for training",
                 "take a smaller model, or set parallel.shard, model.lora or train.optimizer",

@@ -48,6 +48,7 @@ SECRET = "task_secret"
 _MAY_DIFFER = (
     *MECHANICS,
     *("eval", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"),
+    "sft.checkpoint_every",
     *("train.save_trees", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.max_tokens"),
     *("tools.timeout_s", "tools.memory_mb", "tools.output_tokens"),
 )

@@ -1,60 +1,252 @@
-"""Cold start: supervised fine-tuning on the task source's own demonstrations.
+"""Supervised fine-tuning, on conversations (`sft.data`) and on demonstrations of the task source.
 
-A demonstration is a one-branch rollout tree whose tools really ran, so it goes through the same
-packed forward as reinforcement learning; the loss is the mean negative log-likelihood over the
-agent tokens of the batch.
+Both are rollout trees, so they go through the same packed forward as reinforcement learning; the
+loss is the mean negative log-likelihood over the agent tokens of the batch. The tools of a
+demonstration really ran; a conversation has their results.
+
+A conversation's tokens are those that its messages would have in a rollout: what the template makes
+of the messages up to a user's, then alternately the assistant's tokens, its end of turn included,
+and the glue around a tool's response. What the user says next begins another branch of the tree,
+with all that went before as the template shows it by then (some leave earlier thinking out); equal
+prefixes are computed once.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
+from jinja2 import TemplateError
+from numpy.typing import NDArray
 
-from elpo_fast.config import Config, ConfigError
+from elpo_fast.config import Config, ConfigError, SftConfig
+from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
+from elpo_fast.tasks.conversations import (
+    Conversation,
+    ConversationError,
+    check,
+    read_conversations,
+)
+from elpo_fast.tasks.records import Faults
 from elpo_fast.train.metrics import StepStats
 from elpo_fast.train.step import PolicyOptimizer, micro_batches, warmup_cosine
 from elpo_fast.tree.pack import Scored
-from elpo_fast.tree.store import Forest
+from elpo_fast.tree.store import Forest, Tree
+from elpo_fast.types import End, Message
 
 WINDOW = 8  # updates over which the loss is averaged for `sft.target_loss`
+HELD_OUT = 0.05  # share of the prompts
+_THINK = "<think>"
+
+
+class Data(NamedTuple):
+    """What `sft.data` and the held-out keys name."""
+
+    train: list[Conversation]
+    held_out: list[Conversation]
+
+
+class Examples(NamedTuple):
+    """`Data` in tokens, and in words how much that is."""
+
+    train: list[Tree]
+    held_out: list[Tree]
+    said: str
+
+
+def read_data(sft: SftConfig) -> Data:
+    """Raises `ConfigError` for files that cannot be read, with all that is wrong with them."""
+    if sft.data is None:
+        return Data([], [])
+    rows = read_conversations(sft.data, sft.split)
+    if sft.held_out_path is not None or sft.held_out_split is not None:
+        return Data(rows, read_conversations(sft.held_out_path or sft.data, sft.held_out_split))
+    fraction = HELD_OUT if sft.held_out_fraction is None else sft.held_out_fraction
+    prompts = sorted({row.prompt for row in rows})
+    held_out = {*prompts[: max(1, round(fraction * len(prompts))) if fraction else 0]}
+    data = Data(
+        [row for row in rows if row.prompt not in held_out],
+        [row for row in rows if row.prompt in held_out],
+    )
+    if not data.train:
+        raise ConfigError(
+            f"{sft.data} has one prompt, which is held out; give it more, or set "
+            "sft.held_out_fraction=0"
+        )
+    return data
+
+
+def in_tokens(data: Data, chat: Chat, config: Config, context: int | None) -> Examples:
+    """`data` as trees. `context`: tokens that the model has positions for.
+
+    Raises `ConfigError` for conversations that cannot be rendered, and for those that are too long
+    unless they are to be left out.
+    """
+    sft = config.sft
+    key, limit = "rollout.max_tokens", config.rollout.max_tokens
+    if sft.max_tokens is not None:
+        key, limit = "sft.max_tokens", sft.max_tokens
+    what, remedy = f"{key}={limit}", f"raise {key} or set"
+    if context is not None and context < limit:
+        limit, what, remedy = context, f"the {context} of the model's context", "set"
+    faults = Faults(sft.data or "")
+    long: list[Tree] = []
+
+    def fitting(conversations: Sequence[Conversation]) -> list[Tree]:
+        trees: list[Tree] = []
+        for conversation in conversations:
+            try:
+                tree = tree_of(conversation, chat)
+            except ConversationError as error:
+                faults.add(conversation.place.removeprefix(f"{sft.data} "), str(error))
+                continue
+            (long if _length(tree) > limit else trees).append(tree)
+        return trees
+
+    train, held_out = fitting(data.train), fitting(data.held_out)
+    total = len(data.train) + len(data.held_out)
+    check(faults, total - len(faults))
+    tokens = sum(len(ids) for tree in train for ids in tree.token_ids)
+    trained = sum(int(agent.sum()) for tree in train for agent in tree.agent)
+    said = f"{len(train)} conversations, {trained} of {tokens} tokens trained on"
+    if held_out:
+        said += f"; {len(held_out)} held out"
+    if long:
+        problem = (
+            f"{len(long)} of {total} conversations have more tokens than {what} (first "
+            f"{long[0].task_id} with {_length(long[0])}, at most {max(map(_length, long))})"
+        )
+        if sft.overlong == "refuse" or not train:
+            raise ConfigError(f"{problem}; {remedy} sft.overlong=drop")
+        said += f"; {problem} and are left out"
+    return Examples(train, held_out, said)
+
+
+def _length(tree: Tree) -> int:
+    return max(map(tree.path_length, tree.leaves))
+
+
+def tree_of(conversation: Conversation, chat: Chat) -> Tree:
+    """A conversation in tokens: one branch for each time that the assistant is asked.
+
+    Raises `ConversationError` for what the model's template or the form of calls refuses.
+    """
+    chat = _with_tools_of(conversation, chat)
+    end_of_turn = chat.decode([chat.end_of_turn])
+    tree = Tree(np.zeros(0, np.int32), task_id=conversation.place)
+    said: list[Message] = []
+    branch: list[tuple[NDArray[np.int32], bool]] = []  # tokens, and whether they are trained
+    messages = conversation.messages
+    for number, message in enumerate(messages, start=1):
+        if message["role"] != "assistant":
+            said.append({"role": message["role"], "content": message["content"]})
+            continue
+        if not branch:
+            try:
+                branch.append((chat.prompt(said), False))
+            except TemplateError as error:
+                raise ConversationError(f"the model's chat template refuses: {error}") from None
+        text = chat.call_text(message)
+        said.append({"role": "assistant", "content": text})
+        if end_of_turn in text:
+            raise ConversationError(
+                f"a message of the assistant has {end_of_turn} in it, the template's own mark; "
+                "give messages as they were before a template"
+            )
+        if chat.decode(branch[-1][0][-8:]).rstrip().endswith(_THINK):  # opened by the template
+            text = text.removeprefix(_THINK).lstrip("\n")
+        tokens = np.append(chat.encode(text), np.int32(chat.end_of_turn))
+        branch.append((tokens, message.get("weight") != 0))
+        following = [each["role"] for each in messages[number : number + 2]]
+        if following == ["tool", "assistant"]:
+            branch.append((chat.response_glue(tokens, messages[number]["content"]), False))
+        else:
+            _add(tree, branch)
+            branch = []
+    return tree
+
+
+def _add(tree: Tree, branch: Sequence[tuple[NDArray[np.int32], bool]]) -> None:
+    ids = np.concatenate([ids for ids, _ in branch])
+    agent = np.concatenate([np.full(len(ids), trained) for ids, trained in branch])
+    unknown = np.zeros(len(ids), np.float32)
+    node = tree.add_step(0, ids, agent, unknown, unknown, tool_call=False)
+    tree.finish(node, reward=1.0, correct=True, end=End.ANSWER)
+
+
+def _with_tools_of(conversation: Conversation, chat: Chat) -> Chat:
+    """`chat`, describing the tools that a conversation has. Where the run has one of the same name,
+    that is described; without a list of its own, those of the run if its calls are theirs."""
+    calls = [call["function"] for m in conversation.messages for call in m.get("tool_calls", ())]
+    offered = {tool["function"]["name"]: tool for tool in chat.tools}
+    if chat.call_format == "code":
+        for call in calls:
+            if call["name"] not in offered or call["arguments"].keys() != {"code"}:
+                raise ConversationError(
+                    f"it calls {call['name']}({', '.join(call['arguments'])}), and "
+                    f"rollout.call_format=code has but {', '.join(offered)}(code); set hermes"
+                )
+        return chat
+    tools = conversation.tools
+    if tools is None:
+        names = {call["name"] for call in calls}
+        tools = tuple(chat.tools) if names and names <= offered.keys() else ()
+    shown = copy.copy(chat)
+    shown.tools = [offered.get(tool["function"]["name"], tool) for tool in tools]
+    return shown
 
 
 async def cold_start(
     config: Config,
     collector: Collector,
     optimizer: PolicyOptimizer,
-    on_step: Callable[[StepStats], None] = lambda _: None,
+    on_step: Callable[[StepStats, bool], None] = lambda *_: None,
     *,
     guard: Callable[[Forest], AbstractContextManager[None]] = lambda _: nullcontext(),
     seed: int,
+    conversations: Sequence[Tree] = (),
+    losses: Sequence[float] = (),
 ) -> None:
-    """Train on the first `sft.demonstrations` training tasks for `sft.epochs`, in random order.
+    """Train on `conversations` and the first `sft.demonstrations` training tasks for `sft.epochs`,
+    in random order.
 
-    The optimizer starts afresh with the cold start's learning rate and a warm-up and cosine of it.
-    `guard` is entered around each update of a forest. Stops when the mean loss of the last `WINDOW`
-    updates is at or below `sft.target_loss`. Raises `ConfigError` where the task source has no
-    solver.
+    The optimizer starts afresh with the cold start's learning rate and a warm-up and cosine of it;
+    or goes on after the updates that had `losses`, with the moments that it has. `guard` is entered
+    around each update of a forest, and `on_step` told whether an epoch ended with it. Stops when
+    the mean loss of the last `WINDOW` updates is at or below `sft.target_loss`. Raises
+    `ConfigError` where the task source has no solver.
     """
     source, sft = collector.source, config.sft
-    optimizer.restart(lr=sft.lr, schedule=warmup_cosine(sft.warmup, sft.steps))
     demonstrated = await collector.demonstrations(
         [source.train(index) for index in range(sft.demonstrations)]
     )
-    trees = [tree for tree in demonstrated if tree is not None]
-    if len(trees) < len(demonstrated):
+    trees = [*conversations, *(tree for tree in demonstrated if tree is not None)]
+    if len(trees) < len(conversations) + len(demonstrated):
         raise ConfigError(
             f"task source {source.name} has no solver to demonstrate with; "
             "set sft.demonstrations=0 and start from a model that knows the tool format"
         )
+    schedule = warmup_cosine(sft.warmup, sft.steps(len(trees)))
+    if losses:
+        optimizer.lr, optimizer.schedule = sft.lr, schedule
+    else:
+        optimizer.restart(lr=sft.lr, schedule=schedule)
     rng = np.random.default_rng(seed)
-    recent: deque[float] = deque(maxlen=WINDOW)
+    recent = deque(losses, maxlen=WINDOW)
+    step = 0
     for _ in range(sft.epochs):
         order = rng.permutation(len(trees))
         for first in range(0, len(trees), sft.batch):
+            step += 1
+            if step <= len(losses):
+                continue
+            if len(recent) == WINDOW and sum(recent) / WINDOW <= sft.target_loss:
+                return
             forest = Forest.from_trees([trees[i] for i in order[first : first + sft.batch]])
             batches = micro_batches(
                 forest,
@@ -64,10 +256,19 @@ async def cold_start(
             )
             with guard(forest):
                 stats = optimizer.nll_update(batches)
-            on_step(stats)
             recent.append(stats.loss)
-            if len(recent) == WINDOW and sum(recent) / WINDOW <= sft.target_loss:
-                return
+            on_step(stats, first + sft.batch >= len(trees))
+
+
+def held_out_loss(trees: Sequence[Tree], optimizer: PolicyOptimizer, budget_tokens: int) -> float:
+    """Mean negative log-likelihood over the agent tokens of `trees`, in nats."""
+    forest = Forest.from_trees(trees)
+    batches = micro_batches(
+        forest, imitation(forest), range(len(forest)), budget_tokens=budget_tokens
+    )
+    logprobs = optimizer.logprobs(batches, temperature=1.0)
+    total = sum(float(each.sum(dtype=np.float64)) for each in logprobs)
+    return -total / max(int(forest.agent.sum()), 1)
 
 
 def imitation(forest: Forest) -> Scored:

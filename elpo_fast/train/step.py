@@ -214,17 +214,21 @@ class PolicyOptimizer:
         return Part(len(batch.trie), len(rows), loss.detach()[None])
 
     @torch.no_grad()
-    def logprobs(self, batches: Sequence[PackedBatch]) -> list[NDArray[np.float32]]:
-        """Log-probs `[P]` of each batch under the sampling temperature; 0 on tokens that are not
-        the agent's.
+    def logprobs(
+        self, batches: Sequence[PackedBatch], temperature: float | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Log-probs `[P]` of each batch, by default under the sampling temperature; 0 on tokens
+        that are not the agent's.
 
         With `batch.old_logprob` replaced by these, the first update's ratios are 1.
         """
 
+        at = self.temperature if temperature is None else temperature
+
         def of(batch: PackedBatch) -> torch.Tensor:
             _, first, _ = _spoken(batch)
             staged = self._stage(batch, first)
-            return self._inside(lambda: self._logprob(staged, self.temperature)).float()
+            return self._inside(lambda: self._logprob(staged, at)).float()
 
         done = self._mine(batches, of)
         found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))

@@ -34,14 +34,20 @@ def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def print_summary(run: Path, console: Console) -> None:
-    """Held-out success before, between and after, localization, and where to look next."""
+    """Held-out loss and success before, between and after, localization, and where to look next."""
     records = read_metrics(run)
-    table = Table(title="Held-out success", title_justify="left")
-    table.add_column("stage")
-    for name in ("success", "95 % interval", "tasks", "samples a task"):
-        table.add_column(name, justify="right")
-    for record in records:
-        if record["phase"] == "eval" and record["name"] != DURING:
+    losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    if losses:
+        console.print(
+            f"held-out loss: {losses[0]:.3f} before SFT, {losses[-1]:.3f} after", highlight=False
+        )
+    shown = [r for r in records if r["phase"] == "eval" and r["name"] != DURING]
+    if shown:
+        table = Table(title="Held-out success", title_justify="left")
+        table.add_column("stage")
+        for name in ("success", "95 % interval", "tasks", "samples a task"):
+            table.add_column(name, justify="right")
+        for record in shown:
             table.add_row(
                 record["name"],
                 f"{record['success']:.1%}",
@@ -49,7 +55,7 @@ def print_summary(run: Path, console: Console) -> None:
                 str(record["tasks"]),
                 str(record["samples"]),
             )
-    console.print(table)
+        console.print(table)
     steps = [record for record in records if record["phase"] == "rl"]
     failures = sum(record["failures"] for record in steps)
     if failures:
@@ -59,5 +65,6 @@ def print_summary(run: Path, console: Console) -> None:
             highlight=False,
         )
     console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
+    console.print(f"the model: {run / 'model'}", highlight=False, soft_wrap=True)
     if any((run / "trees").glob("*.npz")):
         console.print(f"look at a tree: elpo tree show {run}", highlight=False, soft_wrap=True)

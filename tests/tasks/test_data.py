@@ -97,7 +97,7 @@ def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is one file; task\.options\.split=test is for folders"):
         mine(tmp_path / "data" / "test.jsonl", split="test")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"has no task files; use \.jsonl, \.json"):
+    with pytest.raises(ConfigError, match=r"has no data files; use \.jsonl, \.json"):
         mine(tmp_path / "empty")
 
 

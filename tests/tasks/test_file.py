@@ -263,8 +263,8 @@ def test_bad_parquet_row_is_named_by_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.jsonl", None, "task file {path} does not exist"),
-        ("tasks.txt", b"a,b", "task file {path} ends in '.txt'; use .jsonl, .json, .csv, "),
+        ("absent.jsonl", None, "data file {path} does not exist"),
+        ("tasks.txt", b"a,b", "data file {path} ends in '.txt'; use .jsonl, .json, .csv, "),
         ("tasks.jsonl", b"", "{path} has no rows"),
         ("tasks.csv", b"a,b", "{path} has no rows"),
         ("tasks.jsonl.gz", b"{", "{path} cannot be read: Not a gzipped file"),
