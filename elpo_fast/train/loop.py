@@ -262,6 +262,11 @@ class _Run:
             mine = read_metrics(folder.path) if self.parts.ranks.leads else []
             found = [r["loss"] for r in mine if r["phase"] == "sft" and "loss" in r]
             losses = self.parts.ranks.gather(found)[0]
+            if restored.extra["examples"] != examples.digest:
+                raise ConfigError(
+                    f"cannot resume {folder.path}: {sft.data} has other conversations now, or they "
+                    "are rendered otherwise; put them back or start a new run"
+                )
         total = sft.steps(len(examples.train) + sft.demonstrations)
         step = saved = len(losses)
         began = time.perf_counter()
@@ -292,7 +297,7 @@ class _Run:
                 phase.advance("  ".join(filter(None, said)), report=shown)
                 self.checkpoints.check()
                 if epoch_ends or (sft.checkpoint_every and step % sft.checkpoint_every == 0):
-                    self.save(step, phase=SFT)
+                    self.save(step, phase=SFT, examples=examples.digest)
                     saved = step
                 began = time.perf_counter()
 
@@ -312,7 +317,7 @@ class _Run:
                 losses=losses,
             )
         if saved < step:  # it stopped early
-            self.save(step, phase=SFT)
+            self.save(step, phase=SFT, examples=examples.digest)
 
     async def collect(self, step: int, phase: Phase) -> _Collected:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
@@ -470,10 +475,12 @@ class _Run:
         self.folder.log("eval", step, values)
         return result
 
-    def save(self, step: int, ready: _Collected | None = None, phase: str = RL) -> None:
-        """Begin a checkpoint after a step of a phase; `ready`: the next step's trees, where they
-        are there already."""
-        extra: dict[str, Any] = {"records": self.folder.records}
+    def save(
+        self, step: int, ready: _Collected | None = None, *, phase: str = RL, **more: Any
+    ) -> None:
+        """Begin a checkpoint after a step of a phase, with `more` for a resume to read; `ready`:
+        the next step's trees, where they are there already."""
+        extra: dict[str, Any] = {"records": self.folder.records, **more}
         if ready is not None:
             extra["collected"] = {"counts": ready.counts, "seconds": ready.seconds}
         state = TrainState(

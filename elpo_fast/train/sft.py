@@ -14,6 +14,7 @@ prefixes are computed once.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -57,6 +58,15 @@ class Examples(NamedTuple):
     train: list[Tree]
     held_out: list[Tree]
     said: str
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal tokens in equal order."""
+        found = hashlib.sha256()
+        for tree in (*self.train, *self.held_out):
+            for ids, agent in zip(tree.token_ids, tree.agent, strict=True):
+                found.update(ids.tobytes() + agent.tobytes())
+        return found.hexdigest()
 
 
 def read_data(sft: SftConfig) -> Data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast import cli
-from elpo_fast.config import Config, ConfigError, parse_config
+from elpo_fast.config import Config, ConfigError, ScratchConfig, parse_config
+from elpo_fast.model.load import scratch_model
 from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.tasks.conversations import Conversation, ConversationError, read_conversation
 from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run
-from elpo_fast.train.sft import tree_of
+from elpo_fast.train.sft import held_out_loss, tree_of
 from elpo_fast.train.step import NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics, reproducible
 from elpo_fast.tree.store import Tree
@@ -184,6 +187,26 @@ def test_what_cannot_be_rendered_says_why() -> None:
         tree_of(conversation(MESSAGES[1:]), chat)
 
 
+@pytest.mark.parametrize("template", [HERMES, FORGETS], ids=["one prefix", "prefixes that differ"])
+def test_the_loss_is_that_of_plain_rows(template: str) -> None:
+    chat = make_chat(template)
+    size = ScratchConfig(hidden_size=32, layers=2, heads=2, kv_heads=1, intermediate_size=64)
+    model = scratch_model(size, chat.tokenizer, seed=0)
+    trees = [tree_of(conversation(MESSAGES[: n + 1]), chat) for n in (8, 4, 2)]
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for ids, agent in (branch for tree in trees for branch in branches(tree)):
+            tokens, trained = torch.from_numpy(ids).long(), torch.from_numpy(agent[1:]).bool()
+            logits = model(tokens[None], use_cache=False).logits[0, :-1][trained]
+            total += float(torch.nn.functional.cross_entropy(
+                logits, tokens[1:][trained], reduction="sum"
+            ))  # fmt: skip
+            count += int(trained.sum())
+    policy = PolicyOptimizer(model, lr=1e-3, temperature=0.5)
+    for budget in (8192, 150):
+        assert held_out_loss(trees, policy, budget) == pytest.approx(total / count, rel=1e-5)
+
+
 def rows(count: int) -> list[dict[str, Any]]:
     """Sums, every third with a call."""
     found = []
@@ -298,6 +321,25 @@ def test_resume_equals_the_uninterrupted_run(
     assert reproducible(read_metrics(again)) == reproducible(read_metrics(whole))
 
 
+def test_an_early_stop_is_the_end(tmp_path: Path) -> None:
+    config = make_config(tmp_path, sft=make_sft(tmp_path, {"epochs": 9, "target_loss": 99.0}))
+    path, _ = run(config)
+    records = read_metrics(path)
+    assert [r["step"] for r in records if "loss" in r] == [*range(1, 9)]
+    found = latest(path)
+    assert found is not None and found.name == "sft-00000008"
+    run(config, resume=True)
+    assert read_metrics(path) == records
+
+
+def test_other_conversations_are_not_gone_on_with(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    run(config)
+    make_config(tmp_path, data=rows(20)[::-1])
+    with pytest.raises(ConfigError, match="has other conversations now"):
+        run(config, resume=True)
+
+
 def test_training_goes_on_where_sft_alone_ended(tmp_path: Path) -> None:
     sft = {"epochs": 1, "demonstrations": 2, "held_out_fraction": 0}
     whole, said = run(make_config(tmp_path / "whole", sft=make_sft(tmp_path / "whole", sft)),
@@ -372,6 +414,20 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
         parse_config({"sft": {"held_out_fraction": 0.1}})
     with pytest.raises(ConfigError, match="exclude each other"):
         parse_config({"sft": {"data": "a", "held_out_fraction": 0.1, "held_out_path": "b"}})
+
+
+def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "sft.md").read_text()
+    blocks = {name: re.search(rf"```{name}\n(.*?)```", text, re.S) for name in ("python", "yaml")}
+    program, config = (block and block[1] for block in blocks.values())
+    assert program and config and len(program.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    data = yaml.safe_load(config)
+    tiny = make_config(tmp_path / "tiny").model.model_dump() | {"scratch": {"layers": 1}}
+    changes = {"model": tiny, "rollout": {"max_tokens": 1024}}
+    _, said = run(parse_config(data | changes))
+    assert "chats.json: 19 conversations, " in said and "20/20  loss" in said
 
 
 def test_help_shows_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
