@@ -248,8 +248,6 @@ class SftConfig(Section):
                 "held_out_path (or held_out_split) and held_out_fraction exclude each other; "
                 "drop one"
             )
-        if self.data is None and (other or self.split or self.held_out_fraction is not None):
-            raise ValueError("split and held-out conversations need data to be split from; set it")
         return self
 
 

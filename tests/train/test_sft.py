@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast import cli
-from elpo_fast.config import Config, ConfigError, ScratchConfig, parse_config
+from elpo_fast.config import Config, ConfigError, ScratchConfig, load_config, parse_config
 from elpo_fast.model.load import scratch_model
 from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.rollout.chat import Chat
@@ -410,8 +410,9 @@ def test_nothing_to_learn_from(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "c.yaml").write_text("model: {name: scratch}")
     assert cli.main(["sft", str(tmp_path / "c.yaml"), f"run.dir={tmp_path}"]) == 2
     assert "sft.data: there is nothing to learn from" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="need data to be split from"):
-        parse_config({"sft": {"held_out_fraction": 0.1}})
+    paper = Path(__file__).parents[2] / "configs" / "qwen2.5_7b_paper.yaml"
+    assert load_config(paper).sft.steps(3000) == 470
+    assert not load_config(paper, ["sft.data=null"]).sft.wanted
     with pytest.raises(ConfigError, match="exclude each other"):
         parse_config({"sft": {"data": "a", "held_out_fraction": 0.1, "held_out_path": "b"}})
 
