@@ -21,7 +21,7 @@ from typing import Any
 from elpo_fast.config import ConfigError
 from elpo_fast.tasks.common import digest
 from elpo_fast.tasks.records import Faults, Record, kind, read
-from elpo_fast.types import Message
+from elpo_fast.types import Message, valid_text
 
 COLUMNS = ("messages", "conversations")
 _CALLS = "calls"  # a message of the assistant that is calls and nothing else
@@ -163,6 +163,8 @@ def _message(row: Any) -> dict[str, Any]:
     if thinking is not None:
         text = f"<think>\n{_text(thinking).strip()}\n</think>\n\n{text}"
     called = _parsed(row.get("tool_calls"), "tool_calls") or []
+    if not isinstance(called, list):
+        raise ConversationError(f"tool_calls must be a list, not {kind(called)}")
     if row.get("function_call"):
         called = [*called, row["function_call"]]
     message = {"role": role, "content": text}
@@ -180,12 +182,12 @@ def _text(content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
+        return valid_text(content)
     if isinstance(content, list) and all(isinstance(p, Mapping) and "type" in p for p in content):
         others = sorted({str(part["type"]) for part in content} - {"text"})
         if others:
             raise ConversationError(f"has a part of type {', '.join(others)}; only text is read")
-        return "".join(str(part["text"]) for part in content)
+        return valid_text("".join(str(part.get("text") or "") for part in content))
     return json.dumps(content, ensure_ascii=False)
 
 
@@ -213,21 +215,18 @@ def _one_call_each(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if message["role"] == "tool":
             raise ConversationError("a tool's result stands where nothing can have called it")
         results = []
-        while (
-            message["role"] == "assistant"
-            and messages[at : at + 1]
-            and (messages[at]["role"] == "tool")
-        ):
+        while message["role"] == "assistant" and at < len(messages):
+            if messages[at]["role"] != "tool":
+                break
             results.append(messages[at])
             at += 1
         calls = message.get("tool_calls", ())
-        if (
-            len(calls) != len(results)
-            and (results or at < len(messages))
-            and (
-                calls or len(results) > 1  # else the call is written in the text
-            )
-        ):
+        fits = len(results) == len(calls)
+        if not calls:
+            fits = len(results) < 2  # of a call that is written in the text
+        elif at == len(messages):
+            fits = fits or not results
+        if not fits:
             raise ConversationError(f"{len(calls)} calls have {len(results)} results")
         if len(calls) < 2 or not results:
             single += [message, *results]

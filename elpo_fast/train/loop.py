@@ -292,6 +292,7 @@ class _Run:
                     "seconds": time.perf_counter() - began,
                 }
                 folder.log("sft", step, values)
+                release_memory()
                 shown = epoch_ends or step % max(1, total // 5) == 0
                 said = [f"loss {stats.loss:.3f}", held_out() if epoch_ends else ""]
                 phase.advance("  ".join(filter(None, said)), report=shown)

@@ -38,7 +38,7 @@ from elpo_fast.train.metrics import StepStats
 from elpo_fast.train.step import PolicyOptimizer, micro_batches, warmup_cosine
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest, Tree
-from elpo_fast.types import End, Message
+from elpo_fast.types import End, Message, valid_text
 
 WINDOW = 8  # updates over which the loss is averaged for `sft.target_loss`
 HELD_OUT = 0.05  # share of the prompts
@@ -101,9 +101,9 @@ def in_tokens(data: Data, chat: Chat, config: Config, context: int | None) -> Ex
     key, limit = "rollout.max_tokens", config.rollout.max_tokens
     if sft.max_tokens is not None:
         key, limit = "sft.max_tokens", sft.max_tokens
-    what, remedy = f"{key}={limit}", f"raise {key} or set"
+    what, remedy = f"{key}={limit}", f"raise {key} or "
     if context is not None and context < limit:
-        limit, what, remedy = context, f"the {context} of the model's context", "set"
+        limit, what, remedy = context, f"the {context} of the model's context", ""
     faults = Faults(sft.data or "")
     long: list[Tree] = []
 
@@ -131,8 +131,10 @@ def in_tokens(data: Data, chat: Chat, config: Config, context: int | None) -> Ex
             f"{len(long)} of {total} conversations have more tokens than {what} (first "
             f"{long[0].task_id} with {_length(long[0])}, at most {max(map(_length, long))})"
         )
-        if sft.overlong == "refuse" or not train:
-            raise ConfigError(f"{problem}; {remedy} sft.overlong=drop")
+        if not train:
+            raise ConfigError(f"{problem}; {remedy}give shorter ones")
+        if sft.overlong == "refuse":
+            raise ConfigError(f"{problem}; {remedy}set sft.overlong=drop")
         said += f"; {problem} and are left out"
     return Examples(train, held_out, said)
 
@@ -161,7 +163,7 @@ def tree_of(conversation: Conversation, chat: Chat) -> Tree:
                 branch.append((chat.prompt(said), False))
             except TemplateError as error:
                 raise ConversationError(f"the model's chat template refuses: {error}") from None
-        text = chat.call_text(message)
+        text = valid_text(chat.call_text(message))
         said.append({"role": "assistant", "content": text})
         if end_of_turn in text:
             raise ConversationError(

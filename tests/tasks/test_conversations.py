@@ -165,6 +165,7 @@ FAULTS = {
     "message 2: the arguments of a call must be JSON": chat(
         {"role": "assistant", "tool_calls": [call("{")]}
     ),
+    "message 2: tool_calls must be a list, not int": chat({"role": "assistant", "tool_calls": 3}),
     "must be an object, not list": chat({"role": "assistant", "tool_calls": [call("[1]")]}),
     "2 calls have 1 results": chat(
         {"role": "assistant", "tool_calls": [call({}), call({})]},

@@ -171,6 +171,15 @@ def test_a_message_of_weight_zero_is_read_and_not_learned() -> None:
     assert "12+3" in text and chat.decode(ids).endswith("assistant\n15<|im_end|>")
 
 
+def test_text_that_no_encoding_has_is_written_out() -> None:
+    bad = "\ud83d"
+    call = [{"function": {"name": "python_session", "arguments": {"code": bad}}}]
+    said = [{"role": "user", "content": bad}, {"role": "assistant", "content": bad}]
+    chat = make_chat(None)
+    ids, _ = branches(tree_of(conversation([said[0], said[1] | {"tool_calls": call}]), chat))[0]
+    assert chat.decode(ids).count("\\ud83d") == 3
+
+
 def test_what_cannot_be_rendered_says_why() -> None:
     with pytest.raises(ConversationError, match=r"it calls search\(q\), and .* has but python_s"):
         call = [{"function": {"name": "search", "arguments": {"q": 1}}}]
@@ -378,8 +387,8 @@ def test_one_prompt_alone_cannot_be_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "than", "remedy"),
     [
-        ({}, "rollout.max_tokens=512", "raise rollout.max_tokens or set"),
-        ({"max_tokens": 9999}, "the 512 of the model's context", "set"),
+        ({}, "rollout.max_tokens=512", "raise rollout.max_tokens or set sft.overlong=drop"),
+        ({"max_tokens": 9999}, "the 512 of the model's context", "set sft.overlong=drop"),
     ],
     ids=["the limit of rollouts", "the model's context"],
 )
@@ -393,9 +402,13 @@ def test_conversations_that_are_too_long(
         run(make_config(tmp_path, data=data, sft=sft))
     said = f"1 of 20 conversations have more tokens than {than} (first "
     assert str(caught.value).startswith(said) and "line 18 with " in str(caught.value)
-    assert str(caught.value).endswith(f"; {remedy} sft.overlong=drop")
+    assert str(caught.value).endswith(f"; {remedy}")
     _, told = run(make_config(tmp_path, data=data, sft=sft | {"overlong": "drop", "epochs": 1}))
     assert "18 conversations, " in told and said in told and "are left out" in told
+    with pytest.raises(ConfigError, match=r"^20 of 20 .*; raise sft.max_tokens or give shorter"):
+        other = {"name": "other"}
+        none = sft | {"overlong": "drop", "max_tokens": 4}
+        run(make_config(tmp_path, sft=none, run=other))
 
 
 def test_faults_of_rendering_are_told_together(tmp_path: Path) -> None:
