@@ -10,11 +10,19 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -31,7 +39,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
-SectionT = TypeVar("SectionT", bound=Section)
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def _choice(kind: str, *known: str) -> AfterValidator:
+    """A built-in thing, or one's own by `module:attribute` or an entry point (`elpo_fast.own`)."""
+
+    def check(name: str) -> str:
+        group = f"elpo_fast.{kind}"
+        if name in known or ":" in name or entry_points(group=group, name=name):
+            return name
+        names = [*known, *entry_points(group=group).names]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'};"
+        raise ValueError(
+            f"there is no {name!r} here; {hint} one's own is named as module:attribute, or by an "
+            f"entry point in the group {group}"
+        )
+
+    return AfterValidator(check)
 
 
 class RunConfig(Section):
@@ -88,16 +114,33 @@ class ModelConfig(Section):
 
 
 class TaskConfig(Section):
-    source: Literal["ledger", "reasoning_gym", "file"] = "ledger"
+    # or your own, like all that is named here: docs/own.md
+    source: Annotated[str, _choice("tasks", "ledger", "reasoning_gym", "file")] = "ledger"
     options: dict[str, Any] = {}  # the source's own settings, checked by the source
+    # your own verdict: a function (task, messages, end) of a reward or a Verdict
+    reward: Annotated[str, _choice("rewards")] | None = None
+    correct_above: Annotated[float, Field(allow_inf_nan=False)] = (
+        0.5  # a number that it returns counts as correct if it is larger
+    )
+    # None: called in this process; a number: in processes of its own, which are killed then
+    reward_timeout_s: PositiveFloat | None = None
     system: str | None = None  # system message; None: the source's own
     # What generated tasks are drawn with. None: a secret of the run, so that no policy draws them
     # by itself; a number: the same held-out tasks in every run that names it, for comparisons
     seed: NonNegative | None = None
 
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if self.reward is None and self.reward_timeout_s is not None:
+            raise ValueError("reward_timeout_s is for a reward of your own; set reward or drop it")
+        return self
+
 
 class ToolConfig(Section):
-    names: list[Literal["code_interpreter", "python_session"]] = ["python_session"]
+    names: list[Annotated[str, _choice("tools", "code_interpreter", "python_session")]] = [
+        "python_session"
+    ]
+    options: dict[str, dict[str, Any]] = {}  # of your own tools among them, by name
     # "module:function" of your own: its OpenAI function schema, or the path of a JSON file with it;
     # called in processes of their own with this one's rights, not in the sandbox
     functions: dict[str, dict[str, Any] | str] = {}
@@ -113,6 +156,12 @@ class ToolConfig(Section):
     packages: list[str] | None = None
     # "auto" is bubblewrap; "landlock" accepts what it does not stop (`elpo doctor`), "none" all
     isolation: Literal["auto", "bubblewrap", "landlock", "none"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> ToolConfig:
+        if unknown := [name for name in self.options if name not in self.names]:
+            raise ValueError(f"options are for tools in names, and {unknown[0]!r} is not one")
+        return self
 
 
 class SGLangConfig(Section):
@@ -199,14 +248,23 @@ class ClipConfig(Section):
         return self
 
 
+class OwnOptions(Section):
+    """Settings of a planner, advantage or weights of your own, checked by these."""
+
+    planner: dict[str, Any] = {}
+    advantage: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+
+
 class AlgoConfig(Section):
-    planner: Literal["bel", "star"] = "bel"
+    planner: Annotated[str, _choice("planners", "bel", "star")] = "bel"
     n_total: Positive = 16
     bel: BelConfig = BelConfig()
-    advantage: Literal["hierarchical", "group"] = "hierarchical"
+    advantage: Annotated[str, _choice("advantages", "hierarchical", "group")] = "hierarchical"
     lambda_tree: Fraction = 0.5
     advantage_eps: NonNegativeFloat = 1e-6
-    weights: Literal["sequence_mean"] = "sequence_mean"
+    weights: Annotated[str, _choice("weights", "sequence_mean")] = "sequence_mean"
+    options: OwnOptions = OwnOptions()
     merge_equal_steps: bool = False  # equal siblings are one node, whose value is pooled
     clip: ClipConfig = ClipConfig()
 
@@ -471,7 +529,7 @@ def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
                 if near
                 else f"did you mean {elsewhere[0]}?"
                 if elsewhere
-                else f"known: {', '.join(names)}"
+                else f"known: {', '.join(names) or 'none'}"
             )
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
         child = _section(model.model_fields[key].annotation)

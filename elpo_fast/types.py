@@ -6,6 +6,7 @@ Token arrays are `int32 [N]`, log-probs and entropies `float32 [N]` in nats.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -72,15 +73,21 @@ class Verdict:
 
 
 class TaskSource(Protocol):
-    """Where tasks come from. Training and held-out tasks never overlap, by construction."""
+    """Where tasks come from. Training and held-out tasks never overlap, by construction.
+
+    A subclass has to have `name` and the abstract methods; the others say that tasks never run out
+    and that there is no solver.
+    """
 
     name: str
 
+    @abstractmethod
     def train(self, index: int) -> Task:
         """Training task number `index >= 0`; deterministic; endless sources never run out,
         finite ones take `index` modulo their length (one epoch = `train_size`)."""
         ...
 
+    @abstractmethod
     def held_out(self, index: int) -> Task:
         """Held-out task number `index >= 0`; deterministic, disjoint from every training task."""
         ...
@@ -88,22 +95,24 @@ class TaskSource(Protocol):
     @property
     def train_size(self) -> int | None:
         """Number of distinct training tasks, `None` for endless sources."""
-        ...
+        return None
 
     @property
     def held_out_size(self) -> int | None:
         """Number of distinct held-out tasks, `None` for endless sources."""
-        ...
+        return None
 
     def demonstration(self, task: Task) -> Sequence[Message] | None:
         """The solver's messages after `task.messages`, without tool results (the caller runs the
         tools), or `None` where the source has no solver."""
-        ...
+        return None
 
     def vocabulary_texts(self) -> Iterable[str]:
-        """Texts to make a small tokenizer from."""
-        ...
+        """Texts to make a small tokenizer from; by default those of the first training tasks."""
+        size = 500 if self.train_size is None else min(500, self.train_size)
+        return [m["content"] for index in range(size) for m in self.train(index).messages]
 
+    @abstractmethod
     def grade(self, task: Task, messages: Sequence[Message], end: End) -> Awaitable[Verdict]:
         """Judge the whole conversation. Anything that executes model output runs out of process.
 
@@ -143,22 +152,32 @@ class ToolResult:
 
 class Tool(Protocol):
     """A tool the model may call. State is immutable from the outside: `call` returns a new one,
-    so several branches may continue from the same state, in any order and concurrently."""
+    so several branches may continue from the same state, in any order and concurrently.
 
-    name: str
+    A subclass has to have `schema` and `call`; without the others it is stateless.
+    """
+
     schema: Mapping[str, Any]  # OpenAI function schema: {"type": "function", "function": {...}}
+
+    @property
+    def name(self) -> str:
+        return str(self.schema["function"]["name"])
 
     async def open(self, task: Task) -> Any:
         """State before the first call (after `task.setup`); `None` for stateless tools."""
-        ...
+        return None
 
-    async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult: ...
+    @abstractmethod
+    async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
+        """The answer, with the state after it."""
+        ...
 
     async def release(self, states: Iterable[Any]) -> None:
         """These states will not be called again."""
-        ...
+        return None
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)

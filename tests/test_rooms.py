@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "elpo_fast"
-BASE = {"types", "config", "lock", "faults"}
+BASE = {"types", "config", "lock", "faults", "own"}
 ALGO = BASE | {"tree"}
 ROLLOUT = ALGO | {"algo", "tools", "tasks"}
 ALL = ROLLOUT | {"rollout", "model", "report"}
@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "types": set(),
     "config": set(),
     "lock": {"config"},
+    "own": {"config"},
     "faults": {"types"},
     "tree": set(),
     "algo": ALGO,

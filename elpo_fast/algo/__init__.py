@@ -5,28 +5,55 @@ No input or output and no torch here; `score` turns collected trees into what th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from elpo_fast.algo.advantages import group, hierarchical
+from elpo_fast import own
+from elpo_fast.algo.advantages import Floats, chosen, group, hierarchical
 from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.clipping import lower_bounds
 from elpo_fast.algo.planners import Planner
 from elpo_fast.algo.star import StarPlanner
 from elpo_fast.algo.weights import sequence_mean
-from elpo_fast.config import AlgoConfig
+from elpo_fast.config import AlgoConfig, ConfigError
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
+from elpo_fast.types import RunError
 
-__all__ = ["make_planner", "score"]
+__all__ = ["check", "make_planner", "score"]
+
+_KINDS = {"planner": "planners", "advantage": "advantages", "weights": "weights"}
+_OFFERED = {"planner": ("n_total",), "advantage": ("forest", "weight"), "weights": ("forest",)}
+_BUILT_IN = ("bel", "star", "hierarchical", "group", "sequence_mean")
+
+
+def check(config: AlgoConfig) -> None:
+    """Raises `ConfigError` for a choice of one's own, or its options, that cannot be used."""
+    for choice in _KINDS:
+        name = getattr(config, choice)
+        if name not in _BUILT_IN:
+            _own(config, choice)
+        elif getattr(config.options, choice):
+            raise ConfigError(
+                f"algo.options.{choice} is for one of your own; the settings of {name} stand under "
+                "algo"
+            )
+    make_planner(config)
 
 
 def make_planner(config: AlgoConfig) -> Planner:
     """A fresh planner for one task's tree."""
-    if config.planner == "star":
-        return StarPlanner(config.n_total)
-    bel = config.bel
-    return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
+    match config.planner:
+        case "star":
+            return StarPlanner(config.n_total)
+        case "bel":
+            bel = config.bel
+            return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
+    planner = _own(config, "planner")(n_total=config.n_total)
+    own.complete(planner, Planner, f"algo.planner: {config.planner}")
+    return planner
 
 
 def score(
@@ -34,19 +61,51 @@ def score(
 ) -> Scored:
     """Advantage, loss coefficients and clip bounds of every node of a forest.
 
-    `importance [L]` multiplies the weight of each trajectory.
+    `importance [L]` multiplies the weight of each trajectory. Raises `RunError` for weights or
+    advantages of one's own that are not one finite number for each of what is there.
     """
-    weight = sequence_mean(forest)
+    if config.weights == "sequence_mean":
+        weight = sequence_mean(forest)
+    else:
+        weight = _numbers(config, "weights", forest=forest)
     if importance is not None:
         weight = weight * importance
-    if config.advantage == "group":
-        values = group(forest, weight, eps=config.advantage_eps)
-    else:
-        values = hierarchical(
-            forest, weight, lambda_tree=config.lambda_tree, eps=config.advantage_eps
-        )
+    eps = config.advantage_eps
+    match config.advantage:
+        case "group":
+            values = group(forest, weight, eps=eps)
+        case "hierarchical":
+            values = hierarchical(forest, weight, lambda_tree=config.lambda_tree, eps=eps)
+        case _:
+            found = _numbers(config, "advantage", forest=forest, weight=weight)
+            values = chosen(forest, weight, found, eps=eps)
     return Scored(
         **vars(values),
         eps_low=lower_bounds(forest, config.clip),
         eps_high=config.clip.eps_high,
     )
+
+
+def _own(config: AlgoConfig, choice: str) -> Any:
+    thing = own.find(_KINDS[choice], getattr(config, choice), f"algo.{choice}")
+    options = getattr(config.options, choice)
+    return own.bound(thing, _OFFERED[choice], options, f"algo.options.{choice}")
+
+
+def _numbers(config: AlgoConfig, choice: str, *, forest: Forest, **offered: Any) -> Floats:
+    """What a function of one's own gives: a number for every trajectory or, if it chooses
+    advantages, for every node."""
+    values = np.asarray(_own(config, choice)(forest=forest, **offered), np.float64)
+    leaves, nodes = len(forest.leaf_node), len(forest.parent)
+    if values.shape != (leaves,) and not (choice == "advantage" and values.shape == (nodes,)):
+        or_nodes = f", or [{nodes}], one for each node" if choice == "advantage" else ""
+        raise RunError(
+            f"algo.{choice}: {getattr(config, choice)} gave numbers of shape {list(values.shape)}; "
+            f"it has to be [{leaves}], one for each trajectory{or_nodes}"
+        )
+    if not np.isfinite(values).all():
+        raise RunError(
+            f"algo.{choice}: {getattr(config, choice)} gave {int((~np.isfinite(values)).sum())} "
+            "numbers that are not finite; guard its divisions"
+        )
+    return values

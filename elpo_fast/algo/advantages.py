@@ -20,6 +20,7 @@ from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
 
 Floats = NDArray[np.float64]
+_Parts = tuple[Floats, Floats, Floats, Floats]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,30 +37,48 @@ class Advantages:
 
 def hierarchical(forest: Forest, weight: Floats, *, lambda_tree: float, eps: float) -> Advantages:
     """Eq. 10: `A = lambda A_branch + (1 - lambda) A_traj`, node by node."""
-    node_reward, branch, trajectory, _ = _parts(forest, eps)
-    advantage = lambda_tree * branch + (1.0 - lambda_tree) * trajectory
-    mass = ops.leaf_sum(forest.parent, forest.leaf_node, weight)
-    pos, neg = mass * np.maximum(advantage, 0.0), mass * np.minimum(advantage, 0.0)
-    return Advantages(node_reward, branch, trajectory, advantage, pos, neg)
+    parts = _parts(forest, eps)
+    _, branch, trajectory, _ = parts
+    values = lambda_tree * branch + (1.0 - lambda_tree) * trajectory
+    return _weighted(forest, weight, values, parts)
 
 
 def group(forest: Forest, weight: Floats, *, eps: float) -> Advantages:
     """GRPO: the normalised reward of each trajectory (Eq. 8) on all of its tokens."""
-    node_reward, branch, trajectory, of_leaf = _parts(forest, eps)
-    pos = ops.leaf_sum(forest.parent, forest.leaf_node, weight * np.maximum(of_leaf, 0.0))
-    neg = ops.leaf_sum(forest.parent, forest.leaf_node, weight * np.minimum(of_leaf, 0.0))
-    return Advantages(node_reward, branch, trajectory, trajectory, pos, neg)
+    parts = _parts(forest, eps)
+    return _weighted(forest, weight, parts[3], parts)
 
 
-def _parts(forest: Forest, eps: float) -> tuple[Floats, Floats, Floats, Floats]:
+def chosen(forest: Forest, weight: Floats, values: Floats, *, eps: float) -> Advantages:
+    """Advantages that are given: `values` of all nodes `[N]`, or of all trajectories `[L]`."""
+    return _weighted(forest, weight, values, _parts(forest, eps))
+
+
+def _weighted(forest: Forest, weight: Floats, values: Floats, parts: _Parts) -> Advantages:
+    parent, leaf = forest.parent, forest.leaf_node
+    node_reward, branch, trajectory, _ = parts
+    if len(values) == len(parent):
+        mass = ops.leaf_sum(parent, leaf, weight)
+        pos, neg = mass * np.maximum(values, 0.0), mass * np.minimum(values, 0.0)
+        return Advantages(node_reward, branch, trajectory, values, pos, neg)
+    pos = ops.leaf_sum(parent, leaf, weight * np.maximum(values, 0.0))
+    neg = ops.leaf_sum(parent, leaf, weight * np.minimum(values, 0.0))
+    return Advantages(node_reward, branch, trajectory, _mean(forest, values), pos, neg)
+
+
+def _mean(forest: Forest, of_leaf: Floats) -> Floats:
+    """Over the trajectories through each node, `[N]`."""
+    parent, leaf = forest.parent, forest.leaf_node
+    mean = ops.leaf_sum(parent, leaf, of_leaf) / ops.leaf_sum(parent, leaf, np.ones(len(leaf)))
+    # What all trajectories share gets their mean, 0: exactly, so that it costs the trainer nothing.
+    mean[np.abs(mean) < ops.TIE] = 0.0
+    return mean
+
+
+def _parts(forest: Forest, eps: float) -> _Parts:
     """Node rewards (Eq. 6), branch (Eq. 7) and trajectory level (Eq. 9), `[N]`; Eq. 8, `[L]`."""
     parent, leaf = forest.parent, forest.leaf_node
     node_reward = ops.node_rewards(parent, forest.reward)
     branch = ops.branch_advantages(parent, node_reward, eps)
     of_leaf = ops.leaf_advantages(forest.leaf_start, forest.reward[leaf], eps)
-    trajectory = ops.leaf_sum(parent, leaf, of_leaf) / ops.leaf_sum(
-        parent, leaf, np.ones(len(leaf))
-    )
-    # What all trajectories share gets their mean, 0: exactly, so that it costs the trainer nothing.
-    trajectory[np.abs(trajectory) < ops.TIE] = 0.0
-    return node_reward, branch, trajectory, of_leaf
+    return node_reward, branch, _mean(forest, of_leaf), of_leaf

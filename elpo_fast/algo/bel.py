@@ -20,6 +20,7 @@ Choices where the paper is silent:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from elpo_fast.algo.planners import Critical, Request, Trajectory
@@ -51,7 +52,7 @@ class BelPlanner:
         self.n_total, self.b_max = n_total, b_max
         self.x_min, self.x_max, self.beta = x_min, x_max, beta
         self.spent = 0
-        self.critical: list[Critical] = []
+        self.critical: Sequence[Critical] = []
         self._request: Request | None = None
         self._pending = 0  # asked for, not yet observed
         self._buffer: list[Trajectory] = []
@@ -121,14 +122,13 @@ class BelPlanner:
     def _conclude(self, search: _Search) -> None:
         self._search = None
         if search.reference.calls:
-            self.critical.append(
-                Critical(
-                    node=search.reference.calls[search.low - 1],
-                    leaf=search.reference.leaf,
-                    localized=search.low == search.high,
-                    probes=search.probes,
-                )
+            found = Critical(
+                node=search.reference.calls[search.low - 1],
+                leaf=search.reference.leaf,
+                localized=search.low == search.high,
+                probes=search.probes,
             )
+            self.critical = [*self.critical, found]
 
 
 def select_reference(buffer: list[Trajectory]) -> Trajectory:

@@ -9,7 +9,8 @@ ones and suffixes alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,21 +54,23 @@ class Critical:
 
 
 class Planner(Protocol):
-    """Decides where one task's tree grows."""
+    """Decides where one task's tree grows. A subclass has to have the abstract members."""
 
-    spent: int  # trajectories asked for so far, never more than the budget
-    critical: list[Critical]
-    reads_entropy: bool  # whether the entropies of trajectories decide anything
+    critical: Sequence[Critical] = ()
+    reads_entropy: bool = True  # whether the entropies of trajectories decide anything
 
     @property
+    @abstractmethod
     def done(self) -> bool:
         """Nothing will be asked for any more and everything asked for was observed."""
         ...
 
+    @abstractmethod
     def requests(self) -> list[Request]:
         """Everything that may be sampled now; each request is handed out once."""
         ...
 
+    @abstractmethod
     def observe(self, trajectory: Trajectory) -> None:
         """Report one trajectory that was asked for."""
         ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from elpo_fast.algo.planners import Critical, Request, Trajectory
 
 
@@ -14,7 +16,7 @@ class StarPlanner:
         if n_total < 1:
             raise ValueError(f"n_total={n_total} must be at least 1")
         self.spent = n_total
-        self.critical: list[Critical] = []
+        self.critical: Sequence[Critical] = []
         self._asked = False
         self._pending = n_total
 

@@ -211,7 +211,9 @@ async def _evaluate(
     toolbox, folder = Toolbox(config.tools), config.run_dir
     try:
         secret = _secret(folder, config, subject)
-        source = make_source(config.task, config.run.seed, toolbox.run_function, secret)
+        source = make_source(
+            config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
+        )
         if _missing(source, config, trajectories):
             _say(folder, subject, None)
             loaded = subject.load(source)

@@ -11,7 +11,6 @@ from elpo_fast.model.lora import named_weights
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.rollout.engines import NoEngine, make_engine
-from elpo_fast.tasks.file import FileSource
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import Engine, TaskSource
 
@@ -38,8 +37,8 @@ async def sampler(
         chat = Chat(
             loaded.tokenizer, config.rollout.call_format, toolbox.schemas, loaded.end_token_ids
         )
-        if samples and isinstance(source, FileSource):
-            source.fit_prompts(chat.prompt, config.rollout.max_tokens)
+        if samples and (fit := getattr(source, "fit_prompts", None)) is not None:
+            fit(chat.prompt, config.rollout.max_tokens)
         tokens = config.tools.output_tokens
         yield kind(engine, toolbox, chat, source, config.rollout, output_tokens=tokens)
     finally:

@@ -98,9 +98,11 @@ def load_model(
     tokenizer_texts: Iterable[str] | None = None,
     tokenizer: Any = None,
     shard: Shard | None = None,
+    model: PreTrainedModel | None = None,
 ) -> LoadedModel:
-    """Load or make the model that `config.name` names, with fresh adapters for `config.lora`.
-    `shard` spreads it over processes, which all load it.
+    """Load or make the model that `config.name` names, with fresh adapters for `config.lora`; or
+    take `model` with its `tokenizer`, which is changed in place into what is trained. `shard`
+    spreads it over processes, which all load it.
 
     `seed` fixes the weights of new adapters and of a "scratch" model, whose tokenizer is
     `tokenizer`, or else trained on `tokenizer_texts`. Raises `ConfigError` for every name that
@@ -108,7 +110,12 @@ def load_model(
     """
     device = resolve_device(config.device)
     _check_attention(config, device)
-    if config.name == SCRATCH:
+    if model is not None:
+        if tokenizer is None:
+            raise ValueError("a model of your own needs its tokenizer")
+        _cast(model, _base_dtype(config))
+        found = _Read(model, tokenizer)
+    elif config.name == SCRATCH:
         if tokenizer is None:
             if tokenizer_texts is None:
                 raise ValueError("a scratch model needs tokenizer_texts to train its tokenizer on")
@@ -131,7 +138,7 @@ def load_model(
     model = found.model.eval()
     if found.stored is None:
         with enough_memory(f"moving the model to {device}", _SMALLER):
-            model.to(device)
+            found.model.to(device)
     _switch_dropout_off(model)
     dim = getattr(model.config, "head_dim", None)
     model.set_attn_implementation(attention_name(_checked_attention(config, device, dim or 0)))

@@ -322,7 +322,11 @@ class _Growth:
                 for request in planner.requests():
                     work = self._sample(request.node, request.count)
                     pending.add(asyncio.create_task(work))
-                assert pending, "a planner that is not done waits for trajectories"
+                if not pending:
+                    raise RunError(
+                        f"{type(planner).__name__} is not done and asks for nothing; a planner has "
+                        "to be done when all that it asked for was observed"
+                    )
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for finished in done:
                     for leaf in finished.result():

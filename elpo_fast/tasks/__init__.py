@@ -13,41 +13,57 @@ Invariants of every source
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     from elpo_fast.config import TaskConfig
     from elpo_fast.tasks.common import RunFunction
+    from elpo_fast.tasks.reward import Apart
     from elpo_fast.types import TaskSource
+
+_BUILT_IN = {
+    "ledger": "elpo_fast.tasks.ledger:Ledger",
+    "reasoning_gym": "elpo_fast.tasks.reasoning_gym:ReasoningGym",
+    "file": "elpo_fast.tasks.file:FileSource",
+}
+_OFFERED = ("seed", "key", "system", "run_function", "judged")
 
 
 def make_source(
-    config: TaskConfig, seed: int, run_function: RunFunction, secret: str | None = None
+    config: TaskConfig,
+    seed: int,
+    run_function: RunFunction,
+    secret: str | None = None,
+    *,
+    apart: Apart | None = None,
 ) -> TaskSource:
     """The configured task source. `seed` decides the order (or draw) of the training tasks;
-    `secret` draws generated tasks where `config.seed` does not, by default a fresh one.
+    `secret` draws generated tasks where `config.seed` does not, by default a fresh one;
+    `apart` runs a reward with a time limit, see `Toolbox.apart`.
 
-    Raises `ConfigError` for options the source does not know or cannot use.
+    Raises `ConfigError` for a source that is not there, and for options that it does not know or
+    cannot use.
     """
     # Imported here: verifiers import this package inside the sandbox and need none of these.
-    from elpo_fast.config import parse_section
+    from elpo_fast import own
+    from elpo_fast.config import ConfigError
+    from elpo_fast.tasks.reward import Rewarded
+    from elpo_fast.types import TaskSource
 
-    key = secret or secrets.token_hex() if config.seed is None else config.seed
-    match config.source:
-        case "ledger":
-            from elpo_fast.tasks.ledger import Ledger, LedgerOptions
-
-            ledger = parse_section(LedgerOptions, config.options, "task.options.")
-            return Ledger(ledger, seed=seed, key=key, system=config.system)
-        case "reasoning_gym":
-            from elpo_fast.tasks.reasoning_gym import ReasoningGym, ReasoningGymOptions
-
-            gym = parse_section(ReasoningGymOptions, config.options, "task.options.")
-            return ReasoningGym(
-                gym, seed=seed, key=key, run_function=run_function, system=config.system
-            )
-        case "file":
-            from elpo_fast.tasks.file import FileOptions, FileSource
-
-            file = parse_section(FileOptions, config.options, "task.options.")
-            return FileSource(file, seed=seed, run_function=run_function, system=config.system)
+    path = own.target("tasks", _BUILT_IN.get(config.source, config.source))
+    kind, options = own.find("tasks", path, "task.source"), config.options
+    if not isinstance(kind, type):  # a function that gives rows
+        kind, options = own.load(_BUILT_IN["file"]), {"path": path, **options}
+    if config.system is not None and not own.takes(kind, "system"):
+        raise ConfigError(f"task.system: {path} has no parameter `system` to be told it; drop one")
+    source = own.bound(kind, _OFFERED, options, "task.options")(
+        seed=seed,
+        key=secret or secrets.token_hex() if config.seed is None else config.seed,
+        system=config.system,
+        run_function=run_function,
+        judged=config.reward is None,
+    )
+    own.complete(source, TaskSource, f"task.source: {path}")
+    if config.reward is None:
+        return source
+    return cast("TaskSource", Rewarded(source, config, apart))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Annotated, Any, Protocol
@@ -10,7 +11,9 @@ from typing import Annotated, Any, Protocol
 from pydantic import Field
 
 from elpo_fast.config import Section
-from elpo_fast.types import End, Message, RunError, TaskSource, Verdict
+from elpo_fast.types import End, Message, RunError, Verdict
+
+_log = logging.getLogger(__name__)
 
 CORRECT_REWARD, WRONG_REWARD = 1.0, -1.0
 """Default rewards. Normalised advantages do not depend on their scale (but for epsilon)."""
@@ -64,12 +67,6 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
     return ({"role": "system", "content": system}, *rest)
 
 
-def prompt_texts(source: TaskSource, tasks: int = 500) -> list[str]:
-    """All that the model is shown first in the first training tasks of a source."""
-    count = tasks if source.train_size is None else min(tasks, source.train_size)
-    return [m["content"] for index in range(count) for m in source.train(index).messages]
-
-
 def final_text(messages: Sequence[Message]) -> str:
     """Text of the last assistant message, empty where there is none."""
     for message in reversed(messages):
@@ -115,6 +112,20 @@ def shown(answer: str, limit: int = 60) -> str:
     """An answer on one line, short enough for a reason."""
     line = " ".join(answer.split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+class FirstJudged:
+    """Shows one trajectory with its verdict, for people to check what is rewarded."""
+
+    def __init__(self) -> None:
+        self._shown = False
+
+    def show(self, messages: Sequence[Message], verdict: Verdict) -> None:
+        if not self._shown:
+            self._shown = True
+            said = "\n".join(f"[{m['role']}] {m.get('content') or ''}" for m in messages)
+            _log.warning("the first trajectory that was judged:\n%s", said)
+            _log.warning("its reward is %g: %s", verdict.reward, verdict.reason)
 
 
 async def run_verifier(

@@ -25,12 +25,12 @@ from pydantic import Field, model_validator
 from elpo_fast.config import ConfigError, PositiveFloat
 from elpo_fast.tasks.answers import Choice, forms_asked, read_answer
 from elpo_fast.tasks.common import (
+    FirstJudged,
     RewardOptions,
     RunFunction,
     digest,
     final_text,
     is_held_out,
-    prompt_texts,
     run_verifier,
     shown,
     unfinished,
@@ -49,15 +49,16 @@ from elpo_fast.tasks.problems import (
 )
 from elpo_fast.tasks.records import HUB, Faults, Record, read
 from elpo_fast.tasks.unit_tests import judge, read_program
-from elpo_fast.types import End, Message, Task, Verdict
+from elpo_fast.types import End, Message, Task, TaskSource, Verdict
 
 _log = logging.getLogger(__name__)
 
 
 class FileOptions(RewardOptions):
-    # a .jsonl, .json, .csv (or .gz of these) or .parquet file, a folder of them, or hf:org/name;
-    # None: the preset's, on the Hub
+    # a .jsonl, .json, .csv (or .gz of these) or .parquet file, a folder of them, hf:org/name, or
+    # module:function of your own that gives the rows; None: the preset's, on the Hub
     path: str | None = None
+    arguments: dict[str, Any] = Field(default={})  # of such a function
     preset: str | None = None  # a benchmark: gsm8k, math500, ... (docs/data.md)
     split: str | None = None  # of a folder or of hf:org/name
     columns: Columns | None = None  # which column holds what; None: verl's, as Open-AgentRL has it
@@ -81,8 +82,8 @@ class FileOptions(RewardOptions):
             raise ValueError("set path to a file, a folder or hf:org/name, or a preset")
         if self.preset is not None and self.columns is not None:
             raise ValueError("a preset knows its columns; drop one of preset and columns")
-        if self.columns is not None and not (self.columns.answer or self.columns.tests):
-            raise ValueError("columns needs answer or tests beside question")
+        if self.arguments and ":" not in (self.path or ""):
+            raise ValueError("arguments are for a path of the form module:function; drop them")
         if self.template is not None and "{question}" not in self.template:
             raise ValueError("template must have {question} in it")
         other = self.held_out_path is not None or self.held_out_split is not None
@@ -114,11 +115,12 @@ class _Row:
         return digest("\x1f".join(said))
 
 
-class FileSource:
+class FileSource(TaskSource):
     """The task source. Training tasks come in an order shuffled by the run's seed, the same in
     every epoch; held-out tasks in the file's order."""
 
     name = "file"
+    Options = FileOptions
 
     def __init__(
         self,
@@ -127,14 +129,21 @@ class FileSource:
         seed: int,
         run_function: RunFunction,
         system: str | None = None,
+        judged: bool = True,
     ) -> None:
+        """`judged`: by `grade`, so that every row needs a truth that it understands."""
+        columns = options.columns or (VERL if judged else Columns(question="prompt"))
+        if judged and not (columns.answer or columns.tests):
+            raise ConfigError(
+                "task.options.columns needs answer or tests beside question, or set task.reward"
+            )
         self.options = options
         self.system = system
         self._run_function = run_function
-        self._shown_one = False
+        self._first = FirstJudged()
         known = preset(options.preset) if options.preset is not None else None
         self._read_record = (
-            known.read if known else by_columns(options.columns or VERL, options.answer_pattern)
+            known.read if known else by_columns(columns, options.answer_pattern, judged=judged)
         )
         path = options.path or (known and known.path) or ""
         split = options.split
@@ -163,7 +172,8 @@ class FileSource:
                 )
         self.path = path
         random.Random(seed).shuffle(self._train)
-        self._say_what_to_look_at()
+        if judged:
+            self._say_what_to_look_at()
 
     @property
     def train_size(self) -> int:
@@ -193,13 +203,6 @@ class FileSource:
             truth=row.truth,
             info=row.info,
         )
-
-    def demonstration(self, task: Task) -> None:
-        return None
-
-    def vocabulary_texts(self) -> list[str]:
-        """Texts to make a small tokenizer from: the first training tasks."""
-        return prompt_texts(self)
 
     def fit_prompts(self, tokens: Callable[[Sequence[Message]], Sized], limit: int) -> None:
         """Leave out the tasks whose prompts have `limit` tokens or more, and say how many; or
@@ -231,11 +234,7 @@ class FileSource:
         """Correct if the final message's answer is the ground truth, or its program passes the
         tests. The first one is shown with its verdict, for people to check what is rewarded."""
         verdict = await self._grade(task, messages, end)
-        if not self._shown_one:
-            self._shown_one = True
-            said = "\n".join(f"[{m['role']}] {m.get('content') or ''}" for m in messages)
-            _log.warning("the first trajectory that was judged:\n%s", said)
-            _log.warning("its reward is %g: %s", verdict.reward, verdict.reason)
+        self._first.show(messages, verdict)
         return verdict
 
     async def _grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
@@ -283,7 +282,8 @@ class FileSource:
         rows: list[_Row] = []
         found: set[str] = set()
         example: Record = {}
-        for number, (where, record) in enumerate(read(path, None if by_id else split, faults)):
+        records = read(path, None if by_id else split, faults, self.options.arguments)
+        for number, (where, record) in enumerate(records):
             example = example or record
             source = str(record.get("data_source"))
             found.add(source)

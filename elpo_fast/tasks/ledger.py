@@ -111,6 +111,7 @@ class Ledger:
     `seed` the training tasks."""
 
     name = "ledger"
+    Options = LedgerOptions
     train_size: int | None = None
     held_out_size: int | None = None
 

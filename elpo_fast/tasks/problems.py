@@ -55,7 +55,7 @@ VERL = Columns(question="prompt", answer="reward_model.ground_truth")
 @dataclass(frozen=True, slots=True)
 class Problem:
     question: str | tuple[Message, ...]
-    truth: Truth
+    truth: Truth | Any  # anything where the verdict is one's own
     template: str = BOXED  # for a question that is text
     system: str | None = None
 
@@ -83,8 +83,9 @@ class Preset:
     ids: Mapping[str, range] = field(default_factory=dict)  # splits of one file, by `task_id`
 
 
-def by_columns(columns: Columns, pattern: str | None) -> Reader:
-    """Reads records of one's own; `pattern`: see `FileOptions.answer_pattern`."""
+def by_columns(columns: Columns, pattern: str | None, *, judged: bool = True) -> Reader:
+    """Reads records of one's own; `pattern`: see `FileOptions.answer_pattern`. Where they are not
+    `judged` here, the truth is the answer as it stands, if there is a column for it."""
 
     def read(record: Record) -> Problem:
         faults: list[str] = []
@@ -99,6 +100,11 @@ def by_columns(columns: Columns, pattern: str | None) -> Reader:
         question = attempt(_question, record, columns.question)
         system = columns.system and attempt(_text, record, columns.system)
         name = columns.tests or columns.answer
+        if not judged:
+            answer = name and attempt(_value, record, name, None)
+            if faults:
+                raise RowError(*faults)
+            return Problem(question, answer, "{question}", system)
         assert name is not None
         truth = attempt(_truth, record, name, pattern, question or "", columns.tests is not None)
         if faults:

@@ -34,14 +34,13 @@ from elpo_fast.tasks.common import (
     is_held_out,
     last_boxed,
     last_tagged,
-    prompt_texts,
     run_verifier,
     shown,
     unfinished,
     with_system,
 )
 from elpo_fast.tasks.gym_verifier import make_dataset, pack_entry
-from elpo_fast.types import End, Message, Task, Verdict
+from elpo_fast.types import End, Message, Task, TaskSource, Verdict
 
 SYSTEM = "Think step by step; use the tool where it helps. Then write <answer>...</answer>."
 _BLOCK = 64  # tasks a block
@@ -56,11 +55,12 @@ class ReasoningGymOptions(RewardOptions):
     timeout_s: PositiveFloat = 10.0  # of the verifier
 
 
-class ReasoningGym:
+class ReasoningGym(TaskSource):
     """The task source. `key` draws the held-out tasks, and together with `seed` the training tasks.
     Raises `ConfigError` for a set or a setting that does not exist."""
 
     name = "reasoning_gym"
+    Options = ReasoningGymOptions
     held_out_size: int | None = None
 
     def __init__(
@@ -107,9 +107,6 @@ class ReasoningGym:
             info={"dataset": entry["metadata"].get("source_dataset", self.options.dataset)},
         )
 
-    def demonstration(self, task: Task) -> None:
-        return None
-
     async def grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
         """Correct if the verifier gives the answer full marks; the answer is the last
         `<answer>...</answer>`, else the last boxed expression, else the last line."""
@@ -133,10 +130,6 @@ class ReasoningGym:
         return self.options.verdict(
             False, f"the verifier refuses {shown(answer)}: {shown(because)}"
         )
-
-    def vocabulary_texts(self) -> list[str]:
-        """Texts to make a small tokenizer from: the first training tasks."""
-        return prompt_texts(self)
 
     def _payload(self, entry: Mapping[str, Any], answer: str) -> dict[str, Any]:
         return {

@@ -1,6 +1,7 @@
 """Rows of data sets as people have them: `.jsonl`, `.json` and `.csv` (also with `.gz`) and
 `.parquet` files, folders of these, and data sets of the Hugging Face Hub by `hf:org/name`, or
-`hf:org/name:configuration`, through the `datasets` library with its cache.
+`hf:org/name:configuration`, through the `datasets` library with its cache; or what a function of
+one's own gives, by `module:function`.
 
 Faults are collected, not raised one by one: who mends a file wants to see them together.
 """
@@ -11,15 +12,18 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from elpo_fast import own
 from elpo_fast.config import ConfigError
 from elpo_fast.tasks.common import shown
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz", ".parquet")
 HUB = "hf:"
+_FUNCTION = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")  # module:function
 SHOWN = 10  # faults in a message
 Record = Mapping[str, Any]
 
@@ -52,15 +56,23 @@ class Faults:
 
 
 def read(
-    path: str, split: str | None, faults: Faults, section: str = "task.options"
+    path: str,
+    split: str | None,
+    faults: Faults,
+    arguments: Mapping[str, Any] | None = None,
+    section: str = "task.options",
 ) -> Iterator[tuple[str, Record]]:
     """Rows, each with the words to name it by. `split`: of a folder (files or folders that are
-    named after it) or of a data set of the Hub. `section`: of the configuration, where `split`
-    stands. `ConfigError` for what cannot be read at all."""
+    named after it), of a data set of the Hub, or a parameter of a function, beside `arguments`.
+    `section`: of the configuration, where these stand. `ConfigError` for what cannot be read."""
+    here = Path(path)
     if path.startswith(HUB):
         yield from _hub(path, split, section)
         return
-    here = Path(path)
+    if _FUNCTION.fullmatch(path) and not here.exists():
+        given = dict(arguments or {}) | ({} if split is None else {"split": split})
+        yield from _checked(_function(path, given, section), "", faults)
+        return
     if here.is_dir():
         files = _files(here, split)
     elif split is not None:
@@ -71,13 +83,27 @@ def read(
         files = [here]
     for file in files:
         name = f"{file.relative_to(here)} " if file != here else ""
-        for place, record in _file(file):
-            if isinstance(record, Mapping):
-                yield f"{name}{place}", record
-            elif isinstance(record, ValueError):
-                faults.add(f"{name}{place}", f"is not JSON: {record}")
-            else:
-                faults.add(f"{name}{place}", f"must be an object, not {kind(record)}")
+        yield from _checked(_file(file), name, faults)
+
+
+def _checked(
+    rows: Iterable[tuple[str, Any]], name: str, faults: Faults
+) -> Iterator[tuple[str, Record]]:
+    for place, record in rows:
+        if isinstance(record, Mapping):
+            yield f"{name}{place}", record
+        elif isinstance(record, ValueError):
+            faults.add(f"{name}{place}", f"is not JSON: {record}")
+        else:
+            faults.add(f"{name}{place}", f"must be an object, not {kind(record)}")
+
+
+def _function(path: str, arguments: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any]]:
+    function = own.find("rows", path, f"{section}.path")
+    rows = own.bound(function, (), arguments, f"{section}.arguments")()
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, Mapping)):
+        raise ConfigError(f"{path} must give rows, one mapping each, not {kind(rows)}")
+    yield from ((f"row {number}", record) for number, record in enumerate(rows))
 
 
 def _files(folder: Path, split: str | None) -> list[Path]:

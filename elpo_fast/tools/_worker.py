@@ -7,7 +7,6 @@ model, whether it tells of an `error`, and whether the arguments were `refused`.
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +15,17 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from elpo_fast import own
 from elpo_fast.tools import _arguments, _confine
 from elpo_fast.tools._cell import MAX_MESSAGE, MAX_VALUE, shorten
 
 Reply = dict[str, str | bool]
 
 
-def load(target: str) -> Any:
-    """What "module:function" names. `ImportError`, `AttributeError` or `ValueError`."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
 def serve(pipe: Connection, functions: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Until the other end of the pipe is closed; the first message says that all is imported."""
     _confine.die_with_parent()
-    known = [(load(target), _arguments.validator(schema)) for target, schema in functions]
+    known = [(own.load(target), _arguments.validator(schema)) for target, schema in functions]
     pipe.send_bytes(b"ready")
     with asyncio.Runner() as runner:
         while True:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from pathlib import Path
@@ -28,10 +28,11 @@ from typing import Any
 
 import jsonschema
 
+from elpo_fast import own
 from elpo_fast.config import ConfigError
 from elpo_fast.tools import _arguments, _worker
 from elpo_fast.tools._link import signal_name
-from elpo_fast.types import RunError, Task, ToolResult
+from elpo_fast.types import RunError, Tool, ToolResult
 
 START_S = 120  # until a process has imported the functions' modules
 _REPLY_CAP = 1 << 20  # bytes
@@ -51,23 +52,16 @@ class Functions:
 
     def __init__(
         self,
-        functions: Mapping[str, Mapping[str, Any] | str],
+        functions: Sequence[tuple[str, Mapping[str, Any]]],
         *,
         workers: int,
         timeout_s: float,
+        key: str = "tools.functions",
     ) -> None:
-        """`functions`: by "module:function", `{"type": "function", "function": {...}}` or the path
-        of a JSON file with it. `ConfigError` for what cannot be used."""
-        self._workers, self._timeout_s = workers, timeout_s
-        self._functions: list[tuple[str, Mapping[str, Any]]] = []
-        for target, schema in functions.items():
-            place = f"tools.functions: {target}"
-            schema = _checked(_read(schema, place) if isinstance(schema, str) else schema, place)
-            _check_target(target, place)
-            self._functions.append((target, schema))
-        self.tools = [
-            FunctionTool(self, number, schema) for number, (_, schema) in enumerate(self._functions)
-        ]
+        """`functions`: "module:function" and schema of each. `key`: of the configuration, where
+        they stand."""
+        self._workers, self._timeout_s, self._key = workers, timeout_s, key
+        self._functions = list(functions)
         # Threads wait for the replies. They live as long as we do: a process ends with the one that
         # started it.
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="elpo-function")
@@ -75,6 +69,10 @@ class Functions:
         self._processes: set[_Process] = set()
         self._idle: list[_Process] = []
         self._closed = False
+
+    @property
+    def tools(self) -> list[FunctionTool]:
+        return [FunctionTool(self, n, schema) for n, (_, schema) in enumerate(self._functions)]
 
     async def call(self, number: int, arguments: Mapping[str, Any]) -> _worker.Reply:
         """The reply of function `number`. `RunError` where the functions cannot be imported."""
@@ -105,7 +103,7 @@ class Functions:
                 self._end(process)
         else:
             raise RunError(
-                "the processes of tools.functions end while they have nothing to do; look for what "
+                f"the processes of {self._key} end while they have nothing to do; look for what "
                 "kills them (too little memory?), then go on with --resume"
             )
         try:
@@ -143,7 +141,7 @@ class Functions:
             problem = "ended while it imported"
         if problem:
             self._end(process)
-            raise RunError(f"tools.functions: a process {problem} {names}; what it said is above")
+            raise RunError(f"{self._key}: a process {problem} {names}; what it said is above")
         return process
 
     def _end(self, process: _Process) -> str:
@@ -154,16 +152,12 @@ class Functions:
         return process.bury()
 
 
-class FunctionTool:
+class FunctionTool(Tool):
     """One function. Stateless: its state is `None`."""
 
     def __init__(self, functions: Functions, number: int, schema: Mapping[str, Any]) -> None:
         self.schema = schema
-        self.name: str = schema["function"]["name"]
         self._functions, self._number = functions, number
-
-    async def open(self, task: Task) -> None:
-        return None
 
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
         started = time.monotonic()
@@ -172,12 +166,6 @@ class FunctionTool:
         if reply["refused"]:
             text = _arguments.expected(text, self.schema)
         return ToolResult(text, None, bool(reply["error"]), time.monotonic() - started)
-
-    async def release(self, states: Iterable[Any]) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
 
 class _Process:
@@ -222,15 +210,18 @@ class _Process:
         return f"exit status {code}" if code >= 0 else signal_name(-code)
 
 
-def _check_target(target: str, place: str) -> None:
-    try:
-        function = _worker.load(target)
-    except (ImportError, AttributeError, ValueError) as problem:
-        raise ConfigError(
-            f"{place}: {problem}; it must be module:function of something importable"
-        ) from None
-    if not callable(function):
-        raise ConfigError(f"{place} is a {type(function).__name__}, not a function")
+def declared(
+    functions: Mapping[str, Mapping[str, Any] | str],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Functions with their schemas: by "module:function" `{"type": "function", "function": {...}}`
+    or the path of a JSON file with it. `ConfigError` for what cannot be used."""
+    found = []
+    for target, schema in functions.items():
+        place = f"tools.functions: {target}"
+        schema = checked_schema(_read(schema, place) if isinstance(schema, str) else schema, place)
+        own.find("functions", target, "tools.functions")
+        found.append((target, schema))
+    return found
 
 
 def _read(path: str, place: str) -> Any:
@@ -240,7 +231,8 @@ def _read(path: str, place: str) -> Any:
         raise ConfigError(f"{place}: cannot read the schema in {path}: {problem}") from None
 
 
-def _checked(schema: Any, place: str) -> Mapping[str, Any]:
+def checked_schema(schema: Any, place: str) -> Mapping[str, Any]:
+    """`ConfigError` for what is no OpenAI function schema."""
     try:
         jsonschema.validate(schema, _OPENAI_FUNCTION)
         jsonschema.Draft202012Validator.check_schema(schema["function"]["parameters"])

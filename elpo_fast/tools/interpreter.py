@@ -31,7 +31,7 @@ from elpo_fast.tools.sandbox import (
     SnapshotLostError,
     preloaded,
 )
-from elpo_fast.types import Task, ToolResult
+from elpo_fast.types import Task, Tool, ToolResult
 
 _SHOWN = "Returns what it prints and the value of the last expression, or (no output)."
 _UNCHANGED = "the session is as it was before this call"
@@ -58,27 +58,17 @@ def _schema(name: str, description: str) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-class CodeInterpreter:
+class CodeInterpreter(Tool):
     """Every call is a fresh interpreter. Stateless: its state is `None`."""
 
-    name = "code_interpreter"
-    schema: Mapping[str, Any] = _schema(name, f"Run Python code from scratch. {_SHOWN}")
+    schema = _schema("code_interpreter", f"Run Python code from scratch. {_SHOWN}")
 
     def __init__(self, sandbox: Sandbox | RemoteSandbox) -> None:
         self._sandbox = sandbox
 
-    async def open(self, task: Task) -> None:
-        return None
-
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
         execution = await self._sandbox.run(_unfenced(arguments["code"]))
         return _result(execution, None)
-
-    async def release(self, states: Iterable[Any]) -> None:
-        return None
-
-    async def close(self) -> None:
-        return None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

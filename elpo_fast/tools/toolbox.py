@@ -6,15 +6,17 @@ unreadable call come back as a result that says what was expected, and leave the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from elpo_fast.config import ConfigError, ToolConfig
 from elpo_fast.tools._arguments import expected, refusal, shown, validator
 from elpo_fast.tools._cell import shorten
-from elpo_fast.tools.functions import Functions
+from elpo_fast.tools.functions import Functions, declared
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
+from elpo_fast.tools.own import OwnTool
 from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import Execution, Protection, Sandbox
 from elpo_fast.types import MalformedCall, Task, Tool, ToolCall, ToolResult
@@ -46,11 +48,15 @@ class Toolbox:
                     tools.append(CodeInterpreter(self._remote or self.sandbox))
                 case "python_session":
                     tools.append(PythonSession(self.sandbox))
+                case _:
+                    tools.append(OwnTool(name, config, self.sandbox))
         self._validators = {tool.name: validator(tool.schema) for tool in tools}
-        self._functions = Functions(
-            config.functions, workers=config.function_workers, timeout_s=config.timeout_s
+        self._workers = config.function_workers
+        functions = Functions(
+            declared(config.functions), workers=self._workers, timeout_s=config.timeout_s
         )
-        tools += self._functions.tools
+        self._functions = [functions]
+        tools += functions.tools
         self._tools = {tool.name: tool for tool in tools}
         if len(self._tools) < len(tools):
             names = ", ".join(tool.name for tool in tools)
@@ -90,12 +96,13 @@ class Toolbox:
         """These states will not be called again, nor will others that share their parts."""
         columns = zip(*states, strict=True)
         for tool, column in zip(self._tools.values(), columns, strict=False):
-            await tool.release(dict.fromkeys(column))
+            await tool.release({id(state): state for state in column}.values())
 
     async def close(self) -> None:
         for tool in self._tools.values():
             await tool.close()
-        await self._functions.close()
+        for functions in self._functions:
+            await functions.close()
         if self._remote:
             await self._remote.close()
         if self._owned:
@@ -112,6 +119,29 @@ class Toolbox:
     ) -> Any:
         """Call "module:function" with a JSON value, confined; see `Sandbox.call_function`."""
         return await self.sandbox.call_function(function, payload, timeout_s)
+
+    def apart(
+        self, *functions: str, key: str, timeout_s: float
+    ) -> Callable[[Mapping[str, Any]], Awaitable[Any]]:
+        """What calls the first of these trusted `module:function`s with JSON values, in processes
+        that have imported all of them and end with this toolbox; it raises `RuntimeError` where
+        that does, or takes longer than `timeout_s`. `key`: of the configuration, for faults."""
+        anything: Mapping[str, Any] = {"function": {"parameters": {}}}
+        called = Functions(
+            [(function, anything) for function in functions],
+            workers=self._workers,
+            timeout_s=timeout_s,
+            key=key,
+        )
+        self._functions.append(called)
+
+        async def call(arguments: Mapping[str, Any]) -> Any:
+            reply = await called.call(0, arguments)
+            if reply["error"]:
+                raise RuntimeError(reply["text"])
+            return json.loads(str(reply["text"]))
+
+        return call
 
     def _problem(self, call: ToolCall) -> str | None:
         """What is wrong with a call, and what was expected, for the model; functions look at their

@@ -9,9 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from elpo_fast.algo import check
 from elpo_fast.config import Config, Sizes, load_config
 from elpo_fast.eval.sampler import sampler
 from elpo_fast.faults import enough_memory
@@ -71,22 +74,34 @@ def _filled(config: Config, other: Config) -> Config:
 
 @asynccontextmanager
 async def assembled(
-    config: Config, ranks: Ranks = ALONE, *, secret: str | None = None, samples: bool = True
+    config: Config,
+    ranks: Ranks = ALONE,
+    *,
+    secret: str | None = None,
+    samples: bool = True,
+    model: PreTrainedModel | None = None,
+    tokenizer: Any = None,
 ) -> AsyncIterator[Parts]:
     """Everything a run needs, as it is at its start; closed at the end. `secret`, the same on all
-    ranks: see `make_source`. Without `samples` there is no engine.
+    ranks: see `make_source`. Without `samples` there is no engine. `model`, with its `tokenizer`,
+    takes the place of `model.name`.
 
     Raises `ConfigError` for a task source, model or tool that cannot be had.
     """
     config = settled(config)
+    check(config.algo)
     toolbox = Toolbox(config.tools)
     try:
-        source = make_source(config.task, config.run.seed, toolbox.run_function, secret)
+        source = make_source(
+            config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
+        )
         loaded = load_model(
             config.model,
             seed=config.run.seed,
             tokenizer_texts=source.vocabulary_texts(),
+            tokenizer=tokenizer,
             shard=ranks.shard(getattr(torch, config.model.dtype)),
+            model=model,
         )
         kind = partial(SharedCollector, ranks)
         mine = ranks.engine_of(config)

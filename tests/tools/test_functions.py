@@ -319,9 +319,9 @@ BAD_PARAMETERS = schema("f", x={"type": "strnig"})
     ("functions", "message"),
     [
         ({"no_such_module:f": schema("f")}, "No module named 'no_such_module'"),
-        ({"my_tools:nothing": schema("f")}, "has no attribute 'nothing'"),
-        ({"my_tools": schema("f")}, "module:function"),
-        ({"my_tools:number": schema("f")}, "my_tools:number is a int, not a function"),
+        ({"my_tools:nothing": schema("f")}, "my_tools has no 'nothing'"),
+        ({"my_tools": schema("f")}, "not of the form module:attribute"),
+        ({"my_tools:number": schema("f")}, "my_tools:number is a int; name a function"),
         ({"my_tools:weather": "/nowhere.json"}, "cannot read the schema in /nowhere.json"),
         (
             {"my_tools:weather": {"name": "f"}},
