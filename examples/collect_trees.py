@@ -1,4 +1,4 @@
-"""Rollout trees of a model of one's own: python collect_trees.py MODEL. In a notebook: await main()."""
+"""Rollout trees of one's own model: python collect_trees.py MODEL; or in a notebook, await main."""
 
 import asyncio
 import sys

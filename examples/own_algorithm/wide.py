@@ -9,13 +9,13 @@ from elpo_fast.tree import ops
 
 
 class Wide(Planner):
-    """Some full trajectories, then one continuation after another, from a tool call drawn by lot."""
+    """Some full trajectories, then one continuation after another, from tool calls drawn by lot."""
 
     reads_entropy = False
 
     def __init__(self, n_total: int, full: int = 4):
-        self.left, self.pending, self.calls = n_total, 0, [0]
-        self.full, self.rng = full, random.Random(0)
+        self.left, self.full, self.pending = n_total, full, 0
+        self.calls, self.rng = [], random.Random(0)
 
     @property
     def done(self):
@@ -24,10 +24,10 @@ class Wide(Planner):
     def requests(self):
         if self.pending or not self.left:
             return []
-        node, count = (0, self.full) if self.calls == [0] else (self.rng.choice(self.calls), 1)
-        self.pending = min(count, self.left)
+        self.pending = min(self.full, self.left)
         self.left -= self.pending
-        return [Request(node, self.pending)]
+        self.full = 1
+        return [Request(self.rng.choice(self.calls) if self.calls else 0, self.pending)]
 
     def observe(self, trajectory):
         self.pending -= 1

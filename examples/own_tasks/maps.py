@@ -1,6 +1,7 @@
 """A task source of one's own, a class: random roads, and the way from one town to another."""
 
 import random
+from itertools import pairwise
 
 from elpo_fast import End, Section, Task, TaskSource, Verdict
 
@@ -26,7 +27,7 @@ class MapTasks(TaskSource):
     async def grade(self, task, messages, end):
         towns = messages[-1]["content"].split()
         roads = {frozenset(road) for road in task.truth}
-        known = all(frozenset(step) in roads for step in zip(towns, towns[1:], strict=False))
+        known = all(frozenset(step) in roads for step in pairwise(towns))
         correct = end is End.ANSWER and known and towns[:1] + towns[-1:] == ["A", task.info["to"]]
         return Verdict(correct, 1.0 if correct else -1.0, f"went {towns[:10]}")
 

@@ -5,24 +5,27 @@ from elpo_fast import Section, Tool, ToolResult
 SIZES = (8, 5, 3)
 
 
+SCHEMA = {
+    "type": "function",
+    "function": {
+        "name": "pour",
+        "description": "Pours from one barrel (1 to 3) into another until that is full.",
+        "parameters": {
+            "type": "object",
+            "properties": {"source": {"enum": [1, 2, 3]}, "into": {"enum": [1, 2, 3]}},
+            "required": ["source", "into"],
+        },
+    },
+}
+
+
 class CellarOptions(Section):
     first: int = 8  # litres in the first barrel at the start
 
 
 class Cellar(Tool):
     Options = CellarOptions
-    schema = {
-        "type": "function",
-        "function": {
-            "name": "pour",
-            "description": "Pours from one barrel (1 to 3) into another until that is full.",
-            "parameters": {
-                "type": "object",
-                "properties": {"source": {"enum": [1, 2, 3]}, "into": {"enum": [1, 2, 3]}},
-                "required": ["source", "into"],
-            },
-        },
-    }
+    schema = SCHEMA
 
     def __init__(self, options):
         self.options = options
