@@ -256,6 +256,18 @@ def test_demonstration_is_one_branch_with_tools_really_run() -> None:
     assert "<|im_start|>tool\n5<|im_end|>" in collector.chat.decode(tree.path_tokens(len(tree) - 1))
 
 
+def test_a_planner_that_stalls_is_named() -> None:
+    class Stalled(StarPlanner):
+        done = False
+
+    collector, tools = collector_for(coin)
+    with pytest.raises(ExceptionGroup) as caught:
+        collect(collector, lambda: Stalled(2), tasks=1)
+    assert "Stalled is not done and asks for nothing" in str(caught.value.exceptions[0])
+    assert isinstance(caught.value.exceptions[0], RunError)
+    assert tools.opened == tools.released
+
+
 def test_prompt_that_leaves_no_room_is_refused() -> None:
     collector, _ = collector_for(coin, max_tokens=5)
     with pytest.raises(ExceptionGroup) as caught:
