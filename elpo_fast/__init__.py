@@ -21,6 +21,7 @@ _PUBLIC = {
     "train.parts": "Parts assembled",
     "algo": "make_planner score",
     "algo.planners": "Critical Planner Request Trajectory",
+    "rollout.formats": "CallFormat",
     "tree.store": "Forest Tree",
     "train.step": "micro_batches",
     "model.lora": "named_weights",

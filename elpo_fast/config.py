@@ -198,7 +198,7 @@ class RolloutConfig(Section):
     engine: Literal["local", "sglang"] = "local"
     sglang: SGLangConfig = SGLangConfig()
     dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
-    call_format: Literal["hermes", "code"] = "hermes"
+    call_format: Annotated[str, _choice("call_formats", "hermes", "code")] = "hermes"
     temperature: PositiveFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: NonNegative = 0

@@ -15,6 +15,8 @@ import elpo_fast as elpo
 from elpo_fast import own
 from elpo_fast.algo import check
 from elpo_fast.config import AlgoConfig, ConfigError, TaskConfig, ToolConfig, parse_config
+from elpo_fast.model.tokenizer import train_tokenizer
+from elpo_fast.rollout.chat import Chat
 from elpo_fast.tasks import make_source
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import End, RunError, Task, ToolCall, ToolResult, Verdict
@@ -22,7 +24,7 @@ from elpo_fast.types import End, RunError, Task, ToolCall, ToolResult, Verdict
 MODULE = """
 import asyncio, os, time
 import numpy as np
-from elpo_fast import Section, Task, TaskSource, Tool, ToolResult, Verdict
+from elpo_fast import CallFormat, Section, Task, TaskSource, Tool, ToolCall, ToolResult, Verdict
 
 number = 3
 
@@ -77,6 +79,18 @@ def schema(name):
     parameters = {"type": "object", "properties": {}}
     function = {"name": name, "description": "", "parameters": parameters}
     return {"type": "function", "function": function}
+
+class ToTheEnd(CallFormat):
+    opening, closing = "CALL ", ""
+
+    def __init__(self, tools):
+        self.tool = tools[0]["function"]["name"]
+
+    def read(self, body):
+        return ToolCall(self.tool, {"code": body})
+
+    def write(self, name, arguments):
+        return arguments["code"]
 
 class Counter(Tool):
     class Options(Section):
@@ -370,6 +384,40 @@ def test_faults_of_algorithms_are_one_sentence(algo: dict[str, Any], said: str) 
     with pytest.raises(ConfigError) as caught:
         check(parse_config({"algo": algo}).algo)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def chat(call_format: str) -> Chat:
+    tokenizer = train_tokenizer(["call a tool to the end"] * 5)
+    tool = {"type": "function", "function": {"name": "run", "description": "", "parameters": {}}}
+    return Chat(tokenizer, call_format, [tool])
+
+
+def test_a_format_of_calls_may_end_with_the_message() -> None:
+    mine = chat("mine:ToTheEnd")
+    function = {"name": "run", "arguments": {"code": "x = 1\n"}}
+    text = mine.call_text(
+        {"role": "assistant", "content": "So ", "tool_calls": [{"function": function}]}
+    )
+    assert text == "So CALL x = 1\n" and mine.stop == ()
+    assert mine.parse_call(text) == ToolCall("run", {"code": "x = 1\n"})
+    assert mine.parse_call("So") is None
+    prompt = mine.decode(mine.prompt([{"role": "user", "content": "Do it."}]))
+    assert '"run"' not in prompt and '"run"' in chat("hermes").decode(
+        chat("hermes").prompt([{"role": "user", "content": "Do it."}])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mine:Counter", "mine:Counter has no opening, closing"),
+        ("mine:Source", "rollout.call_format.seed: Field required"),
+        ("mine:ToTheEd", "did you mean mine:ToTheEnd?"),
+    ],
+)
+def test_faults_of_formats_are_one_sentence(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said.replace("?", r"\?")):
+        chat(name)
 
 
 def star(rewards: list[float]) -> elpo.Forest:

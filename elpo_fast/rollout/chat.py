@@ -15,11 +15,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from elpo_fast.config import ConfigError
+from elpo_fast.rollout.formats import make_format
 from elpo_fast.types import MalformedCall, Message, ToolCall
 
 TOOL_TEMPLATE = (
@@ -39,39 +40,27 @@ TOOL_TEMPLATE = (
 )
 """ChatML with a tool role, for models whose own template has none."""
 
-CallFormat = Literal["hermes", "code"]
-_TAGS: dict[CallFormat, tuple[str, str]] = {
-    "hermes": ("<tool_call>", "</tool_call>"),
-    "code": ("<code>", "</code>"),
-}
 _ASSISTANT, _RESPONSE = "\u2e22assistant\u2e22", "\u2e22response\u2e22"
 
 
 class Chat:
-    """Renders conversations for one tokenizer and one tool-call format.
+    """Renders conversations for one tokenizer and one tool-call format, see `formats`.
 
-    `hermes`: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, tools described to the
-    model by their JSON schemas. `code`: `<code>...</code>` for the one tool whose only required
-    argument is `code`; the task's system message tells the model so. `end_token_ids` are the
-    model's own ends of text: they end an assistant message as its end of turn does.
+    Tools are described to the model by their JSON schemas, or by the task's system message, as the
+    format says. `end_token_ids` are the model's own ends of text: they end an assistant message as
+    its end of turn does.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        call_format: CallFormat,
+        call_format: str,
         tools: Sequence[Mapping[str, Any]],
         end_token_ids: Iterable[int] = (),
     ) -> None:
-        if call_format == "code" and len(tools) != 1:
-            names = [tool["function"]["name"] for tool in tools]
-            raise ConfigError(
-                f"rollout.call_format code needs exactly one tool, got {names}; use hermes for more"
-            )
         self.tokenizer = tokenizer
-        self.call_format: CallFormat = call_format
         self.tools = list(tools)
-        self.open_tag, self.close_tag = _TAGS[call_format]
+        self._format = make_format(call_format, self.tools)
         if not self._renders_tool_messages():
             tokenizer.chat_template = TOOL_TEMPLATE
         rendered = self._render(
@@ -100,7 +89,7 @@ class Chat:
     @property
     def stop(self) -> tuple[str, ...]:
         """Strings that end an assistant message: the end of a tool call."""
-        return (self.close_tag,)
+        return (self._format.closing,) if self._format.closing else ()
 
     def encode(self, text: str, *, as_text: bool = False) -> np.ndarray:
         """Token ids `int32 [N]` without added tokens; `as_text` reads special tokens as letters."""
@@ -149,36 +138,19 @@ class Chat:
             arguments = function["arguments"]
             if isinstance(arguments, str):
                 arguments = json.loads(arguments)
-            if self.call_format == "code":
-                text += f"{self.open_tag}{arguments['code']}{self.close_tag}"
-            else:
-                body = json.dumps(
-                    {"name": function["name"], "arguments": arguments}, ensure_ascii=False
-                )
-                text += f"{self.open_tag}{body}{self.close_tag}"
+            body = self._format.write(function["name"], arguments)
+            text += f"{self._format.opening}{body}{self._format.closing}"
         return text
 
     def parse_call(self, text: str) -> ToolCall | MalformedCall | None:
         """The tool call in an assistant message, what is wrong with it, or `None` without one."""
-        start = text.find(self.open_tag)
-        if start < 0:
+        _, opened, rest = text.partition(self._format.opening)
+        if not opened:
             return None
-        end = text.find(self.close_tag, start)
-        if end < 0:
-            return MalformedCall(f"The tool call is not closed with {self.close_tag}.")
-        body = text[start + len(self.open_tag) : end]
-        if self.call_format == "code":
-            return ToolCall(self.tools[0]["function"]["name"], {"code": body})
-        try:
-            call = json.loads(body)
-        except (ValueError, RecursionError) as error:  # a number, or a nesting, beyond Python's
-            return MalformedCall(f"The tool call is not valid JSON: {error}.")
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return MalformedCall('The tool call must be a JSON object with a string "name".')
-        arguments = call.get("arguments", {})
-        if not isinstance(arguments, dict):
-            return MalformedCall('"arguments" of the tool call must be a JSON object.')
-        return ToolCall(call["name"], arguments)
+        closing = self._format.closing
+        if closing not in rest:
+            return MalformedCall(f"The tool call is not closed with {closing}.")
+        return self._format.read(rest.partition(closing)[0] if closing else rest)
 
     def _ended(self, token_ids: np.ndarray) -> bool:
         return len(token_ids) > 0 and int(token_ids[-1]) == self.end_of_turn
@@ -186,7 +158,7 @@ class Chat:
     def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
         return self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            tools=self.tools if self.call_format == "hermes" else None,
+            tools=self.tools if self._format.described else None,
             tokenize=False,
             add_generation_prompt=generate,
         )
