@@ -53,8 +53,8 @@ def _choice(kind: str, *known: str) -> AfterValidator:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names) or 'none'};"
         raise ValueError(
-            f"there is no {name!r} here; {hint} one's own is named as module:attribute, or by an "
-            f"entry point in the group {group}"
+            f"unknown name; {hint} one's own is named as module:attribute, or by an entry point in "
+            f"the group {group}"
         )
 
     return AfterValidator(check)

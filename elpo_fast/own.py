@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
-from inspect import Parameter, signature
+from inspect import Parameter, isawaitable, signature
 from operator import attrgetter
 from types import ModuleType
 from typing import Any
@@ -108,6 +108,11 @@ def complete(thing: Any, protocol: type, name: str) -> None:
             f"{name} has no {', '.join(lacks)}; a {protocol.__name__} needs them "
             f"(subclass elpo_fast.{protocol.__name__})"
         )
+
+
+async def awaited(found: Any) -> Any:
+    """The value of what a function gave that may be a coroutine function or not."""
+    return await found if isawaitable(found) else found
 
 
 def _parameters(thing: Callable[..., Any]) -> dict[str, Parameter]:

@@ -22,6 +22,7 @@ from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import End, RunError, Task, ToolCall, ToolResult, Verdict
 
 MODULE = """
+from __future__ import annotations
 import asyncio, os, time
 import numpy as np
 from elpo_fast import CallFormat, Section, Task, TaskSource, Tool, ToolCall, ToolResult, Verdict
@@ -31,6 +32,9 @@ number = 3
 def rows(count: int = 12, split: str = "all"):
     for index in range(count):
         yield {"prompt": f"Say {index} of {split}.", "wanted": str(index)}
+
+def odd():
+    return [{"question": "a"}, "b"]
 
 def no_rows():
     return 3
@@ -102,7 +106,7 @@ class Counter(Tool):
     def __init__(self, options):
         self.options, self.released = options, []
 
-    async def open(self, task):
+    def open(self, task):  # need not be a coroutine
         return [self.options.start]
 
     async def call(self, state, arguments):
@@ -258,7 +262,7 @@ def test_entry_points_are_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ({"source": "ledgr"}, "task.source: there is no 'ledgr' here; did you mean ledger?"),
+        ({"source": "ledgr"}, "task.source: unknown name; did you mean ledger?"),
         (
             {"reward": "score"},
             "named as module:attribute, or by an entry point in the group elpo_f",
@@ -294,6 +298,8 @@ def test_names_that_nothing_has_are_said_with_the_configuration(task, said: str)
         ({"source": "mine:Source", "system": "Go."}, "has no parameter `system`"),
         ({"source": "mine:Bare"}, "task.source: mine:Bare has no name, held_out"),
         ({"source": "mine:rows", "options": {}}, "columns: prompt, wanted"),
+        ({"source": "mine:odd", "reward": "mine:score"}, "row 1: must be an object, not text"),
+        ({"source": "mine:odd", "reward": "mine:score"}, '{"prompt": "What is 6 times 7?"}; other'),
         ({"source": "mine:no_rows"}, "mine:no_rows must give rows, one mapping each, not int"),
         (
             {"source": "mine:rows", "options": {"arguments": {"cuont": 3}}},

@@ -23,6 +23,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from elpo_fast import own
 from elpo_fast.algo.planners import Planner, trajectory_of
 from elpo_fast.config import ConfigError, RolloutConfig
 from elpo_fast.rollout.chat import Chat
@@ -277,7 +278,7 @@ class Collector:
         return End.FAULT, Verdict(False, reward, fault)
 
     async def _grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
-        verdict = await self.source.grade(task, messages, end)
+        verdict = await own.awaited(self.source.grade(task, messages, end))
         if not isinstance(verdict, Verdict):
             raise TypeError(f"grade returned a {type(verdict).__name__}, not a Verdict")
         return verdict

@@ -139,6 +139,7 @@ class FileSource(TaskSource):
             )
         self.options = options
         self.system = system
+        self._columns = columns
         self._run_function = run_function
         self._first = FirstJudged()
         known = preset(options.preset) if options.preset is not None else None
@@ -311,7 +312,7 @@ class FileSource(TaskSource):
     def _row(
         self, record: Record, problem: Problem, place: str, number: int, known: Preset | None
     ) -> _Row:
-        question = self.options.columns.question if self.options.columns else "prompt"
+        question = self._columns.question
         left_out = (*known.hidden, question) if known else (question,)
         info = {key: value for key, value in record.items() if key not in left_out}
         try:
@@ -328,8 +329,8 @@ class FileSource(TaskSource):
         """What a row looks like that could be used."""
         if known and known.columns:
             return f"preset {self.options.preset} reads the columns {known.columns}"
-        columns = self.options.columns
-        if columns:
+        columns = self._columns
+        if columns != VERL:
             example: dict[str, Any] = {columns.question: "What is 6 times 7?"}
             if columns.answer:
                 example[columns.answer] = "42"

@@ -66,7 +66,7 @@ class Rewarded:
             return Verdict(False, WRONG_REWARD, "a fault ended it")
         if self._call_apart is None:
             found = await asyncio.to_thread(_called, self._function, task, messages, end)
-            verdict = _verdict(self._target, self._above, await _awaited(found))
+            verdict = _verdict(self._target, self._above, await own.awaited(found))
         else:
             given = base64.b64encode(pickle.dumps((task, messages, end))).decode()
             arguments = {"target": self._target, "above": self._above, "given": given}
@@ -78,7 +78,7 @@ class Rewarded:
 async def in_own_process(target: str, above: float, given: str) -> dict[str, Any]:
     """The fields of the verdict of the function named `target` on what `given` holds."""
     found = _called(own.load(target), *pickle.loads(base64.b64decode(given)))
-    return asdict(_verdict(target, above, await _awaited(found)))
+    return asdict(_verdict(target, above, await own.awaited(found)))
 
 
 def _called(function: Callable[..., Any], *given: Any) -> Any:
@@ -86,10 +86,6 @@ def _called(function: Callable[..., Any], *given: Any) -> Any:
         return function(*given)
     except StopIteration as error:  # which no future can carry
         raise RuntimeError("it raised StopIteration") from error
-
-
-async def _awaited(found: Any) -> Any:
-    return await found if inspect.isawaitable(found) else found
 
 
 def _verdict(target: str, above: float, found: Any) -> Verdict:

@@ -1,7 +1,8 @@
 """A tool class of one's own, named in `tools.names`: see `docs/own.md`.
 
-It is trusted and runs in this process. A call that awaits for longer than `tools.timeout_s` is
-cancelled and leaves the state as it was; what it raises ends the trajectory.
+It is trusted and runs in this process; its methods may be coroutines or not. A call that awaits for
+longer than `tools.timeout_s` is cancelled and leaves the state as it was; what it raises ends the
+trajectory.
 """
 
 from __future__ import annotations
@@ -30,28 +31,29 @@ class OwnTool(Tool):
         self._tool: Tool = make(sandbox=sandbox)
         own.complete(self._tool, Tool, f"tools.names: {name}")
         self.schema = checked_schema(self._tool.schema, f"tools.names: {name}")
-        self._kind, self._timeout_s = kind.__name__, config.timeout_s
+        self._timeout_s = config.timeout_s
 
     async def open(self, task: Task) -> Any:
-        return await self._tool.open(task)
+        return await own.awaited(self._tool.open(task))
 
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
         started = time.monotonic()
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
-                result = await self._tool.call(state, arguments)
+                result = await own.awaited(self._tool.call(state, arguments))
         except TimeoutError:
             if not limit.expired():  # it is the tool's own
                 raise
             result = ToolResult(f"timed out after {self._timeout_s:g} s", state, error=True)
         if not isinstance(result, ToolResult):
             raise TypeError(
-                f"{self._kind}.call returned a {type(result).__name__}; return a ToolResult"
+                f"{type(self._tool).__name__}.call returned a {type(result).__name__}; "
+                "return a ToolResult"
             )
         return replace(result, seconds=time.monotonic() - started)
 
     async def release(self, states: Iterable[Any]) -> None:
-        await self._tool.release(states)
+        await own.awaited(self._tool.release(states))
 
     async def close(self) -> None:
-        await self._tool.close()
+        await own.awaited(self._tool.close())
