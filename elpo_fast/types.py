@@ -75,11 +75,13 @@ class Verdict:
 class TaskSource(Protocol):
     """Where tasks come from. Training and held-out tasks never overlap, by construction.
 
-    A subclass has to have `name` and the abstract methods; the others say that tasks never run out
-    and that there is no solver.
+    A subclass has to have `name` and the abstract methods; without the others tasks never run out
+    and there is no solver.
     """
 
     name: str
+    train_size: int | None = None  # number of distinct training tasks; None: endless
+    held_out_size: int | None = None
 
     @abstractmethod
     def train(self, index: int) -> Task:
@@ -91,16 +93,6 @@ class TaskSource(Protocol):
     def held_out(self, index: int) -> Task:
         """Held-out task number `index >= 0`; deterministic, disjoint from every training task."""
         ...
-
-    @property
-    def train_size(self) -> int | None:
-        """Number of distinct training tasks, `None` for endless sources."""
-        return None
-
-    @property
-    def held_out_size(self) -> int | None:
-        """Number of distinct held-out tasks, `None` for endless sources."""
-        return None
 
     def demonstration(self, task: Task) -> Sequence[Message] | None:
         """The solver's messages after `task.messages`, without tool results (the caller runs the
@@ -158,10 +150,6 @@ class Tool(Protocol):
     """
 
     schema: Mapping[str, Any]  # OpenAI function schema: {"type": "function", "function": {...}}
-
-    @property
-    def name(self) -> str:
-        return str(self.schema["function"]["name"])
 
     async def open(self, task: Task) -> Any:
         """State before the first call (after `task.setup`); `None` for stateless tools."""

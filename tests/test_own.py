@@ -296,7 +296,7 @@ def test_names_that_nothing_has_are_said_with_the_configuration(task, said: str)
         ),
         ({"source": "mine:Source", "options": {"level": "x"}}, "task.options.level: Input should"),
         ({"source": "mine:Source", "system": "Go."}, "has no parameter `system`"),
-        ({"source": "mine:Bare"}, "task.source: mine:Bare has no name, held_out"),
+        ({"source": "mine:Bare"}, "task.source: mine:Bare has no name, train_size, held_out"),
         ({"source": "mine:rows", "options": {}}, "columns: prompt, wanted"),
         ({"source": "mine:odd", "reward": "mine:score"}, "row 1: must be an object, not text"),
         ({"source": "mine:odd", "reward": "mine:score"}, '{"prompt": "What is 6 times 7?"}; other'),

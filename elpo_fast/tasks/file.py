@@ -172,17 +172,10 @@ class FileSource(TaskSource):
                     "remove them from one file"
                 )
         self.path = path
+        self.train_size, self.held_out_size = len(self._train), len(self._held_out)
         random.Random(seed).shuffle(self._train)
         if judged:
             self._say_what_to_look_at()
-
-    @property
-    def train_size(self) -> int:
-        return len(self._train)
-
-    @property
-    def held_out_size(self) -> int:
-        return len(self._held_out)
 
     def train(self, index: int) -> Task:
         return self._task("train", self._train, index)
@@ -230,6 +223,7 @@ class FileSource(TaskSource):
         _log.warning("%s; they are left out", problem)
         self._train = [row for row in self._train if row.place not in long]
         self._held_out = [row for row in self._held_out if row.place not in long]
+        self.train_size, self.held_out_size = len(self._train), len(self._held_out)
 
     async def grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
         """Correct if the final message's answer is the ground truth, or its program passes the

@@ -50,7 +50,7 @@ from elpo_fast.tasks.common import (
     with_system,
 )
 from elpo_fast.tasks.operations import BY_NAME, KINDS, PARAPHRASES, Kind, draw
-from elpo_fast.types import End, Message, Task, Verdict
+from elpo_fast.types import End, Message, Task, TaskSource, Verdict
 
 SYSTEM = (
     "Python holds a secret number x. Do each line by calling do(new x): it prints x and the next "
@@ -106,14 +106,12 @@ class LedgerOptions(RewardOptions):
         )
 
 
-class Ledger:
+class Ledger(TaskSource):
     """The task source; both splits are endless. `key` draws the held-out tasks, and together with
     `seed` the training tasks."""
 
     name = "ledger"
     Options = LedgerOptions
-    train_size: int | None = None
-    held_out_size: int | None = None
 
     def __init__(
         self, options: LedgerOptions, *, seed: int, key: int | str, system: str | None = None

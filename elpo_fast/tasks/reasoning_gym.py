@@ -61,7 +61,6 @@ class ReasoningGym(TaskSource):
 
     name = "reasoning_gym"
     Options = ReasoningGymOptions
-    held_out_size: int | None = None
 
     def __init__(
         self,
@@ -75,7 +74,7 @@ class ReasoningGym(TaskSource):
         self.options = options
         self.seed, self.key = seed, key
         self.system = SYSTEM if system is None else system
-        self.train_size: int | None = options.size
+        self.train_size = options.size
         self._run_function = run_function
         self._stream = functools.lru_cache(maxsize=16)(self._make_stream)
         self._check_dataset()

@@ -92,9 +92,8 @@ class _RestoreError(Exception):
 class PythonSession:
     """An interpreter that keeps its variables from call to call, and branches."""
 
-    name = "python_session"
     schema: Mapping[str, Any] = _schema(
-        name, f"Run Python code. Variables are kept between calls. {_SHOWN}"
+        "python_session", f"Run Python code. Variables are kept between calls. {_SHOWN}"
     )
 
     def __init__(self, sandbox: Sandbox, *, memory_mb: float = 4096) -> None:

@@ -50,16 +50,16 @@ class Toolbox:
                     tools.append(PythonSession(self.sandbox))
                 case _:
                     tools.append(OwnTool(name, config, self.sandbox))
-        self._validators = {tool.name: validator(tool.schema) for tool in tools}
+        self._validators = {_name(tool): validator(tool.schema) for tool in tools}
         self._workers = config.function_workers
         functions = Functions(
             declared(config.functions), workers=self._workers, timeout_s=config.timeout_s
         )
         self._functions = [functions]
         tools += functions.tools
-        self._tools = {tool.name: tool for tool in tools}
+        self._tools = {_name(tool): tool for tool in tools}
         if len(self._tools) < len(tools):
-            names = ", ".join(tool.name for tool in tools)
+            names = ", ".join(map(_name, tools))
             raise ConfigError(f"tools: every tool needs a name of its own, not {names}")
 
     @property
@@ -153,3 +153,7 @@ class Toolbox:
         valid = self._validators.get(call.name)
         problem = valid and refusal(valid, call.arguments)
         return expected(problem, tool.schema) if problem else None
+
+
+def _name(tool: Tool) -> str:
+    return str(tool.schema["function"]["name"])

@@ -135,6 +135,6 @@ def test_shared_sandbox_is_left_open(safe_box) -> None:
 
 def test_tools_satisfy_the_protocol(toolbox) -> None:
     def check(tool: Tool) -> str:
-        return tool.name
+        return tool.schema["function"]["name"]
 
     assert [check(tool) for tool in toolbox._tools.values()] == list(toolbox.names)
