@@ -60,6 +60,7 @@ class Chat:
     ) -> None:
         self.tokenizer = tokenizer
         self.tools = list(tools)
+        self.call_format = call_format
         self._format = make_format(call_format, self.tools)
         if not self._renders_tool_messages():
             tokenizer.chat_template = TOOL_TEMPLATE
