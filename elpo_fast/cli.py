@@ -167,6 +167,14 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="over",
+        metavar="FILE",
+        help="another YAML file, laid over CONFIG, e.g. configs/algorithms/grpo.yaml",
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +194,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, *, sft_only: bool = False) -> int:
     from elpo_fast.config import load_config
 
-    config = load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides, arguments.over)
     # Torch, Numba and the sandbox share the cores: threads that spin at barriers while another
     # process has their core make a 0.5 ms matrix product take ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -268,7 +276,7 @@ def _chats(arguments: argparse.Namespace) -> int:
 def _config(arguments: argparse.Namespace) -> int:
     from elpo_fast.config import dump_config, load_config
 
-    print(dump_config(load_config(arguments.config, arguments.overrides)), end="")
+    print(dump_config(load_config(arguments.config, arguments.overrides, arguments.over)), end="")
     return 0
 
 

@@ -256,14 +256,42 @@ class OwnOptions(Section):
     weights: dict[str, Any] = {}
 
 
+class RandomConfig(Section):
+    """`algo.planner: random`, Tree-GRPO's trees."""
+
+    trees: Positive = 4  # full trajectories to begin with
+    expansions: Positive = 1  # continuations of each of them in a round
+
+
+class EntropyConfig(Section):
+    """`algo.planner: entropy`, ARPO's branching."""
+
+    initial: Positive = 8  # full trajectories to begin with
+    # a step is branched after where alpha + beta * (its entropy - the first step's) > threshold
+    alpha: float = 0.5
+    beta: float = 0.2
+    threshold: float = 0.5
+
+
+PLANNERS = ("bel", "star", "random", "entropy")
+ADVANTAGES = (
+    *("hierarchical", "group", "group_unnormalised", "leave_one_out"),
+    *("batch", "tree_group", "child_value"),
+)
+WEIGHTS = ("sequence_mean", "token_mean", "token_sum")
+
+
 class AlgoConfig(Section):
-    planner: Annotated[str, _choice("planners", "bel", "star")] = "bel"
+    planner: Annotated[str, _choice("planners", *PLANNERS)] = "bel"
     n_total: Positive = 16
     bel: BelConfig = BelConfig()
-    advantage: Annotated[str, _choice("advantages", "hierarchical", "group")] = "hierarchical"
+    random: RandomConfig = RandomConfig()
+    entropy: EntropyConfig = EntropyConfig()
+    advantage: Annotated[str, _choice("advantages", *ADVANTAGES)] = "hierarchical"
     lambda_tree: Fraction = 0.5
     advantage_eps: NonNegativeFloat = 1e-6
-    weights: Annotated[str, _choice("weights", "sequence_mean")] = "sequence_mean"
+    weights: Annotated[str, _choice("weights", *WEIGHTS)] = "sequence_mean"
+    token_sum_length: Positive = 1024  # the constant of `weights: token_sum`
     options: OwnOptions = OwnOptions()
     merge_equal_steps: bool = False  # equal siblings are one node, whose value is pooled
     clip: ClipConfig = ClipConfig()
@@ -404,13 +432,22 @@ class Config(Section):
         return Path(self.run.dir) / self.run.name
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply dotted overrides such as `train.lr=1e-6`.
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), over: Sequence[str | Path] = ()
+) -> Config:
+    """Read a YAML file, lay the files `over` over it, key by key, and apply dotted overrides such
+    as `train.lr=1e-6`.
 
     Raises `ConfigError` with one line for every kind of fault: missing or unreadable file, YAML
     syntax, unknown key (with the nearest known name), wrong type or value.
     """
-    path = Path(path)
+    data = _read(Path(path))
+    for file in over:
+        _lay_over(data, _read(Path(file)))
+    return parse_config(data, overrides)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -424,7 +461,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold `section: ...` entries, not a {type(data).__name__}")
-    return parse_config(data, overrides)
+    return data
+
+
+def _lay_over(data: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        below = data.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            _lay_over(below, value)
+        else:
+            data[key] = value
 
 
 def parse_config(data: dict[str, Any], overrides: Sequence[str] = ()) -> Config:

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from elpo_fast.config import Config, ConfigError, dump_config, load_config, parse_config
+from elpo_fast.algo import check
+from elpo_fast.config import (
+    Config,
+    ConfigError,
+    differences,
+    dump_config,
+    load_config,
+    parse_config,
+)
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ALGORITHMS = sorted((Path(__file__).parents[1] / "configs" / "algorithms").glob("*.yaml"))
 
 
 def test_there_are_configurations() -> None:
@@ -103,3 +112,26 @@ def test_unreadable_file_is_one_clear_line(
     with pytest.raises(ConfigError, match=said) as caught:
         load_config(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", CONFIGS, ids=lambda path: path.stem)
+def test_every_algorithm_goes_with_every_task(task: Path) -> None:
+    alone = load_config(task)
+    for file in ALGORITHMS:
+        config = load_config(task, ["algo.n_total=8"], [file])
+        check(config.algo)
+        assert differences(alone, config)
+        changed = [key for key in differences(alone, config) if not key.startswith("algo.")]
+        assert not changed, f"{file.stem} changes {changed}"
+
+
+def test_files_are_laid_over_key_by_key(tmp_path: Path) -> None:
+    base, one, two = (tmp_path / f"{name}.yaml" for name in ("base", "one", "two"))
+    base.write_text("train: {lr: 1.0e-3, steps: 3}\nalgo: {n_total: 7}\n")
+    one.write_text("train: {lr: 1.0e-4}\nalgo: {planner: star}\n")
+    two.write_text("algo: {planner: random, clip: {eps_low: 0.3}}\n")
+    config = load_config(base, ["algo.clip.eps_low=0.4"], [one, two])
+    assert (config.train.lr, config.train.steps, config.algo.n_total) == (1e-4, 3, 7)
+    assert (config.algo.planner, config.algo.clip.eps_low) == ("random", 0.4)
+    with pytest.raises(ConfigError, match="cannot read configuration"):
+        load_config(base, [], [tmp_path / "nothing.yaml"])

@@ -11,13 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elpo_fast import own
+from elpo_fast.algo import advantages
 from elpo_fast.algo.advantages import Floats, chosen, group, hierarchical
 from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.clipping import lower_bounds
+from elpo_fast.algo.entropy import EntropyPlanner
 from elpo_fast.algo.planners import Planner
+from elpo_fast.algo.random import RandomPlanner
 from elpo_fast.algo.star import StarPlanner
-from elpo_fast.algo.weights import sequence_mean
-from elpo_fast.config import AlgoConfig, ConfigError
+from elpo_fast.algo.weights import sequence_mean, token_mean, token_sum
+from elpo_fast.config import ADVANTAGES, PLANNERS, WEIGHTS, AlgoConfig, ConfigError
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
@@ -26,7 +29,7 @@ __all__ = ["check", "make_planner", "score"]
 
 _KINDS = {"planner": "planners", "advantage": "advantages", "weights": "weights"}
 _OFFERED = {"planner": ("n_total",), "advantage": ("forest", "weight"), "weights": ("forest",)}
-_BUILT_IN = ("bel", "star", "hierarchical", "group", "sequence_mean")
+_BUILT_IN = (*PLANNERS, *ADVANTAGES, *WEIGHTS)
 
 
 def check(config: AlgoConfig) -> None:
@@ -40,7 +43,10 @@ def check(config: AlgoConfig) -> None:
                 f"algo.options.{choice} is for one of your own; the settings of {name} stand under "
                 "algo"
             )
-    make_planner(config)
+    try:
+        make_planner(config)
+    except ValueError as error:
+        raise ConfigError(f"algo.planner {config.planner}: {error}") from None
 
 
 def make_planner(config: AlgoConfig) -> Planner:
@@ -51,6 +57,10 @@ def make_planner(config: AlgoConfig) -> Planner:
         case "bel":
             bel = config.bel
             return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
+        case "random":
+            return RandomPlanner(config.n_total, config.random.trees, config.random.expansions)
+        case "entropy":
+            return EntropyPlanner(config.n_total, **config.entropy.model_dump())
     planner = _own(config, "planner")(n_total=config.n_total)
     own.complete(planner, Planner, f"algo.planner: {config.planner}")
     return planner
@@ -64,10 +74,15 @@ def score(
     `importance [L]` multiplies the weight of each trajectory. Raises `RunError` for weights or
     advantages of one's own that are not one finite number for each of what is there.
     """
-    if config.weights == "sequence_mean":
-        weight = sequence_mean(forest)
-    else:
-        weight = _numbers(config, "weights", forest=forest)
+    match config.weights:
+        case "sequence_mean":
+            weight = sequence_mean(forest)
+        case "token_mean":
+            weight = token_mean(forest)
+        case "token_sum":
+            weight = token_sum(forest, config.token_sum_length)
+        case _:
+            weight = _numbers(config, "weights", forest=forest)
     if importance is not None:
         weight = weight * importance
     eps = config.advantage_eps
@@ -76,6 +91,12 @@ def score(
             values = group(forest, weight, eps=eps)
         case "hierarchical":
             values = hierarchical(forest, weight, lambda_tree=config.lambda_tree, eps=eps)
+        case "batch" | "tree_group":
+            found = getattr(advantages, config.advantage)(forest, eps=eps)
+            values = chosen(forest, weight, found, eps=eps)
+        case "group_unnormalised" | "leave_one_out" | "child_value":
+            found = getattr(advantages, config.advantage)(forest)
+            values = chosen(forest, weight, found, eps=eps)
         case _:
             found = _numbers(config, "advantage", forest=forest, weight=weight)
             values = chosen(forest, weight, found, eps=eps)
