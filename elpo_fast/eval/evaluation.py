@@ -5,6 +5,7 @@ The folder of an evaluation holds
     config.yaml          the resolved configuration
     evaluation.json      the model, the fingerprint of its weights and, at the end, the figures
     trajectories.jsonl   see `elpo_fast.eval.trajectories`
+    chat.txt             how the chat template is used, and a task as the model sees it
     task_secret          what generated tasks are drawn with, unless `task.seed` says it
     sglang.log           of our own SGLang server, if there is one
     .lock                held by the process that evaluates
@@ -53,7 +54,7 @@ from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import Task, TaskSource
 
 TRAJECTORIES = "trajectories.jsonl"
-_SECRET = "task_secret"
+_SECRET, _CHAT = "task_secret", "chat.txt"
 _EVALUATION = "evaluation.json"
 _MAY_DIFFER = (*MECHANICS, "algo", "sft", "train", "eval.tasks", "eval.samples", "eval.every")
 """Keys that do not change a trajectory."""
@@ -74,6 +75,7 @@ class Subject:
 
 class Progress(Protocol):
     def advance(self, figures: str = "", *, units: int = 1, report: bool = True) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 Phase = Callable[[str, int, int], AbstractContextManager[Progress]]
@@ -220,7 +222,12 @@ async def _evaluate(
             async with sampler(config, toolbox, source, loaded) as collector:
                 missing = _missing(source, config, trajectories)  # of what has room to answer
                 total = len(held_out_tasks(source, config.eval)) * config.eval.samples
+                first = held_out_tasks(source, config.eval)[0]
+                shown = collector.chat.shown(first.messages)
+                (folder / _CHAT).write_text(shown, encoding="utf-8")
                 with phase("evaluating", total, total - len(missing)) as progress:
+                    for note in collector.chat.template.notes:
+                        progress.say(f"chat template: {note}")
                     await _sample(collector, config, missing, trajectories, progress)
         tasks = held_out_tasks(source, config.eval)
     finally:

@@ -35,7 +35,11 @@ async def sampler(
         engine = make_engine(config, loaded.model, loaded.tokenizer, weights, rank=rank)
     try:
         chat = Chat(
-            loaded.tokenizer, config.rollout.call_format, toolbox.schemas, loaded.end_token_ids
+            loaded.tokenizer,
+            config.rollout.call_format,
+            toolbox.schemas,
+            loaded.end_token_ids,
+            config.model.chat_template_kwargs,
         )
         if samples and (fit := getattr(source, "fit_prompts", None)) is not None:
             fit(chat.prompt, config.rollout.max_tokens)

@@ -41,7 +41,7 @@ from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import add_adapters, initialise
 from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
-from elpo_fast.model.tokenizer import train_tokenizer
+from elpo_fast.model.tokenizer import CHATML, train_tokenizer
 from elpo_fast.types import RunError
 
 SMOLLM2 = "smollm2-135m"
@@ -135,6 +135,8 @@ def load_model(
                 f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
             ) from error
         _check_complete(config.name, found.tokenizer, found.missing)
+    if (template := resolve_template(config)) is not None:
+        found.tokenizer.chat_template = CHATML if template == "chatml" else template
     model = found.model.eval()
     if found.stored is None:
         with enough_memory(f"moving the model to {device}", _SMALLER):
@@ -185,6 +187,21 @@ def resolve_compile(config: ModelConfig) -> bool:
         return config.compile
     on_gpu = resolve_device(config.device).type == "cuda"
     return on_gpu and config.attention in COMPILED and has_compiler()
+
+
+def resolve_template(config: ModelConfig) -> str | None:
+    """The text of a chat template in a file; else what the configuration says."""
+    given = config.chat_template
+    if given is None or given == "chatml" or "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # the latter for text that is not UTF-8, or a NUL
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"model.chat_template: cannot read {given!r} ({reason}); give a Jinja file, the text "
+            "of a template, or chatml"
+        ) from None
 
 
 def _base_dtype(config: ModelConfig) -> torch.dtype:

@@ -4,16 +4,16 @@ Invariants
 - A prefix is never retokenised: a trajectory is the rendered prompt, then alternately the tokens
   the engine returned and the *glue* rendered here (end of the assistant's turn, tool response,
   opening of the next turn). Glue is environment text and carries no loss.
-- Glue bytes come from the model's own chat template, found once by rendering two sentinels, so that
-  the assembled trajectory equals `apply_chat_template` of the same messages. Templates that do not
-  render tool messages are replaced by `TOOL_TEMPLATE` (plain ChatML).
+- Glue bytes come from the model's own chat template (see `elpo_fast.rollout.template`), so that the
+  assembled trajectory equals `apply_chat_template` of the same messages wherever the template
+  renders earlier messages as it did before.
 - Tool output cannot forge control tokens: where it contains the text of one, it is encoded as text.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,26 +21,8 @@ import numpy as np
 
 from elpo_fast.config import ConfigError
 from elpo_fast.rollout.formats import make_format
-from elpo_fast.types import MalformedCall, Message, ToolCall
-
-TOOL_TEMPLATE = (
-    "{%- if tools and messages[0]['role'] != 'system' %}"
-    "{%- set messages = [{'role': 'system', 'content': 'You can call tools.'}] + messages %}"
-    "{%- endif %}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{%- if tools and loop.first %}"
-    "{{- '\n\nTools, one JSON schema a line:' }}"
-    "{%- for tool in tools %}{{- '\n' + (tool | tojson) }}{%- endfor %}"
-    '{{- \'\nTo call one, write: <tool_call>{"name": ..., "arguments": {...}}</tool_call>\' }}'
-    "{%- endif %}"
-    "{{- '<|im_end|>\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
-"""ChatML with a tool role, for models whose own template has none."""
-
-_ASSISTANT, _RESPONSE = "\u2e22assistant\u2e22", "\u2e22response\u2e22"
+from elpo_fast.rollout.template import Template
+from elpo_fast.types import MalformedCall, Message, ToolCall, valid_text
 
 
 class Chat:
@@ -48,7 +30,10 @@ class Chat:
 
     Tools are described to the model by their JSON schemas, or by the task's system message, as the
     format says. `end_token_ids` are the model's own ends of text: they end an assistant message as
-    its end of turn does.
+    its end of turn does. `template_kwargs` are variables of the chat template, such as
+    `enable_thinking`.
+
+    Raises `ConfigError` for tools or a chat template that cannot be used.
     """
 
     def __init__(
@@ -57,35 +42,41 @@ class Chat:
         call_format: str,
         tools: Sequence[Mapping[str, Any]],
         end_token_ids: Iterable[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.tools = list(tools)
         self.call_format = call_format
         self._format = make_format(call_format, self.tools)
-        if not self._renders_tool_messages():
-            tokenizer.chat_template = TOOL_TEMPLATE
-        rendered = self._render(
-            [
-                {"role": "user", "content": "-"},
-                {"role": "assistant", "content": _ASSISTANT},
-                {"role": "tool", "content": _RESPONSE},
-            ],
-            generate=True,
+        self.template = Template(
+            tokenizer,
+            self.tools if self._format.described else None,
+            template_kwargs or {},
+            self.call_text,
+            self._reads,
         )
-        after = rendered.partition(_ASSISTANT)[2]
-        self._before_response, _, self._after_response = after.partition(_RESPONSE)
         # Some tokenizers list only a few of their special tokens as such, but know all of them.
         special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        first = self.encode(after)[:1]
-        if not len(first) or int(first[0]) not in special:
+        before = self.encode(self.template.before)
+        at = next((i for i, token in enumerate(before) if int(token) in special), None)
+        if at is None:
             raise ConfigError(
                 "the chat template does not end an assistant message with a special token; "
-                "set a chat template that does, for example ChatML"
+                "set model.chat_template to the file or text of one that does, or to chatml"
             )
-        self.end_of_turn = int(first[0])
+        self.end_of_turn = int(before[at])
+        self._turn_end = before[: at + 1]
         ends = {self.end_of_turn, tokenizer.eos_token_id, *end_token_ids} - {None}
         self.stop_token_ids: tuple[int, ...] = tuple(sorted(ends))  # end an assistant message
         self._special_texts = list(special.values())
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Chat:
+        """The same for a conversation in which these are described to the model."""
+        other = copy.copy(self)
+        other.tools = list(tools)
+        if self._format.described:
+            other.template = self.template.with_tools(other.tools)
+        return other
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -102,7 +93,20 @@ class Chat:
 
     def prompt(self, messages: Sequence[Message]) -> np.ndarray:
         """The rendered conversation so far and the opening of the assistant's turn, `int32 [N]`."""
-        return self.encode(self._render(messages, generate=True))
+        return self.encode(self.template.render(messages))
+
+    def shown(self, messages: Sequence[Message]) -> str:
+        """What was found about the template, and a conversation that begins with `messages`, with
+        one call of a tool in it, as the model sees it."""
+        template = self.template
+        seen = (
+            template.render(messages),
+            "[a message with a call]",
+            template.before,
+            "[the tool's response]",
+            template.after,
+        )
+        return valid_text("\n".join([*template.notes, "", "".join(seen), ""]))
 
     def message_text(self, token_ids: np.ndarray) -> str:
         """Text of one generated assistant message, the token that ended it left out."""
@@ -112,24 +116,21 @@ class Chat:
     def response_glue(self, generated: np.ndarray, response: str) -> np.ndarray:
         """Tokens between one generated message that called a tool and the next one, `int32 [N]`:
         end of turn (unless generated), the tool's response, the opening of the next turn."""
+        parts = (self.template.before, self.template.response(response), self.template.after)
         if any(special in response for special in self._special_texts):
             glue = np.concatenate(
-                [
-                    self.encode(self._before_response),
-                    self.encode(response, as_text=True),
-                    self.encode(self._after_response),
-                ]
+                [self.encode(part, as_text=place == 1) for place, part in enumerate(parts)]
             )
         else:
-            glue = self.encode(self._before_response + response + self._after_response)
-        return glue[1:] if self._ended(generated) else glue
+            glue = self.encode("".join(parts))
+        return glue[len(self._turn_end) :] if self._ended(generated) else glue
 
     def response_text(self, glue: np.ndarray) -> str:
         """The tool's response in what `response_glue` made of it."""
-        before, text = self._before_response, self.decode(glue)
-        end = self.decode([self.end_of_turn])  # of the turn, which may have been generated
+        before, text = self.template.before, self.decode(glue)
+        end = self.decode(self._turn_end)  # which may have been generated
         text = text.removeprefix(end).removeprefix(before.removeprefix(end))
-        return text.removesuffix(self._after_response)
+        return text.removesuffix(self.template.after)
 
     def call_text(self, message: Message) -> str:
         """Assistant text of a message in OpenAI form, its tool calls written in this format."""
@@ -156,16 +157,10 @@ class Chat:
     def _ended(self, token_ids: np.ndarray) -> bool:
         return len(token_ids) > 0 and int(token_ids[-1]) == self.end_of_turn
 
-    def _render(self, messages: Sequence[Message], *, generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tools=self.tools if self._format.described else None,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
-
-    def _renders_tool_messages(self) -> bool:
-        """Whether the template knows tool responses: it must treat the role on its own, not print
-        any role's name, which is how templates without tool support render it."""
-        template = self.tokenizer.chat_template
-        return isinstance(template, str) and bool(re.search(r"""['"]tool['"]""", template))
+    def _reads(self, text: str, call: Mapping[str, Any]) -> bool:
+        """Whether `text` ends with `call` in this format."""
+        start = text.rfind(self._format.opening, 0, text.rfind(call["name"]))
+        try:
+            return start >= 0 and self.parse_call(text[start:]) == ToolCall(**call)
+        except Exception:  # of one's own format, on text that it is not made for
+            return False

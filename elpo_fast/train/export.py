@@ -128,6 +128,8 @@ def run_subject(run: Path, config: Config, step: int | None = None) -> Subject:
     checkpoint = checkpoint_of(run, step)
     trained = load_config(run / "config.yaml").model
     its = {name: getattr(trained, name) for name in ("name", "revision", "scratch", "lora")}
+    its["chat_template"] = config.model.chat_template or trained.chat_template
+    its["chat_template_kwargs"] = trained.chat_template_kwargs | config.model.chat_template_kwargs
     model = config.model.model_copy(update=its)
     secret = run / SECRET
     return Subject(

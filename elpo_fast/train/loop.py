@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
 from elpo_fast.model.lora import named_weights
+from elpo_fast.train.advice import advice
 from elpo_fast.train.checkpoint import (
     RL,
     SFT,
@@ -46,6 +47,7 @@ from elpo_fast.train.metrics import (
     Counts,
     StepStats,
     mean_stats,
+    sample_texts,
     staleness,
     totals,
     trajectory_tokens,
@@ -74,6 +76,7 @@ from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
+from elpo_fast.types import Message
 
 _COLLECT, _EVALUATE, _SHUFFLE, _SFT = 1, 2, 3, 4  # independent random streams of a run
 
@@ -103,11 +106,11 @@ def train(
     with joined(config) as ranks:
         config = ranks.gather(settled(config, goes_on=resume))[0]
         folder = _folder(config, resume, allow_change, ranks)
-        console = console or Console(quiet=not ranks.leads)
+        display = Display(console or Console(quiet=not ranks.leads))
         for change in folder.changes:
-            console.print(f"changed: {change}", highlight=False, soft_wrap=True, markup=False)
+            display.say(f"changed: {change}")
         try:
-            asyncio.run(_main(config, folder, Display(console), resume, ranks, sft_only))
+            asyncio.run(_main(config, folder, display, resume, ranks, sft_only))
         finally:
             folder.close()
     return folder.path
@@ -168,11 +171,14 @@ class _Run:
     display: Display
     parts: Parts
     checkpoints: Checkpoints
+    warned: Collection[str] = ()  # about the step before
 
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
         the checkpoint `found` on, if there is one."""
-        train, policy = self.config.train, self.parts.policy
+        train, policy, chat = self.config.train, self.parts.policy, self.parts.collector.chat
+        for note in chat.template.notes:
+            self.display.say(f"chat template: {note}")
         constant = warmup_constant(train.warmup)
         policy.restart(lr=train.lr, schedule=constant)
         restored = load_checkpoint(found, policy, self.parts.ranks) if found else None
@@ -189,6 +195,10 @@ class _Run:
         if restored is None or restored.phase == SFT:
             if restored is None:
                 self.folder.keep_tokenizer(self.parts.loaded.tokenizer)
+                some: Sequence[Message] = [{"role": "user", "content": "[a question]"}]
+                if not sft_only:
+                    some = self.parts.source.train(self.first_task(0)).messages
+                self.folder.keep_chat(chat.shown(some))
             if self.config.sft.wanted:
                 await self.fine_tune(data, restored, sft_only)
             if sft_only:
@@ -216,6 +226,7 @@ class _Run:
                 await self.push_weights(self.parts.engine.weight_version + 1)
                 self.folder.log("rl", step + 1, values)
                 phase.advance(_figures(values))
+                self.comment(values, collected.forest)
                 if step + 1 == train.steps:
                     break
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
@@ -248,7 +259,7 @@ class _Run:
             chat = self.parts.collector.chat
             examples = in_tokens(data, chat, self.config, positions)
             said = f"{self.config.sft.data}: {examples.said}"
-            self.display.console.print(said, highlight=False, soft_wrap=True, markup=False)
+            self.display.say(said)
         if restored is None and not sft_only:
             await self.evaluate("before SFT", 0)
         await self.cold_start(examples, restored)
@@ -440,6 +451,17 @@ class _Run:
             error.args = (f"{error}. Tasks: {tasks}; all trees of the step: {path}",)
             raise
 
+    def comment(self, values: Mapping[str, Any], forest: Forest) -> None:
+        """Two trajectories of a step into the trackers, and what is wrong with it, if it was not
+        said about the step before."""
+        for name, text in sample_texts(forest, self.parts.collector.chat.decode).items():
+            self.folder.show(f"rl/{name}", text)
+        wrong = advice(values, self.folder.first)
+        for kind in wrong.keys() - self.warned:
+            self.display.say(f"warning: {wrong[kind]}")
+            self.folder.show(f"warning/{kind}", wrong[kind])
+        self.warned = wrong.keys()
+
     async def push_weights(self, version: int) -> None:
         """Give the engine the policy's present weights as `version`, and see that it has them."""
         parts, config = self.parts, self.config
@@ -454,12 +476,18 @@ class _Run:
         """Success on held-out tasks, logged under `name`."""
         began = time.perf_counter()
         total = len(held_out_tasks(self.parts.source, self.config.eval))
+        grown: list[Tree] = []
+
+        def on_tree(tree: Tree) -> None:
+            grown.append(tree)
+            phase.advance(report=False)
+
         with self.display.phase(f"eval {name}", total) as phase:
             result = await evaluate(
                 self.parts.collector,
                 self.config.eval,
                 seed=self.stream(_EVALUATE, 0),
-                on_tree=lambda _: phase.advance(report=False),
+                on_tree=on_tree,
             )
             low, high = result.interval
             text = f"success {result.success:.1%} (95 % interval {low:.1%} to {high:.1%})"
@@ -474,6 +502,10 @@ class _Run:
             "seconds": time.perf_counter() - began,
         }
         self.folder.log("eval", step, values)
+        if grown:  # on this rank
+            forest = Forest.from_trees(grown)
+            for kind, text in sample_texts(forest, self.parts.collector.chat.decode).items():
+                self.folder.show(f"eval/{kind}", text)
         return result
 
     def save(

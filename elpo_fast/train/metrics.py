@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
-from elpo_fast.types import Engine
+from elpo_fast.types import Engine, valid_text
 
 _FIGURES = 1 + len(PolicyStats._fields)
 
@@ -129,6 +129,27 @@ def tree_metrics(forest: Forest) -> dict[str, Any]:
     }
 
 
+def sample_texts(forest: Forest, decode: Callable[[NDArray[np.int32]], str]) -> dict[str, str]:
+    """The first correct and the first failed trajectory of a forest, if it has them: task, verdict
+    and the whole text as the model saw and wrote it."""
+    correct = forest.correct[forest.leaf_node] == 1
+    texts = {}
+    for name, wanted in (("correct", correct), ("failed", ~correct)):
+        if not wanted.any():
+            continue
+        leaf = int(wanted.argmax())
+        node, parts = int(forest.leaf_node[leaf]), []
+        tree = int(np.searchsorted(forest.leaf_start, leaf, side="right")) - 1
+        reward = forest.reward[node]
+        while node >= 0:
+            parts.append(forest.token_ids[forest.token_start[node] : forest.token_start[node + 1]])
+            node = int(forest.parent[node])
+        verdict = f"reward {reward:g}, ended by {forest.ends[leaf]}: {forest.reasons[leaf]}"
+        chat = decode(np.concatenate(parts[::-1]))
+        texts[name] = valid_text(f"{forest.task_ids[tree]}\n{verdict}\n\n{chat}")
+    return texts
+
+
 def trajectory_tokens(forest: Forest) -> NDArray[np.int64]:
     """Tokens of each trajectory `[L]`, prompt included."""
     return ops.path_sum(forest.parent, np.diff(forest.token_start))[forest.leaf_node]
@@ -163,6 +184,7 @@ class Counts:
             "prompt_tokens_computed": engine.computed_tokens,
             "generated_tokens": engine.generated_tokens,
             "tool_tokens": tools.tool_tokens,
+            "tool_runs": tools.tool_calls,
             "tool_errors": tools.tool_errors,
             "malformed_calls": tools.malformed_calls,
             "faults": tools.faults,

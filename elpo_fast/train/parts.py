@@ -24,6 +24,7 @@ from elpo_fast.model.load import (
     resolve_compile,
     resolve_device,
     resolve_dtype,
+    resolve_template,
 )
 from elpo_fast.rollout.collector import Collector
 from elpo_fast.tasks import make_source
@@ -53,7 +54,11 @@ def settled(config: Config, *, goes_on: bool = False) -> Config:
     if goes_on and saved.is_file():
         config = _filled(config, load_config(saved))
     model, sizes = config.model, config.rollout.sizes(resolve_device(config.model.device).type)
-    found = {"dtype": resolve_dtype(model), "compile": resolve_compile(model)}
+    found = {
+        "dtype": resolve_dtype(model),
+        "compile": resolve_compile(model),
+        "chat_template": resolve_template(model),  # its text, that a run has all it needs
+    }
     return config.model_copy(
         update={
             "model": model.model_copy(update=found),

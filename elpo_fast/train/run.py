@@ -3,9 +3,11 @@
     config.yaml      the resolved configuration
     task_secret      what generated tasks are drawn with, unless `task.seed` says it
     metrics.jsonl    one JSON object a record: {"phase": "sft" | "eval" | "rl", "step": int, ...}
-    tensorboard/     the same numbers as TensorBoard events
+    tensorboard/     the same numbers as TensorBoard events, and sample trajectories as text
+    trackers.json    what the services of `run.log` know the run by
     trees/           one forest a step, `step_000001.npz`
     tokenizer/       for `elpo tree show` and `elpo export`
+    chat.txt         how the chat template is used, and a task's conversation as the model sees it
     .lock            held by the process that runs it
     checkpoints/     see `elpo_fast.train.checkpoint`
     model/           at the end: the trained model, a folder in Hugging Face layout
@@ -19,10 +21,8 @@ or will do again; a resume drops the records (and trees) of work that is done ag
 from __future__ import annotations
 
 import json
-import math
 import os
 import secrets
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +39,13 @@ from elpo_fast.config import (
 )
 from elpo_fast.faults import enough_disk
 from elpo_fast.lock import LOCK, Lock
+from elpo_fast.train.trackers import Trackers
 from elpo_fast.tree import io
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SECRET = "task_secret"
+SECRET, CHAT = "task_secret", "chat.txt"
 _MAY_DIFFER = (
     *MECHANICS,
     *("eval", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"),
@@ -62,16 +63,20 @@ class RunFolder:
     one; `changes` says in what a resumed run differs from before."""
 
     changes: Sequence[str] = ()
+    first: Mapping[str, Any] | None  # record of the first step of reinforcement learning
 
-    def __init__(self, path: Path, lock: Lock) -> None:
+    def __init__(self, path: Path, lock: Lock, trackers: Trackers) -> None:
         self.path = path
         self._lock = lock
+        self._trackers = trackers
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board: Any = None
+        self._steps = 0  # so far, the cold start's and then the others
+        self._cold = 0  # of these, the cold start's
+        self.first: Mapping[str, Any] | None = None
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
-        path = config.run_dir
+        path, trackers = config.run_dir, Trackers(config)
         with _locked(path) as lock:
             if not _unused(path):
                 raise ConfigError(
@@ -85,13 +90,13 @@ class RunFolder:
                 secret.touch(0o600)
                 secret.write_text(secrets.token_hex(), encoding="utf-8")
             (path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-            return cls(path, lock)
+            return cls(path, lock, trackers)
 
     @classmethod
     def resume(cls, config: Config, *, allow_change: bool = False) -> RunFolder:
         """Continue a run. With `allow_change` alone may what changes the mathematics differ, and
         what makes another model never."""
-        path = config.run_dir
+        path, trackers = config.run_dir, Trackers(config)
         saved = path / "config.yaml"
         if not saved.is_file():
             raise ConfigError(f"nothing to resume at {path}; start it without --resume")
@@ -117,7 +122,7 @@ class RunFolder:
                     "back or start a new run"
                 )
             _replace(saved, dump_config(config))
-            folder = cls(path, lock)
+            folder = cls(path, lock, trackers)
             folder.changes = tuple(changes.values())
             return folder
 
@@ -133,17 +138,27 @@ class RunFolder:
         with enough_disk(self.path / "metrics.jsonl", "lower train.keep_checkpoints"):
             self._metrics.write(json.dumps(record, allow_nan=False, default=float) + "\n")
             self._metrics.flush()
-            self._plot(record)
+            self._count(record)
+            self._trackers.numbers(
+                self._steps,
+                {
+                    f"{phase}/{key}": value
+                    for key, value in record.items()
+                    if isinstance(value, (int, float))
+                },
+            )
 
-    def _plot(self, record: Mapping[str, Any]) -> None:
-        if self._board is None:
-            # Imported late: TensorBoard takes longer to import than a short command takes to run.
-            from torch.utils.tensorboard import SummaryWriter
+    def show(self, name: str, text: str) -> None:
+        """Give a text to the trackers, beside the numbers of the latest record."""
+        with enough_disk(self.path / "tensorboard", "lower train.keep_checkpoints"):
+            self._trackers.text(self._steps, name, text)
 
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._board.add_scalar(f"{record['phase']}/{name}", value, record["step"])
+    def _count(self, record: Mapping[str, Any]) -> None:
+        if record["phase"] == "sft":
+            self._cold = record["step"]
+        if record["phase"] == "rl" and self.first is None:
+            self.first = record
+        self._steps = record["step"] + (0 if record["phase"] == "sft" else self._cold)
 
     def rewind(self, records: int) -> None:
         """Keep the first `records` metric records only: the rest belongs to work done again. What a
@@ -151,14 +166,14 @@ class RunFolder:
         self._metrics.close()
         for leftover in self.path.rglob(f"*{io.TEMPORARY}"):
             leftover.unlink()
-        # Events cannot be taken back one by one, and their steps count anew in every phase.
-        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:records]
         _replace(path, "".join(lines))
         self._metrics = path.open("a", encoding="utf-8")
+        self._steps, self._cold, self.first = 0, 0, None
         for line in lines:
-            self._plot(json.loads(line))
+            self._count(json.loads(line))
+        self._trackers.rewind(self._steps if lines else None)
 
     @property
     def records(self) -> int:
@@ -169,13 +184,15 @@ class RunFolder:
         with enough_disk(self.path / "tokenizer"):
             tokenizer.save_pretrained(self.path / "tokenizer")
 
+    def keep_chat(self, shown: str) -> None:
+        _replace(self.path / CHAT, shown)
+
     def tree_file(self, step: int) -> Path:
         return self.path / "trees" / f"step_{step:06d}.npz"
 
     def close(self) -> None:
         self._metrics.close()
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
         self._lock.release()
 
 
@@ -184,14 +201,21 @@ class Follower(RunFolder):
 
     def __init__(self, config: Config) -> None:
         self.path = config.run_dir
+        self.first = None
 
     def log(self, phase: str, step: int, values: Mapping[str, Any]) -> None:
+        pass
+
+    def show(self, name: str, text: str) -> None:
         pass
 
     def rewind(self, records: int) -> None:
         pass
 
     def keep_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        pass
+
+    def keep_chat(self, shown: str) -> None:
         pass
 
     @property
@@ -232,7 +256,7 @@ def _locked(path: Path) -> Iterator[Lock]:
 def _unused(path: Path) -> bool:
     """Whether there is nothing to lose: empty, or left by a run that failed before its first
     record."""
-    left = [path / name for name in ("config.yaml", SECRET, LOCK, "sglang.log")]
+    left = [path / name for name in ("config.yaml", SECRET, CHAT, LOCK, "sglang.log")]
     return all(
         file in left
         or file.parent == path / "tokenizer"

@@ -13,7 +13,6 @@ prefixes are computed once.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from elpo_fast.config import Config, ConfigError, SftConfig
@@ -161,8 +159,8 @@ def tree_of(conversation: Conversation, chat: Chat) -> Tree:
         if not branch:
             try:
                 branch.append((chat.prompt(said), False))
-            except TemplateError as error:
-                raise ConversationError(f"the model's chat template refuses: {error}") from None
+            except ConfigError as error:
+                raise ConversationError(str(error)) from None
         text = valid_text(chat.call_text(message))
         said.append({"role": "assistant", "content": text})
         if end_of_turn in text:
@@ -208,9 +206,7 @@ def _with_tools_of(conversation: Conversation, chat: Chat) -> Chat:
     if tools is None:
         names = {call["name"] for call in calls}
         tools = tuple(chat.tools) if names and names <= offered.keys() else ()
-    shown = copy.copy(chat)
-    shown.tools = [offered.get(tool["function"]["name"], tool) for tool in tools]
-    return shown
+    return chat.with_tools([offered.get(tool["function"]["name"], tool) for tool in tools])
 
 
 async def cold_start(

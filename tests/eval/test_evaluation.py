@@ -383,7 +383,9 @@ def test_command_evaluates_compares_and_shows(
     said = capsys.readouterr().out
     assert "scratch against scratch" in said and "of 3 tasks" in said
     assert cli.main(["eval", out, "--against", str(first)]) == 0
-    assert capsys.readouterr().out == said
+    stamped, _, figures_alone = said.partition("\n")
+    assert "chat template:" in stamped
+    assert capsys.readouterr().out == figures_alone
     (task, _), failed = next(item for item in lines(first).items() if not item[1]["correct"])
     assert cli.main(["show", str(first), "--failed", "--task", task]) == 0
     shown = capsys.readouterr().out

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.model import load
+from elpo_fast.model.tokenizer import CHATML
 from elpo_fast.rollout.local import LocalEngine
 from elpo_fast.train import loop, parts
 from elpo_fast.train.checkpoint import latest
@@ -117,7 +118,9 @@ def test_run_leaves_everything_it_promises(tmp_path: Path) -> None:
     checkpoint = latest(run)
     assert checkpoint is not None and checkpoint.name.endswith("3")
     model = AutoModelForCausalLM.from_pretrained(run / "model")
-    assert len(AutoTokenizer.from_pretrained(run / "model")) == model.config.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.chat_template == CHATML, "the model's own, where none is set"
     assert all(tensor.dtype == torch.float32 for tensor in weights(run).values())
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for said in (

@@ -190,9 +190,13 @@ def test_what_cannot_be_rendered_says_why() -> None:
     with pytest.raises(ConversationError, match=r"has <\|im_end\|> in it"):
         said = {"role": "assistant", "content": "15<|im_end|>"}
         tree_of(conversation([MESSAGES[1], said]), make_chat(None))
-    refuses = HERMES + "{% if messages|length == 1 %}{{ raise_exception('No!') }}{% endif %}"
+    asked = MESSAGES[1]["content"]
+    refuses = (
+        HERMES + f"{{% if messages[0].content == {asked!r} %}}{{{{ raise_exception('No!') }}}}"
+    )
+    refuses += "{% endif %}"
     chat = make_chat(refuses)
-    with pytest.raises(ConversationError, match="chat template refuses: No!"):
+    with pytest.raises(ConversationError, match="chat template refuses messages of user: No!"):
         tree_of(conversation(MESSAGES[1:]), chat)
 
 
@@ -441,7 +445,7 @@ def test_the_example_of_the_documentation(tmp_path: Path, monkeypatch: pytest.Mo
     tiny = make_config(tmp_path / "tiny").model.model_dump() | {"scratch": {"layers": 1}}
     changes = {"model": tiny, "rollout": {"max_tokens": 1024}}
     _, said = run(parse_config(data | changes))
-    assert "chats.json: 19 conversations, " in said and "20/20  loss" in said
+    assert "chats.json: 19 conversations, " in said and "20/20  left 0:00:00  loss" in said
 
 
 def test_help_shows_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
