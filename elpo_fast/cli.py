@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elpo_fast import __version__
 
@@ -56,7 +56,14 @@ class UsageError(ValueError):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 the user's fault, 130 interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, left = parser.parse_known_args(arguments)
+    overrides: Any = getattr(parsed, "overrides", getattr(parsed, "config", None))
+    # argparse takes positional arguments in one place only; people write overrides at the end, too.
+    if left and not (isinstance(overrides, list) and all(_is_override(each) for each in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        overrides += left
     try:
         return parsed.run(parsed)
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
@@ -87,6 +94,10 @@ def _fault(error: BaseException) -> int:
 def _first(group: BaseExceptionGroup) -> BaseException:
     error = group.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _parser() -> argparse.ArgumentParser:

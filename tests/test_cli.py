@@ -98,3 +98,14 @@ def test_doctor_says_what_protects(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "sandbox" in shown and "torch" in shown
+
+
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    dapo = str(ROOT / "configs" / "algorithms" / "dapo.yaml")
+    assert main(["config", TINY, "--with", dapo, "train.steps=7", "algo.n_total=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 7" in shown and "n_total: 5" in shown and "eps_high: 0.28" in shown
+    for wrong in (["config", TINY, "--with", dapo, "no-value"], ["doctor", "a=1"]):
+        with pytest.raises(SystemExit):
+            main(wrong)
+        assert "unrecognized arguments" in capsys.readouterr().err
