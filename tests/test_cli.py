@@ -109,3 +109,11 @@ def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) 
         with pytest.raises(SystemExit):
             main(wrong)
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_show_of_a_run_says_where_its_trajectories_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").touch()
+    assert main(["show", str(tmp_path)]) == 2
+    assert f"elpo tree show {tmp_path} draws one" in capsys.readouterr().err

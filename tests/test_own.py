@@ -131,6 +131,22 @@ class NoSchema(Tool):
     async def call(self, state, arguments):
         return None
 
+class NoCall(Tool):
+    schema = schema("nothing")
+
+class Changing(Counter):
+    schema = schema("change")
+
+    async def call(self, state, arguments):
+        state[0] += 1
+        return ToolResult(str(state[0]), state)
+
+class Forgetful(Counter):
+    schema = schema("forget")
+
+    async def call(self, state, arguments):
+        return ToolResult("done")
+
 def short(forest):
     return [1.0]
 
@@ -352,12 +368,28 @@ def test_a_tool_must_return_a_result() -> None:
         calls(ToolConfig(names=["mine:Sloppy"]), "sloppy")
 
 
+def test_a_tool_that_changes_its_state_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    calls(ToolConfig(names=["mine:Changing"]), "change", "change")
+    assert [r.getMessage().split(" that ")[0] for r in caplog.records] == [
+        "Changing.call changed the state"
+    ]
+    caplog.clear()
+    calls(ToolConfig(names=["mine:Counter"]), *["count"] * 15)
+    assert not caplog.records
+
+
+def test_a_tool_that_forgets_its_state_is_said() -> None:
+    with pytest.raises(TypeError, match=r"Forgetful\.call returned no state"):
+        calls(ToolConfig(names=["mine:Forgetful"]), "forget")
+
+
 @pytest.mark.parametrize(
     ("tools", "said"),
     [
         ({"names": ["pyton_session"]}, "did you mean python_session?"),
         ({"names": ["mine:Countr"]}, "tools.names: mine has no 'Countr'; did you mean"),
         ({"names": ["mine:NoSchema"]}, "tools.names: mine:NoSchema has no schema"),
+        ({"names": ["mine:NoCall"]}, "tools.names: mine:NoCall has no call"),
         ({"options": {"mine:Counter": {}}}, "'mine:Counter' is not one"),
         (
             {"names": ["mine:Counter"], "options": {"mine:Counter": {"begin": 2}}},

@@ -24,6 +24,11 @@ def show_chats(
     """Print the trajectories of a file of JSON lines, or of an evaluation's folder: all, or those
     judged wrong, of tasks whose id contains `task`. Raises `LookupError` where there are none."""
     console = console or Console()
+    if (file / "config.yaml").is_file() and not (file / TRAJECTORIES).is_file():
+        raise LookupError(
+            f"{file} is a training run, which keeps trees: elpo tree show {file} draws one, and "
+            f"elpo eval {file} writes trajectories to read"
+        )
     file = file / TRAJECTORIES if file.is_dir() else file
     shown = 0
     for record in read_trajectories(file):

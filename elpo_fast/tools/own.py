@@ -8,16 +8,22 @@ trajectory.
 from __future__ import annotations
 
 import asyncio
+import logging
+import pickle
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from elpo_fast import own
-from elpo_fast.config import ToolConfig
+from elpo_fast.config import ConfigError, ToolConfig
 from elpo_fast.tools.functions import checked_schema
 from elpo_fast.tools.sandbox import Sandbox
 from elpo_fast.types import Task, Tool, ToolResult
+
+WATCHED = 10  # calls whose state is looked at before and after
+
+_log = logging.getLogger(__name__)
 
 
 class OwnTool(Tool):
@@ -28,16 +34,21 @@ class OwnTool(Tool):
         kind = own.find("tools", name, "tools.names")
         options = config.options.get(name, {})
         make = own.bound(kind, ("sandbox",), options, f"tools.options.{name}")
+        if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+            raise ConfigError(f"tools.names: {name} has no {', '.join(missing)}; a Tool needs them")
         self._tool: Tool = make(sandbox=sandbox)
         own.complete(self._tool, Tool, f"tools.names: {name}")
         self.schema = checked_schema(self._tool.schema, f"tools.names: {name}")
         self._timeout_s = config.timeout_s
+        self._watched = WATCHED
 
     async def open(self, task: Task) -> Any:
         return await own.awaited(self._tool.open(task))
 
     async def call(self, state: Any, arguments: Mapping[str, Any]) -> ToolResult:
         started = time.monotonic()
+        before = _bytes_of(state) if self._watched else None
+        self._watched -= before is not None
         try:
             async with asyncio.timeout(self._timeout_s) as limit:
                 result = await own.awaited(self._tool.call(state, arguments))
@@ -50,6 +61,18 @@ class OwnTool(Tool):
                 f"{type(self._tool).__name__}.call returned a {type(result).__name__}; "
                 "return a ToolResult"
             )
+        if state is not None and result.state is None:
+            raise TypeError(
+                f"{type(self._tool).__name__}.call returned no state where it was given one; "
+                "return ToolResult(text, state)"
+            )
+        if before is not None and _bytes_of(state) != before:
+            self._watched = 0
+            _log.warning(
+                "%s.call changed the state that it was given, which other branches of the tree go "
+                "on from; return a new one instead",
+                type(self._tool).__name__,
+            )
         return replace(result, seconds=time.monotonic() - started)
 
     async def release(self, states: Iterable[Any]) -> None:
@@ -57,3 +80,11 @@ class OwnTool(Tool):
 
     async def close(self) -> None:
         await own.awaited(self._tool.close())
+
+
+def _bytes_of(state: Any) -> bytes | None:
+    """To see a change by; None for what cannot be written."""
+    try:
+        return None if state is None else pickle.dumps(state)
+    except Exception:  # whatever a class of one's own does
+        return None

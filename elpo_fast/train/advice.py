@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 COLLAPSED = 0.1  # entropy as a share of the first step's
-MALFORMED = 0.1  # share of calls
+MALFORMED, FEW_CALLS = 0.1, 10  # share of calls; as few say nothing
 APART_NATS, APART_ESS = 0.1, 0.5  # mean size of log-prob differences; effective sample size
 
 
@@ -14,8 +14,15 @@ def advice(values: Mapping[str, Any], first: Mapping[str, Any] | None = None) ->
     """A sentence for each thing that is wrong with a step of these metrics, by a name for it.
     `first` are those of the run's first step."""
     found: dict[str, str] = {}
-    if not values["updates"] or values.get("grad_norm") == 0:
-        n, success = values["trajectories"], values["success"]
+    n, faults = values["trajectories"], values.get("faults", 0)
+    if faults:
+        found["faults"] = (
+            f"{faults} of {n} trajectories were ended by an exception in a tool, a reward or a "
+            "parser of calls, not by the model, and count as failed; the first of each kind was "
+            "logged with its traceback"
+        )
+    if faults < n and (not values["updates"] or values.get("grad_norm") == 0):
+        success = values["success"]
         if success == 1:
             found["solved"] = (
                 f"the step trains on nothing: all {n} trajectories are correct; take harder tasks, "
@@ -23,8 +30,9 @@ def advice(values: Mapping[str, Any], first: Mapping[str, Any] | None = None) ->
             )
         elif success == 0:
             found["failed"] = (
-                f"the step trains on nothing: all {n} trajectories fail; read some, take easier "
-                "tasks or a model that knows the tool (sft.demonstrations), or raise "
+                f"the step trains on nothing: all {n} trajectories fail; read some (elpo tree "
+                "show, or elpo eval and elpo show), take easier tasks or a model that knows the "
+                "tool (sft.demonstrations), or raise "
                 "rollout.max_turns or max_tokens where trajectories end by these"
             )
         else:
@@ -40,7 +48,7 @@ def advice(values: Mapping[str, Any], first: Mapping[str, Any] | None = None) ->
             "algo.clip.eps_high or rollout.temperature"
         )
     calls, malformed = values.get("tool_runs", 0), values["malformed_calls"]
-    if calls and malformed > MALFORMED * calls:
+    if calls >= FEW_CALLS and malformed > MALFORMED * calls:
         found["malformed"] = (
             f"{malformed} of {calls} tool calls cannot be read; show the format in task.system, "
             "set rollout.call_format or model.chat_template as the model knows them, raise "

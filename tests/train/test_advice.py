@@ -34,11 +34,22 @@ NOTHING = {"updates": 0, "success": 0.5}
         ({"grad_norm": 0.0, "success": 0.0}, "failed", ["trains on nothing"]),
         (NOTHING, "uniform", ["50%", "algo.n_total"]),
         ({"entropy": 0.019}, "entropy", ["0.019 nats", "0.2", "train.lr"]),
+        ({"faults": 96, "updates": 0, "success": 0.0}, "faults", ["96 of 96", "exception"]),
         ({"malformed_calls": 51}, "malformed", ["51 of 500", "rollout.call_format"]),
         ({"mismatch_mean": 0.2}, "apart", ["0.2 nats", "train.importance_sampling=token"]),
         ({"mismatch_ess": 0.3}, "apart", ["30%", "rollout.dtype=float32"]),
     ],
-    ids=["solved", "failed", "no gradient", "uniform", "entropy", "malformed", "mean", "ess"],
+    ids=[
+        "solved",
+        "failed",
+        "no gradient",
+        "uniform",
+        "entropy",
+        "faults",
+        "malformed",
+        "mean",
+        "ess",
+    ],
 )
 def test_what_is_wrong_is_said_with_the_remedy(
     values: dict[str, Any], kind: str, said: list[str]
@@ -51,6 +62,7 @@ def test_what_is_wrong_is_said_with_the_remedy(
 
 def test_nothing_is_said_about_a_good_step() -> None:
     assert advice(GOOD, FIRST) == {} == advice(GOOD)
+    assert advice({**GOOD, "tool_runs": 2, "malformed_calls": 2}) == {}  # too few to say anything
 
 
 def test_a_step_without_updates_has_no_figures_of_them() -> None:
