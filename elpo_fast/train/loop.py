@@ -177,6 +177,8 @@ class _Run:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
         the checkpoint `found` on, if there is one."""
         train, policy, chat = self.config.train, self.parts.policy, self.parts.collector.chat
+        if found is not None:
+            self.display.say(f"goes on from {found.name}")
         for note in chat.template.notes:
             self.display.say(f"chat template: {note}")
         constant = warmup_constant(train.warmup)
