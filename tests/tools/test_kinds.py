@@ -486,10 +486,10 @@ def test_work_for_one_call_is_bounded(make_box, isolation: str, monkeypatch) -> 
     power of the depth."""
     asked = mmap.mmap(-1, 8)
     for _ in range(3):
-        if os.fork() == 0:
+        if (pid := os.fork()) == 0:
             asked[0] += 1
             os._exit(0)
-        os.wait()
+        os.waitpid(pid, 0)  # `wait` might take the end of another process of this worker
     assert asked[0] == 3, "the counter is not shared, the attack is not one"
     sandbox = make_box(isolation).sandbox
     session = PythonSession(sandbox)
