@@ -12,12 +12,11 @@ branches while it samples, we do after a trajectory has ended, from the same pla
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
-from elpo_fast.algo.planners import Critical, Request, Trajectory
+from elpo_fast.algo.planners import Request, RoundsPlanner, Trajectory
 
 
-class EntropyPlanner:
+class EntropyPlanner(RoundsPlanner):
     """Deterministic: places are ranked, not drawn."""
 
     reads_entropy = True
@@ -27,22 +26,13 @@ class EntropyPlanner:
     ) -> None:
         if not 1 <= initial <= n_total:
             raise ValueError(f"initial={initial} must be between 1 and n_total={n_total}")
-        self.n_total, self.initial = n_total, initial
+        super().__init__(n_total)
+        self.initial = initial
         self.alpha, self.beta, self.threshold = alpha, beta, threshold
-        self.spent = 0
-        self.critical: Sequence[Critical] = []
-        self._pending = 0
         self._places: dict[int, float] = {}  # steps to branch after, with their probability
         self._used: set[int] = set()
 
-    @property
-    def done(self) -> bool:
-        return self.spent == self.n_total and self._pending == 0
-
-    def requests(self) -> list[Request]:
-        if self._pending or self.done:
-            return []
-        left = self.n_total - self.spent
+    def _round(self, left: int) -> list[Request]:
         if not self.spent:
             asked = [Request(0, self.initial)]
         elif self._places:
@@ -52,14 +42,9 @@ class EntropyPlanner:
             asked = [Request(0, left)]
         self._used |= self._places.keys()
         self._places.clear()
-        self._pending = sum(request.count for request in asked)
-        self.spent += self._pending
         return asked
 
-    def observe(self, trajectory: Trajectory) -> None:
-        if self._pending == 0:
-            raise RuntimeError(f"leaf {trajectory.leaf} was not asked for; the budget is spent")
-        self._pending -= 1
+    def _learn(self, trajectory: Trajectory) -> None:
         for node, entropy in zip(trajectory.calls, trajectory.tool_entropy, strict=True):
             chance = self.alpha + self.beta * (entropy - trajectory.root_entropy)
             if chance > self.threshold and math.isfinite(chance) and node not in self._used:

@@ -76,6 +76,40 @@ class Planner(Protocol):
         ...
 
 
+class RoundsPlanner(Planner):
+    """Asks in rounds: all that a round asked for is observed before the next one begins."""
+
+    def __init__(self, n_total: int) -> None:
+        self.n_total, self.spent = n_total, 0
+        self._pending = 0  # asked for, not yet observed
+
+    @property
+    def done(self) -> bool:
+        return self.spent == self.n_total and self._pending == 0
+
+    def requests(self) -> list[Request]:
+        if self._pending or self.done:
+            return []
+        asked = self._round(self.n_total - self.spent)
+        self._pending = sum(request.count for request in asked)
+        self.spent += self._pending
+        return asked
+
+    def observe(self, trajectory: Trajectory) -> None:
+        if self._pending == 0:
+            raise RuntimeError(f"leaf {trajectory.leaf} was not asked for; the budget is spent")
+        self._pending -= 1
+        self._learn(trajectory)
+
+    @abstractmethod
+    def _round(self, left: int) -> list[Request]:
+        """What to sample now, between 1 and `left` trajectories."""
+        ...
+
+    @abstractmethod
+    def _learn(self, trajectory: Trajectory) -> None: ...
+
+
 def trajectory_of(tree: Tree, leaf: int) -> Trajectory:
     """Summary of the trajectory that ends in leaf `leaf` (an ordinal) of `tree`."""
     steps = tuple(tree.path(tree.leaves[leaf])[1:])

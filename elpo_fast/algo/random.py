@@ -8,12 +8,11 @@ without such a step gets another full trajectory, which is a tree of its own.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-from elpo_fast.algo.planners import Critical, Request, Trajectory
+from elpo_fast.algo.planners import Request, RoundsPlanner, Trajectory
 
 
-class RandomPlanner:
+class RandomPlanner(RoundsPlanner):
     """Draws with a generator of its own, the same for every task."""
 
     reads_entropy = False
@@ -21,20 +20,12 @@ class RandomPlanner:
     def __init__(self, n_total: int, trees: int, expansions: int) -> None:
         if not 1 <= trees <= n_total:
             raise ValueError(f"trees={trees} must be between 1 and n_total={n_total}")
-        self.n_total, self.trees, self.expansions = n_total, trees, expansions
-        self.spent = 0
-        self.critical: Sequence[Critical] = []
-        self._pending = 0
+        super().__init__(n_total)
+        self.trees, self.expansions = trees, expansions
         self._calls: dict[int, set[int]] = {}  # by first step: those that called a tool and went on
         self._random = random.Random(0)
 
-    @property
-    def done(self) -> bool:
-        return self.spent == self.n_total and self._pending == 0
-
-    def requests(self) -> list[Request]:
-        if self._pending or self.done:
-            return []
+    def _round(self, left: int) -> list[Request]:
         asked = [0] * self.trees
         if self.spent:
             asked = [
@@ -42,14 +33,8 @@ class RandomPlanner:
                 for _, calls in sorted(self._calls.items())
                 for _ in range(self.expansions)
             ]
-        asked = asked[: self.n_total - self.spent]
-        self._pending = len(asked)
-        self.spent += len(asked)
-        return [Request(node, 1) for node in asked]
+        return [Request(node, 1) for node in asked[:left]]
 
-    def observe(self, trajectory: Trajectory) -> None:
-        if self._pending == 0:
-            raise RuntimeError(f"leaf {trajectory.leaf} was not asked for; the budget is spent")
-        self._pending -= 1
+    def _learn(self, trajectory: Trajectory) -> None:
         going_on = set(trajectory.calls) - {trajectory.steps[-1]}
         self._calls.setdefault(trajectory.steps[0], set()).update(going_on)

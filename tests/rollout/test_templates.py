@@ -16,18 +16,8 @@ from elpo_fast.model.tokenizer import CHATML, train_tokenizer
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.template import description
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "python_session",
-        "description": "Runs Python.",
-        "parameters": {
-            "type": "object",
-            "properties": {"code": {"type": "string"}},
-            "required": ["code"],
-        },
-    },
-}
+from .test_chat import TOOL
+
 FAMILIES = {
     kind["family"]: kind
     for kind in yaml.safe_load(

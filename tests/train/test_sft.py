@@ -32,6 +32,8 @@ from elpo_fast.train.step import NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics, reproducible
 from elpo_fast.tree.store import Tree
 
+from ..rollout.test_chat import HERMES_TEMPLATE as HERMES
+
 TOOL = {
     "type": "function",
     "function": {
@@ -40,15 +42,6 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"code": {"type": "string"}}},
     },
 }
-HERMES = (
-    "{%- if tools %}{{- '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif %}"
-    "{%- for m in messages %}"
-    "{%- if m.role == 'tool' %}"
-    "{{- '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}"
-    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
-)
 FORGETS = (  # earlier thinking, and opens that of the next message
     "{%- for m in messages %}"
     "{{- '<|im_start|>' + ('user' if m.role == 'tool' else m.role) + '\n' }}"
