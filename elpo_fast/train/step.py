@@ -226,7 +226,7 @@ class PolicyOptimizer:
         at = self.temperature if temperature is None else temperature
 
         def of(batch: PackedBatch) -> torch.Tensor:
-            _, first, _ = _spoken(batch)
+            _, first, _ = batch.spoken
             staged = self._stage(batch, first)
             return self._inside(lambda: self._logprob(staged, at)).float()
 
@@ -234,7 +234,7 @@ class PolicyOptimizer:
         found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))
         results = [np.zeros(len(batch), np.float32) for batch in batches]
         for batch, result, logprob in zip(batches, results, found, strict=True):
-            tokens, _, place = _spoken(batch)
+            tokens, _, place = batch.spoken
             result[tokens] = logprob[place]
         return results
 
@@ -426,16 +426,6 @@ class PolicyOptimizer:
                 if not all(map(math.isfinite, (*(part.loss for part in parts), length))):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
-
-
-def _spoken(
-    batch: PackedBatch,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The agent's tokens `[A]`, the first of each distinct prefix among them `[D]`, and which of
-    these has the prefix of each `[A]`."""
-    tokens = np.flatnonzero(batch.agent)
-    _, first, place = np.unique(batch.trie.row[tokens], return_index=True, return_inverse=True)
-    return tokens, tokens[first], place
 
 
 def micro_batches(

@@ -84,6 +84,14 @@ class PackedBatch:
         return Trie(token_ids, position, end, row)
 
     @cached_property
+    def spoken(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The agent's tokens `[A]`, the first of each distinct prefix among them `[D]`, and which
+        of these has the prefix of each `[A]`."""
+        tokens = np.flatnonzero(self.agent)
+        _, first, place = np.unique(self.trie.row[tokens], return_index=True, return_inverse=True)
+        return tokens, tokens[first], place
+
+    @cached_property
     def loss_rows(self) -> LossRows:
         """What the loss is computed of."""
         chosen = np.flatnonzero((self.pos_coef != 0) | (self.neg_coef != 0))
