@@ -222,10 +222,10 @@ def pack(
 def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
     """Tree `index` of a batch, or parts of it of at most `budget` rows, that sum to the same.
 
-    A part is a range of the rows of the tree's trie, from one leaf's end to another's, and before
-    it the path above, repeated without coefficients and without agent tokens. A cut at row `t`
-    repeats `position[t]` rows; cuts are chosen so that all of them repeat as few as possible. A
-    part is larger than the budget only where a single path is.
+    A part is a range of the rows of the tree's trie, from one leaf's end to another's, and the path
+    above it, repeated without coefficients and without agent tokens. A cut at row `t` repeats
+    `position[t]` rows; cuts are chosen so that all of them repeat as few as possible. A part is
+    larger than the budget only where a single path is.
     """
     first, last = (int(at) for at in batch.tree_start[index : index + 2])
     if first == last:
