@@ -290,7 +290,7 @@ class Collector:
         if kind not in self._known_faults:
             self._known_faults.add(kind)
             traced = valid_text("".join(traceback.format_exception(problem)))
-            _log.warning("a trajectory ends: %s failed\n%s", doing, traced)
+            _log.warning("a trajectory: %s failed\n%s", doing, traced)
         return f"{doing} failed: {said}"
 
 
@@ -311,11 +311,19 @@ class _Growth:
         self.tree = Tree(prompt, task_id=task.id, info=dict(task.info))
         self.max_turns = task.max_turns or collector.config.max_turns
         self.situations: dict[int, _Situation] = {}
+        self.fault: str | None = None  # of its tools
 
     async def run(self, planner: Planner) -> Tree:
-        """Grow the tree until the planner is done."""
+        """Grow the tree until the planner is done; where its tools do not open, every trajectory
+        ends with its first message."""
         self.sampling = replace(self.sampling, entropies=planner.reads_entropy)
-        state = await self.collector.tools.open(self.task)
+        state = None
+        try:
+            state = await self.collector.tools.open(self.task)
+        except RunError:
+            raise
+        except (Exception, SystemExit) as problem:
+            self.fault = self.collector._fault("opening its tools", problem)
         self.situations[0] = _Situation(tuple(self.task.messages), 0, state)
         pending: set[asyncio.Task[list[int]]] = set()
         try:
@@ -338,10 +346,20 @@ class _Growth:
             await asyncio.gather(*pending, return_exceptions=True)
             # Steps without a call hand their parent's state on: release each one once.
             states = {id(at.state): at.state for at in self.situations.values()}
-            await self.collector.tools.release(states.values())
+            if self.fault is None:
+                await self.release(states.values())
         for critical in planner.critical:
             self.tree.mark_critical(critical.node, critical.leaf, critical.localized)
         return self.tree
+
+    async def release(self, states: Iterable[Any]) -> None:
+        """What a tool raises here is logged: the trajectories are complete."""
+        try:
+            await self.collector.tools.release(states)
+        except RunError:
+            raise
+        except (Exception, SystemExit) as problem:
+            self.collector._fault("releasing its tools", problem)
 
     async def _sample(self, node: int, count: int) -> list[int]:
         """Sample `count` trajectories that continue after `node`; their leaves, in order."""
@@ -365,12 +383,12 @@ class _Growth:
         fault: str | None = None
         end: End | None = None
         while end is None:
-            last = here.turns + 1 >= self.max_turns
+            last = here.turns + 1 >= self.max_turns or self.fault is not None
             turn = await self.collector.turn(completion, here.state, last=last)
             turns.append(turn)
             here = here.after(turn)
             prefix = np.concatenate([prefix, turn.token_ids])
-            fault = turn.fault
+            fault = self.fault or turn.fault
             if fault is not None:
                 end = End.FAULT
             elif completion.finish == "length":

@@ -71,6 +71,11 @@ class Conversation:
         said = [" ".join(m["content"].split()) for m in first if m["role"] != "system"]
         return digest("\x1f".join(said))
 
+    @property
+    def calls(self) -> list[Mapping[str, Any]]:
+        """Name and arguments of all tool calls."""
+        return [call["function"] for m in self.messages for call in m.get("tool_calls", ())]
+
 
 def read_conversations(path: str, split: str | None = None) -> list[Conversation]:
     """All conversations of a file, a folder or `hf:org/name` (see `elpo_fast.tasks.records`).

@@ -398,7 +398,11 @@ def _read(replies: socket.socket, on_silence: Callable[[], None]) -> Iterator[Re
         if len(text) < size:
             return
         header = _checked(text)
-        yield Reply(header, tuple(map(take, header.pop("lengths"))))
+        lengths = header.pop("lengths")
+        parts = tuple(map(take, lengths))
+        if list(map(len, parts)) != lengths:
+            return
+        yield Reply(header, parts)
 
 
 def _checked(text: bytes) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
-from elpo_fast.types import Message
+from elpo_fast.types import Message, RunError
 
 _COLLECT, _EVALUATE, _SHUFFLE, _SFT = 1, 2, 3, 4  # independent random streams of a run
 
@@ -110,10 +111,20 @@ def train(
         for change in folder.changes:
             display.say(f"changed: {change}")
         try:
-            asyncio.run(_main(config, folder, display, resume, ranks, sft_only))
+            _complete(_main(config, folder, display, resume, ranks, sft_only))
         finally:
             folder.close()
     return folder.path
+
+
+def _complete(work: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, in a thread of its own where a loop runs here already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def _folder(config: Config, resume: bool, allow_change: bool, ranks: Ranks) -> RunFolder:
@@ -361,6 +372,12 @@ class _Run:
             with enough_disk(file, "set train.save_trees=false, and go on with --resume"):
                 io.save(forest, file)
         counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
+        if counts["faults"] == len(forest.reasons):
+            raise RunError(
+                f"step {step + 1}: all {len(forest.reasons)} trajectories were ended by an "
+                f"exception, the first because {forest.reasons[0]}; mend what raises and go on "
+                "with --resume"
+            )
         return _Collected(forest, counts, time.perf_counter() - began)
 
     async def train(
@@ -550,8 +567,10 @@ def release_memory() -> None:
 
 
 def _figures(values: Mapping[str, Any]) -> str:
+    found = values["failures_localized"]
+    localized = f"localized {found:.0%}  " if found else ""  # planners without a search have none
     return (
-        f"success {values['success']:.0%}  localized {values['failures_localized']:.0%}  "
+        f"success {values['success']:.0%}  {localized}"
         f"kl {values.get('approx_kl', 0):.4f}  grad {values.get('grad_norm', 0):.2f}  "
         f"collect {values['seconds_collect']:.0f} s at {values['generated_per_s']:.0f} tok/s  "
         f"train {values['seconds_train']:.0f} s at {values['trained_tokens_per_s']:.0f} tok/s"

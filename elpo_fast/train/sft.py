@@ -124,6 +124,9 @@ def in_tokens(data: Data, chat: Chat, config: Config, context: int | None) -> Ex
     said = f"{len(train)} conversations, {trained} of {tokens} tokens trained on"
     if held_out:
         said += f"; {len(held_out)} held out"
+    called = {call["name"] for each in (*data.train, *data.held_out) for call in each.calls}
+    if unknown := sorted(called - {tool["function"]["name"] for tool in chat.tools}):
+        said += f"; they call {', '.join(unknown)}, not among this run's tools (tools.names)"
     if long:
         problem = (
             f"{len(long)} of {total} conversations have more tokens than {what} (first "
@@ -192,7 +195,7 @@ def _add(tree: Tree, branch: Sequence[tuple[NDArray[np.int32], bool]]) -> None:
 def _with_tools_of(conversation: Conversation, chat: Chat) -> Chat:
     """`chat`, describing the tools that a conversation has. Where the run has one of the same name,
     that is described; without a list of its own, those of the run if its calls are theirs."""
-    calls = [call["function"] for m in conversation.messages for call in m.get("tool_calls", ())]
+    calls = conversation.calls
     offered = {tool["function"]["name"]: tool for tool in chat.tools}
     if chat.call_format == "code":
         for call in calls:

@@ -60,10 +60,9 @@ def print_summary(run: Path, console: Console) -> None:
     failures = sum(record["failures"] for record in steps)
     if failures:
         localized = sum(record["failures_localized"] * record["failures"] for record in steps)
-        console.print(
-            f"failed trajectories with a localized step: {localized / failures:.1%} of {failures}",
-            highlight=False,
-        )
+        if localized:
+            said = f"{localized / failures:.1%} of {failures}"
+            console.print(f"failed trajectories with a localized step: {said}", highlight=False)
     console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
     console.print(f"the model: {run / 'model'}", highlight=False, soft_wrap=True)
     if any((run / "trees").glob("*.npz")):

@@ -366,6 +366,28 @@ def test_a_grader_that_fails_on_everything_fails_every_trajectory(
     assert sum("judging it failed" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("where", ["open", "release"])
+def test_tools_that_do_not_open_or_release_end_trajectories_not_the_run(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    collector, tools = collector_for(coin)
+
+    async def fail(*_: Any) -> Any:
+        raise OSError("no device")
+
+    monkeypatch.setattr(tools, where, fail)
+    trees = collect(collector, lambda: BelPlanner(6, 2, 1, 3, 5.0))
+    assert [len(tree.leaves) for tree in trees] == [6, 6, 6]
+    assert sum("ing its tools failed" in message for message in caplog.messages) == 1
+    ends = {end for tree in trees for end in tree.ends}
+    if where == "release":
+        assert "fault" not in ends
+    else:
+        assert ends == {"fault"} and collector.stats.faults == 18
+        said = "opening its tools failed: OSError: no device"
+        assert {reason for tree in trees for reason in tree.reasons} == {said}
+
+
 @pytest.mark.parametrize("where", ["tool", "grader"])
 def test_faults_of_the_run_end_the_collection(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     collector, tools = collector_for(coin)

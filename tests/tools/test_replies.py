@@ -123,6 +123,17 @@ def test_replies_of_another_form_are_refused(header: Any, good: bool) -> None:
         assert next(replies, None) is None
 
 
+@pytest.mark.parametrize("sent", [0, 1, 2])
+def test_a_reply_that_breaks_off_is_none(sent: int) -> None:
+    """The server was killed while it wrote: another answers the call."""
+    text = json.dumps(GOOD).encode()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(struct.pack("!I", len(text)) + text + b"abc"[:sent])
+        theirs.close()
+        assert next(_link._read(ours, lambda: None), None) is None
+
+
 RESULT = {"status": "Finished", "stdout": "x", "stderr": None, "return_code": 0}
 
 
