@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -31,6 +32,7 @@ from elpo_fast.train.step import NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io as tree_io
 from elpo_fast.tree.store import Forest
+from elpo_fast.types import RunError
 
 
 def make_config(folder: Path, **sections: dict[str, Any]) -> Config:
@@ -371,6 +373,30 @@ def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_we
     assert checkpoint.name.endswith("0")
     before = load_file(tmp_path / "before" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in before.values())
+
+
+def test_a_step_in_which_everything_raises_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would with a reward function that is wrong; one that raises now and then does not."""
+
+    async def grade(self: Any, task: Any, messages: Any, end: Any) -> Any:
+        raise KeyError("answer")
+
+    monkeypatch.setattr("elpo_fast.tasks.ledger.Ledger.grade", grade)
+    config = make_config(tmp_path, sft={"demonstrations": 0}, eval={"tasks": 0})
+    with pytest.raises(RunError, match=r"step 1: all 12 trajectories .* KeyError: 'answer'; mend"):
+        loop.train(config, console=quiet())
+    assert len(trees_of(config.run_dir)) == 1 and latest(config.run_dir) is not None
+
+
+def test_trains_inside_a_running_loop_as_a_notebook_has(tmp_path: Path) -> None:
+    config = make_config(tmp_path, sft={"demonstrations": 0}, train={"steps": 0})
+
+    async def cell() -> Path:
+        return loop.train(config, console=quiet())
+
+    assert (asyncio.run(cell()) / "model").is_dir()
 
 
 def test_run_folder_is_never_overwritten(tmp_path: Path) -> None:

@@ -374,6 +374,13 @@ def test_held_out_conversations_of_another_file(tmp_path: Path) -> None:
     sft = make_sft(tmp_path, {"epochs": 1, "held_out_path": str(other)})
     _, said = run(make_config(tmp_path, sft=sft))
     assert "20 conversations, " in said and "; 3 held out" in said
+    assert "tools.names" not in said
+
+
+def test_calls_of_tools_that_the_run_lacks_are_said(tmp_path: Path) -> None:
+    tools = {"names": []}
+    _, said = run(make_config(tmp_path, sft=make_sft(tmp_path, {"epochs": 1}), tools=tools))
+    assert "they call python_session, not among this run's tools (tools.names)" in said
 
 
 def test_one_prompt_alone_cannot_be_split(tmp_path: Path) -> None:
