@@ -22,6 +22,7 @@ _PUBLIC = {
     "algo": "make_planner score",
     "algo.planners": "Critical Planner Request Trajectory",
     "rollout.formats": "CallFormat",
+    "rollout.imported": "read_trees",
     "tree.store": "Forest Tree",
     "train.step": "micro_batches",
     "model.lora": "named_weights",

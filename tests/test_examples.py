@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -159,14 +160,34 @@ def test_collect_trees_within_a_running_loop(
     assert np.diff(forest.leaf_start).tolist() == [8] * 4
 
 
-def test_training_loop(
+def test_elpo_in_one_page(
     inside: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     inside(".")
-    loop = runpy.run_path("training_loop.py")["main"]
+    loop = runpy.run_path("elpo_in_one_page.py")["main"]
     monkeypatch.chdir(tmp_path)
     overrides = [each for each in TINY if not each.startswith(("model.name", "train.steps"))]
     asyncio.run(loop(model, "train.steps=2", *overrides))
     out = capsys.readouterr().out
     assert "step 1: loss" in out and "step 2: loss" in out and "success" in out
+    assert (tmp_path / "trained" / "model.safetensors").is_file()
+
+
+def test_train_on_trajectories_of_an_evaluation(
+    inside: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    inside(".")
+    learn = runpy.run_path("train_on_trajectories.py")["main"]
+    monkeypatch.chdir(tmp_path)
+    limits = [each for each in TINY if each.startswith(("model.dtype", "rollout", "run.threads"))]
+    sampled = ["eval.tasks=2", "eval.samples=3", "tools.workers=1", "run.dir=runs", *limits]
+    assert main(["eval", model, *sampled, "--out", "evals"]) == 0
+    rows = [json.loads(line) for line in Path("evals/trajectories.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):  # an untrained model earns the same everywhere
+        row["reward"] = number
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    asyncio.run(learn(model, "rows.jsonl", "train.steps=2", *limits))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "gradient 0.000" not in said[0]
     assert (tmp_path / "trained" / "model.safetensors").is_file()

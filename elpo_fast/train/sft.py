@@ -4,11 +4,9 @@ Both are rollout trees, so they go through the same packed forward as reinforcem
 loss is the mean negative log-likelihood over the agent tokens of the batch. The tools of a
 demonstration really ran; a conversation has their results.
 
-A conversation's tokens are those that its messages would have in a rollout: what the template makes
-of the messages up to a user's, then alternately the assistant's tokens, its end of turn included,
-and the glue around a tool's response. What the user says next begins another branch of the tree,
-with all that went before as the template shows it by then (some leave earlier thinking out); equal
-prefixes are computed once.
+A conversation's tokens are those that its messages would have in a rollout
+(`elpo_fast.rollout.imported`). What the user says after an answer begins another branch of the
+tree; equal prefixes are computed once.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from elpo_fast.config import Config, ConfigError, SftConfig
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.collector import Collector
+from elpo_fast.rollout.imported import in_turns
 from elpo_fast.tasks.conversations import (
     Conversation,
     ConversationError,
@@ -36,11 +34,10 @@ from elpo_fast.train.metrics import StepStats
 from elpo_fast.train.step import PolicyOptimizer, micro_batches, warmup_cosine
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest, Tree
-from elpo_fast.types import End, Message, valid_text
+from elpo_fast.types import End
 
 WINDOW = 8  # updates over which the loss is averaged for `sft.target_loss`
 HELD_OUT = 0.05  # share of the prompts
-_THINK = "<think>"
 
 
 class Data(NamedTuple):
@@ -149,67 +146,15 @@ def tree_of(conversation: Conversation, chat: Chat) -> Tree:
 
     Raises `ConversationError` for what the model's template or the form of calls refuses.
     """
-    chat = _with_tools_of(conversation, chat)
-    end_of_turn = chat.decode([chat.end_of_turn])
     tree = Tree(np.zeros(0, np.int32), task_id=conversation.place)
-    said: list[Message] = []
-    branch: list[tuple[NDArray[np.int32], bool]] = []  # tokens, and whether they are trained
-    messages = conversation.messages
-    for number, message in enumerate(messages, start=1):
-        if message["role"] != "assistant":
-            said.append({"role": message["role"], "content": message["content"]})
-            continue
-        if not branch:
-            try:
-                branch.append((chat.prompt(said), False))
-            except ConfigError as error:
-                raise ConversationError(str(error)) from None
-        text = valid_text(chat.call_text(message))
-        said.append({"role": "assistant", "content": text})
-        if end_of_turn in text:
-            raise ConversationError(
-                f"a message of the assistant has {end_of_turn} in it, the template's own mark; "
-                "give messages as they were before a template"
-            )
-        if chat.decode(branch[-1][0][-8:]).rstrip().endswith(_THINK):  # opened by the template
-            text = text.removeprefix(_THINK).lstrip("\n")
-        tokens = np.append(chat.encode(text), np.int32(chat.end_of_turn))
-        branch.append((tokens, message.get("weight") != 0))
-        following = [each["role"] for each in messages[number : number + 2]]
-        if following == ["tool", "assistant"]:
-            branch.append((chat.response_glue(tokens, messages[number]["content"]), False))
-        else:
-            _add(tree, branch)
-            branch = []
+    for prompt, turns in in_turns(conversation, chat):
+        parts = [(prompt, False), *(part for turn in turns for part in turn.parts)]
+        ids = np.concatenate([ids for ids, _ in parts])
+        agent = np.concatenate([np.full(len(ids), trained) for ids, trained in parts])
+        unknown = np.zeros(len(ids), np.float32)
+        node = tree.add_step(0, ids, agent, unknown, unknown, tool_call=False)
+        tree.finish(node, reward=1.0, correct=True, end=End.ANSWER)
     return tree
-
-
-def _add(tree: Tree, branch: Sequence[tuple[NDArray[np.int32], bool]]) -> None:
-    ids = np.concatenate([ids for ids, _ in branch])
-    agent = np.concatenate([np.full(len(ids), trained) for ids, trained in branch])
-    unknown = np.zeros(len(ids), np.float32)
-    node = tree.add_step(0, ids, agent, unknown, unknown, tool_call=False)
-    tree.finish(node, reward=1.0, correct=True, end=End.ANSWER)
-
-
-def _with_tools_of(conversation: Conversation, chat: Chat) -> Chat:
-    """`chat`, describing the tools that a conversation has. Where the run has one of the same name,
-    that is described; without a list of its own, those of the run if its calls are theirs."""
-    calls = conversation.calls
-    offered = {tool["function"]["name"]: tool for tool in chat.tools}
-    if chat.call_format == "code":
-        for call in calls:
-            if call["name"] not in offered or call["arguments"].keys() != {"code"}:
-                raise ConversationError(
-                    f"it calls {call['name']}({', '.join(call['arguments'])}), and "
-                    f"rollout.call_format=code has but {', '.join(offered)}(code); set hermes"
-                )
-        return chat
-    tools = conversation.tools
-    if tools is None:
-        names = {call["name"] for call in calls}
-        tools = tuple(chat.tools) if names and names <= offered.keys() else ()
-    return chat.with_tools([offered.get(tool["function"]["name"], tool) for tool in tools])
 
 
 async def cold_start(

@@ -1,4 +1,4 @@
-"""A training loop of one's own: python training_loop.py MODEL [section.key=value ...]"""
+"""ELPO in a loop of one's own: python elpo_in_one_page.py MODEL [section.key=value ...]"""
 
 import asyncio
 import sys
