@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -161,6 +161,23 @@ class TaskConfig(Section):
         return self
 
 
+class McpConfig(Section):
+    """A server of the Model Context Protocol (docs/tools.md)."""
+
+    command: list[str] = []  # starts one that talks over its standard streams; or
+    url: str | None = Field(default=None, pattern=r"^https?://")  # streamable HTTP
+    env: dict[str, str] = {}  # variables of the command, beside the usual ones
+    tools: list[str] | None = None  # which of its tools; None: all
+    stateful: bool = False  # calls change what later ones see; branches then repeat them
+    sessions: Positive = 8  # calls at once, and sessions kept
+
+    @model_validator(mode="after")
+    def _check(self) -> McpConfig:
+        if bool(self.command) == (self.url is not None):
+            raise ValueError("a server has either a command or a url")
+        return self
+
+
 class ToolConfig(Section):
     # what the model may call (docs/tools.md)
     names: list[Annotated[str, _choice("tools", "code_interpreter", "python_session")]] = [
@@ -170,6 +187,7 @@ class ToolConfig(Section):
     # "module:function" of your own: its OpenAI function schema, or the path of a JSON file with it;
     # called in processes of their own with this one's rights, not in the sandbox
     functions: dict[str, dict[str, Any] | str] = {}
+    mcp: list[McpConfig] = []  # servers whose tools the model may call
     function_workers: Positive = 8  # such processes at most, and so calls of functions at once
     # code_interpreter on a service with SandboxFusion's API, e.g. http://host:8080; None: here
     remote_url: str | None = Field(default=None, pattern=r"^https?://")
@@ -621,10 +639,17 @@ def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
         child = _section(model.model_fields[key].annotation)
         optional = type(None) in get_args(model.model_fields[key].annotation)
-        if child is not None and not (value is None and optional):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key} is a section and needs `key: value` entries")
-            _known(value, child, f"{prefix}{key}.")
+        if child is None or (value is None and optional):
+            continue
+        inside = {f"{prefix}{key}": value}
+        if get_origin(model.model_fields[key].annotation) is list:
+            if not isinstance(value, list):
+                raise ConfigError(f"{prefix}{key} is a list of sections")
+            inside = {f"{prefix}{key}.{place}": each for place, each in enumerate(value)}
+        for name, each in inside.items():
+            if not isinstance(each, dict):
+                raise ConfigError(f"{name} is a section and needs `key: value` entries")
+            _known(each, child, f"{name}.")
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

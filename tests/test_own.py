@@ -354,7 +354,7 @@ def test_a_tool_has_options_and_states_that_need_not_be_hashable() -> None:
     results, box = calls(config, "count", "count")
     assert [result.content for result in results] == ["7", "7"]  # both from the same state
     assert box.schemas[0]["function"]["name"] == "count"
-    released = box._tools["count"]._tool.released  # type: ignore[attr-defined]
+    released = box._tools["count"][0]._tool.released  # type: ignore[attr-defined]
     assert released == [[5], [7], [7]]
 
 

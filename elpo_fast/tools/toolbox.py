@@ -16,13 +16,14 @@ from elpo_fast.tools._arguments import expected, refusal, shown, validator
 from elpo_fast.tools._cell import shorten
 from elpo_fast.tools.functions import Functions, declared
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
+from elpo_fast.tools.mcp import McpServer
 from elpo_fast.tools.own import OwnTool
 from elpo_fast.tools.remote import RemoteSandbox
 from elpo_fast.tools.sandbox import Execution, Protection, Sandbox
 from elpo_fast.types import MalformedCall, Task, Tool, ToolCall, ToolResult
 
 ToolboxState = tuple[Any, ...]
-"""One state for every tool, in the order of `Toolbox.names`."""
+"""A state of each tool, the tools of a server as one."""
 
 
 class Toolbox:
@@ -57,10 +58,29 @@ class Toolbox:
         )
         self._functions = [functions]
         tools += functions.tools
-        self._tools = {_name(tool): tool for tool in tools}
-        if len(self._tools) < len(tools):
-            names = ", ".join(map(_name, tools))
-            raise ConfigError(f"tools: every tool needs a name of its own, not {names}")
+        self._holders: list[Tool | McpServer] = [*tools]
+        self._tools: dict[str, tuple[Tool, int]] = {}  # with the place of their state
+        try:
+            for tool in tools:
+                self._add(tool, tool)
+            for each in config.mcp:
+                server = McpServer(each, config.timeout_s)
+                self._holders.append(server)
+                for tool in server.tools:
+                    self._add(tool, server)
+        except BaseException:
+            for holder in self._holders:
+                if isinstance(holder, McpServer):
+                    holder.shut()
+            raise
+
+    def _add(self, tool: Tool, holder: Tool | McpServer) -> None:
+        name = _name(tool)
+        if name in self._tools:
+            raise ConfigError(
+                f"tools: every tool needs a name of its own, and {name} is there twice"
+            )
+        self._tools[name] = tool, self._holders.index(holder)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +89,7 @@ class Toolbox:
     @property
     def schemas(self) -> list[Mapping[str, Any]]:
         """OpenAI function schemas, for the chat template."""
-        return [tool.schema for tool in self._tools.values()]
+        return [tool.schema for tool, _ in self._tools.values()]
 
     async def describe(self) -> Protection:
         """Which protection is active; `RuntimeError` where none works."""
@@ -77,7 +97,7 @@ class Toolbox:
 
     async def open(self, task: Task) -> ToolboxState:
         """State before the first call; `RuntimeError` naming the task if its setup fails."""
-        return tuple([await tool.open(task) for tool in self._tools.values()])
+        return tuple([await holder.open(task) for holder in self._holders])
 
     async def execute(self, state: ToolboxState, call: ToolCall | MalformedCall) -> ToolResult:
         """Answer a call. The result's state is the same object where nothing was executed."""
@@ -86,8 +106,8 @@ class Toolbox:
         problem = self._problem(call)
         if problem is not None:
             return ToolResult(problem, state, error=True)
-        index = self.names.index(call.name)
-        result = await self._tools[call.name].call(state[index], call.arguments)
+        tool, index = self._tools[call.name]
+        result = await tool.call(state[index], call.arguments)
         if result.state is state[index]:
             return replace(result, state=state)
         return replace(result, state=(*state[:index], result.state, *state[index + 1 :]))
@@ -95,12 +115,12 @@ class Toolbox:
     async def release(self, states: Iterable[ToolboxState]) -> None:
         """These states will not be called again, nor will others that share their parts."""
         columns = zip(*states, strict=True)
-        for tool, column in zip(self._tools.values(), columns, strict=False):
-            await tool.release({id(state): state for state in column}.values())
+        for holder, column in zip(self._holders, columns, strict=False):
+            await holder.release({id(state): state for state in column}.values())
 
     async def close(self) -> None:
-        for tool in self._tools.values():
-            await tool.close()
+        for holder in self._holders:
+            await holder.close()
         for functions in self._functions:
             await functions.close()
         if self._remote:
@@ -146,13 +166,12 @@ class Toolbox:
     def _problem(self, call: ToolCall) -> str | None:
         """What is wrong with a call, and what was expected, for the model; functions look at their
         arguments themselves."""
-        tool = self._tools.get(call.name)
-        if tool is None:
-            schemas = "\n".join(shown(tool.schema) for tool in self._tools.values())
+        if call.name not in self._tools:
+            schemas = "\n".join(map(shown, self.schemas))
             return f"unknown tool {shorten(call.name, 100)!r}; known tools:\n{schemas}"
         valid = self._validators.get(call.name)
         problem = valid and refusal(valid, call.arguments)
-        return expected(problem, tool.schema) if problem else None
+        return expected(problem, self._tools[call.name][0].schema) if problem else None
 
 
 def _name(tool: Tool) -> str:

@@ -137,4 +137,4 @@ def test_tools_satisfy_the_protocol(toolbox) -> None:
     def check(tool: Tool) -> str:
         return tool.schema["function"]["name"]
 
-    assert [check(tool) for tool in toolbox._tools.values()] == list(toolbox.names)
+    assert [check(tool) for tool, _ in toolbox._tools.values()] == list(toolbox.names)
