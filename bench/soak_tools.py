@@ -110,7 +110,7 @@ class Soak:
 
     def program(self, code: str, shown: str | tuple[str, ...]) -> Callable[[], Awaitable[None]]:
         async def call() -> None:
-            # All but those that are to time out have the sandbox's limit, which a busy machine keeps.
+            # The others have the sandbox's limit, which a busy machine keeps as well.
             limit = TIMEOUT_S if shown == TIMED_OUT else None
             execution = await self.sandbox.run(code, timeout_s=limit)
             assert execution.text().endswith(shown), (code, execution)
