@@ -10,6 +10,7 @@
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
+    elpo tree html RUN|FILE [--steps A-B] [--out FILE]     rollout trees as a page for a browser
     elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
     elpo doctor                                            what this machine offers
 
@@ -164,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
         "--tree", type=int, help="which tree; default: the first with a critical step"
     )
     show.set_defaults(run=_show)
+    page = tree.add_parser("html", help="rollout trees as a page for a browser")
+    page.add_argument("source", metavar="RUN|FILE", help="run folder, JSON tree or saved .npz")
+    page.add_argument(
+        "--steps", type=_steps, metavar="A-B", help="training steps of a RUN; default: all"
+    )
+    page.add_argument("--out", metavar="FILE", help="the page; default: RUN/trees.html")
+    page.set_defaults(run=_page)
     score = tree.add_parser("score", help="rewards and advantages of a tree file")
     score.add_argument("file", metavar="FILE", help="JSON tree or saved .npz")
     score.add_argument("--lambda", dest="lam", type=float, default=0.5, help="lambda_tree, Eq. 10")
@@ -173,6 +181,14 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("-")
+    try:
+        return int(first), int(last or first)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step or a range, 3 or 3-8") from None
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -316,6 +332,18 @@ def _show(arguments: argparse.Namespace) -> int:
         show_run(Path(arguments.run_folder), step=arguments.step, tree=arguments.tree)
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
+    return 0
+
+
+def _page(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.tree_page import write_tree_page
+
+    out = Path(arguments.out) if arguments.out else None
+    try:
+        out, trees = write_tree_page(Path(arguments.source), out, steps=arguments.steps)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")
     return 0
 
 

@@ -19,15 +19,7 @@ from elpo_fast.tree.store import Forest
 def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> None:
     """Draw tree `tree` of training step `step`; defaults: the latest step, the first tree whose
     critical step is localized. Raises `LookupError` where there is no such run, step or tree."""
-    if not (run / "config.yaml").is_file():
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
-    steps = {
-        int(found[1]): path
-        for path in (run / "trees").glob("*.npz")
-        if (found := re.fullmatch(r"step_(\d+)", path.stem))
-    }
-    if not steps:
-        raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")
+    steps = steps_of(run)
     step = max(steps) if step is None else step
     if step not in steps:
         raise LookupError(f"{run} has no trees of step {step}; steps: {_ranges(sorted(steps))}")
@@ -38,7 +30,26 @@ def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> 
     scored = score(forest, load_config(run / "config.yaml").algo)
     console = Console()
     console.print(f"{run}, step {step}, tree {tree} of {len(forest)}: {forest.task_ids[tree]}")
-    console.print(render_tree(forest, tree, scored, _decoder(run)))
+    console.print(render_tree(forest, tree, scored, decoder(run)))
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def steps_of(run: Path) -> dict[int, Path]:
+    """The training steps of a run whose trees were saved, and their files; `LookupError` where it
+    is none or has none."""
+    if not is_run(run):
+        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    steps = {
+        int(found[1]): path
+        for path in (run / "trees").glob("*.npz")
+        if (found := re.fullmatch(r"step_(\d+)", path.stem))
+    }
+    if not steps:
+        raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")
+    return steps
 
 
 def _interesting(forest: Forest) -> int:
@@ -49,7 +60,8 @@ def _interesting(forest: Forest) -> int:
     return min(both or localized.tolist() or [0])
 
 
-def _decoder(run: Path) -> Callable[[np.ndarray], str]:
+def decoder(run: Path) -> Callable[[np.ndarray], str]:
+    """What turns token ids of a run into text."""
     from transformers import AutoTokenizer
 
     if not (run / "tokenizer").is_dir():

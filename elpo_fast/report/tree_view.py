@@ -8,14 +8,13 @@ the terminal's width; what matters most comes first.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 
 import numpy as np
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
+from elpo_fast.report.readable import CONTROL_TOKEN, read_message, read_response
 from elpo_fast.tree import ops
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
@@ -24,8 +23,6 @@ Decode = Callable[[np.ndarray], str]
 
 LOCALIZED = "◀ first irrecoverable step (localized)"
 NOT_LOCALIZED = "◀ first irrecoverable step is here or later (not localized: budget spent)"
-_CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
-_ROLE = re.compile(r"\s*(system|user|assistant|tool|ipython)\s*(\n|$)")
 
 
 def render_tree(forest: Forest, tree_index: int, scored: Scored, decode: Decode | None) -> RichTree:
@@ -84,7 +81,7 @@ class _Lines:
         line = _line(
             "task", f" · {count} correct · node reward r {reward} · advantage A {advantage}"
         )
-        prompt = _plain(_CONTROL_TOKEN.sub(" ", self._text(node, agent=False)))
+        prompt = _plain(CONTROL_TOKEN.sub(" ", self._text(node, agent=False)))
         if prompt:
             line.append(" · " + (prompt if len(prompt) <= 160 else "…" + prompt[-159:]), "dim")
         return line
@@ -130,25 +127,19 @@ def _line(name: str, rest: str = "") -> Text:
 
 def abbreviate_message(text: str, limit: int = 60) -> str:
     """An assistant message on one line: its words, and of a tool call only name and arguments."""
-    words, tag, call = re.split(r"(<tool_call>|<code>|$)", _CONTROL_TOKEN.sub("", text), maxsplit=1)
-    call = re.split(r"</tool_call>|</code>", call)[0]
-    if tag == "<tool_call>":
-        try:
-            request = json.loads(call)
-            arguments = ", ".join(map(str, request["arguments"].values()))
-            call = f"{request['name']}({arguments})"
-        except (ValueError, LookupError, TypeError, AttributeError):
-            pass  # a malformed call is shown as it was written
-    parts = (_crop(_plain(words), limit), _crop(_plain(call), limit))
+    words, call = read_message(text)
+    asked = ""
+    if call is not None:
+        asked = call.text
+        if call.name and call.arguments is not None:
+            asked = f"{call.name}({', '.join(map(str, call.arguments.values()))})"
+    parts = (_crop(_plain(words), limit), _crop(_plain(asked), limit))
     return " ".join(part for part in parts if part)
 
 
 def abbreviate_response(text: str, limit: int = 40) -> str:
     """A tool's response on one line, without the chat template's control tokens and roles."""
-    if tagged := re.search(r"<tool_response>(.*?)</tool_response>", text, re.DOTALL):
-        return _crop(_plain(tagged[1]), limit)
-    pieces = (_ROLE.sub("", piece, count=1) for piece in _CONTROL_TOKEN.split(text))
-    return next((_crop(_plain(piece), limit) for piece in pieces if piece.strip()), "")
+    return _crop(_plain(read_response(text)), limit)
 
 
 def _plain(text: str) -> str:
