@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart tiny test test-oldest check bubblewrap sglang-cpu bench clean
+.PHONY: quickstart tiny test test-oldest check bubblewrap chromium sglang-cpu bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/elpo train configs/quickstart.yaml
@@ -14,7 +14,7 @@ quickstart: $(VENV)/.installed
 tiny: $(VENV)/.installed
 	$(BIN)/elpo train configs/tiny.yaml
 
-test: check bubblewrap sglang-cpu
+test: check bubblewrap chromium sglang-cpu
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --no-loadscope-reorder
 
 # Python 3.12 with the pins of constraints-oldest.txt. 6 GB: PyTorch 2.11 comes with CUDA's libraries,
@@ -68,6 +68,13 @@ bubblewrap:
 	@command -v bwrap >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 		&& { apt-get update -qq; apt-get install -y -qq bubblewrap >/dev/null; }; } \
 		|| echo "bubblewrap is not installed: only the Landlock sandbox is tested"
+
+# What the tests open pages in; without it they are skipped and say so.
+chromium:
+	@command -v chromium-headless-shell >/dev/null || command -v chromium >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& { apt-get update -qq; apt-get install -y -qq chromium-headless-shell >/dev/null; }; } \
+		|| echo "Chromium is not installed: pages are not tested in a browser"
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .venv-sglang build *.egg-info kernels/*.egg-info kernels/src/*.egg-info

@@ -71,6 +71,24 @@ def test_rounds_retrace_the_search():
     assert here.search == 0 and [node - start for node in here.suspects] == [3]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rounds_are_what_the_planner_asked_for(grow, seed):
+    growth = grow(seed)
+    asked: list[list[int]] = []
+    for request in growth.requests:
+        if asked and request.node == asked[-1][0] == 0:
+            asked[-1][1] += request.count
+        else:
+            asked.append([request.node, request.count])
+    found = rounds(Forest.from_trees([growth.tree]), 0)
+    assert [[each.node, each.count] for each in found] == asked
+    for search, critical in enumerate(growth.planner.critical):
+        probes = [each for each in found if each.search == search]
+        assert len(probes) == critical.probes
+        if critical.localized and probes:
+            assert probes[-1].suspects == (critical.node,)
+
+
 def test_rounds_without_a_search_are_not_given_to_one():
     tree = Tree([1])
     first = chain(tree, 0, 2, correct=False)
