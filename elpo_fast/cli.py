@@ -6,7 +6,7 @@
                                                            fine-tune on conversations (sft.data)
     elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
     elpo eval A --against B                                paired comparison of two evaluations
-    elpo show FILE [--failed] [--task ID]                  read trajectories as chats
+    elpo show RUN|FILE [--failed] [--task ID] [--step N]   read trajectories as chats
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -25,6 +25,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,9 +138,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_eval)
 
     chats = commands.add_parser("show", help="read trajectories as chats")
-    chats.add_argument("file", metavar="FILE", help="JSON lines, or the folder of an evaluation")
+    chats.add_argument(
+        "file", metavar="RUN|FILE", help="folder of a run or of an evaluation, or JSON lines"
+    )
     chats.add_argument("--failed", action="store_true", help="only those judged wrong")
     chats.add_argument("--task", metavar="ID", help="only tasks whose id contains this")
+    chats.add_argument("--step", type=int, help="training step of a RUN; default: the latest")
+    chats.add_argument("--no-pager", action="store_true", help="print all at once")
     chats.set_defaults(run=_chats)
 
     config = commands.add_parser("config", help="print the resolved configuration")
@@ -291,10 +296,15 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
 
 
 def _chats(arguments: argparse.Namespace) -> int:
-    from elpo_fast.report.chat_view import show_chats
+    from rich.console import Console
 
+    from elpo_fast.report.chat_view import paged, show_chats
+
+    file, console = Path(arguments.file), Console()
+    chosen = {"failed": arguments.failed, "task": arguments.task, "step": arguments.step}
     try:
-        show_chats(Path(arguments.file), failed=arguments.failed, task=arguments.task)
+        with nullcontext(console) if arguments.no_pager else paged(console) as out:
+            show_chats(file, **chosen, console=out)
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
     return 0

@@ -111,9 +111,9 @@ def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) 
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
-def test_show_of_a_run_says_where_its_trajectories_are(
+def test_show_of_a_run_without_trees_says_how_to_have_them(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").touch()
     assert main(["show", str(tmp_path)]) == 2
-    assert f"elpo tree show {tmp_path} draws one" in capsys.readouterr().err
+    assert "train with train.save_trees=true" in capsys.readouterr().err

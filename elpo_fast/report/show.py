@@ -19,11 +19,8 @@ from elpo_fast.tree.store import Forest
 def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> None:
     """Draw tree `tree` of training step `step`; defaults: the latest step, the first tree whose
     critical step is localized. Raises `LookupError` where there is no such run, step or tree."""
-    steps = steps_of(run)
-    step = max(steps) if step is None else step
-    if step not in steps:
-        raise LookupError(f"{run} has no trees of step {step}; steps: {_ranges(sorted(steps))}")
-    forest = io.load(steps[step])
+    step, file = step_file(run, step)
+    forest = io.load(file)
     tree = _interesting(forest) if tree is None else tree
     if not 0 <= tree < len(forest):
         raise LookupError(f"step {step} has trees 0 to {len(forest) - 1}, not {tree}")
@@ -50,6 +47,15 @@ def steps_of(run: Path) -> dict[int, Path]:
     if not steps:
         raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")
     return steps
+
+
+def step_file(run: Path, step: int | None) -> tuple[int, Path]:
+    """A step, by default the latest, and the file of its trees; `LookupError` without one."""
+    steps = steps_of(run)
+    step = max(steps) if step is None else step
+    if step not in steps:
+        raise LookupError(f"{run} has no trees of step {step}; steps: {_ranges(sorted(steps))}")
+    return step, steps[step]
 
 
 def _interesting(forest: Forest) -> int:

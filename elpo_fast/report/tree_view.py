@@ -39,7 +39,7 @@ def render_tree(forest: Forest, tree_index: int, scored: Scored, decode: Decode 
         below=ops.leaf_sum(forest.parent, forest.leaf_node, np.ones(len(correct))),
         successes=ops.leaf_sum(forest.parent, forest.leaf_node, correct.astype(np.float64)),
         leaf_of={int(forest.leaf_node[leaf]): leaf for leaf in forest.leaves(tree_index)},
-        critical=_critical(forest),
+        critical=critical_nodes(forest),
         first_leaf=forest.leaves(tree_index).start,
     )
     drawn = {nodes.start: RichTree(lines.root(nodes.start), guide_style="dim")}
@@ -48,12 +48,16 @@ def render_tree(forest: Forest, tree_index: int, scored: Scored, decode: Decode 
     return drawn[nodes.start]
 
 
-def _critical(forest: Forest) -> dict[int, bool]:
+def critical_nodes(forest: Forest) -> dict[int, bool]:
     """Critical nodes, with whether some search localized them."""
     found: dict[int, bool] = {}
     for node, localized in zip(forest.critical_node, forest.critical_localized, strict=True):
         found[int(node)] = found.get(int(node), False) or bool(localized)
     return found
+
+
+def critical_sign(localized: bool) -> str:
+    return LOCALIZED if localized else NOT_LOCALIZED
 
 
 class _Lines:
@@ -90,7 +94,7 @@ class _Lines:
         count, reward, advantage = self._figures(node)
         line = _line(f"step {int(self.forest.depth[node])}")
         if node in self.critical:
-            line.append(f" {LOCALIZED if self.critical[node] else NOT_LOCALIZED}", "bold red")
+            line.append(f" {critical_sign(self.critical[node])}", "bold red")
         line.append(f" · {count} · r {reward} · A {advantage}")
         if node in self.leaf_of:
             leaf, won = self.leaf_of[node], self.forest.correct[node] == 1
