@@ -7,6 +7,7 @@
     elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
     elpo eval A --against B                                paired comparison of two evaluations
     elpo show RUN|FILE [--failed] [--task ID] [--step N]   read trajectories as chats
+    elpo report RUN [--out FILE] [--plots png|svg]         what a run did, as one page
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -146,6 +147,14 @@ def _parser() -> argparse.ArgumentParser:
     chats.add_argument("--step", type=int, help="training step of a RUN; default: the latest")
     chats.add_argument("--no-pager", action="store_true", help="print all at once")
     chats.set_defaults(run=_chats)
+
+    report = commands.add_parser("report", help="what a run did, as one page for a browser")
+    report.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    report.add_argument("--out", metavar="FILE", help="the page; default: RUN/report.html")
+    report.add_argument(
+        "--plots", choices=("png", "svg"), help="also write each plot as a file beside the page"
+    )
+    report.set_defaults(run=_report)
 
     config = commands.add_parser("config", help="print the resolved configuration")
     _add_config(config)
@@ -307,6 +316,18 @@ def _chats(arguments: argparse.Namespace) -> int:
             show_chats(file, **chosen, console=out)
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.run_page import write_report
+
+    out = Path(arguments.out) if arguments.out else None
+    try:
+        page, *plots = write_report(Path(arguments.run_folder), out, plots=arguments.plots)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    print(f"wrote {page}" + f" and {len(plots)} plots beside it" * bool(plots))
     return 0
 
 

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from elpo_fast.tree.io import TEMPORARY
+
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -58,9 +60,13 @@ def packed(text: str) -> str:
 
 def write(path: Path, text: str) -> None:
     """Write a page, so that there is never half of one; `LookupError` where that cannot be."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_bytes(path, text.encode(errors="replace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -34,16 +34,20 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.yaml").is_file()
 
 
-def steps_of(run: Path) -> dict[int, Path]:
-    """The training steps of a run whose trees were saved, and their files; `LookupError` where it
-    is none or has none."""
-    if not is_run(run):
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
-    steps = {
+def saved_steps(run: Path) -> dict[int, Path]:
+    """The training steps whose trees a run keeps, perhaps none, and their files."""
+    return {
         int(found[1]): path
         for path in (run / "trees").glob("*.npz")
         if (found := re.fullmatch(r"step_(\d+)", path.stem))
     }
+
+
+def steps_of(run: Path) -> dict[int, Path]:
+    """The same of a run that has some; `LookupError` for what is none or has none."""
+    if not is_run(run):
+        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    steps = saved_steps(run)
     if not steps:
         raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")
     return steps

@@ -1,7 +1,8 @@
-"""The page of `elpo tree html` as a person uses it, in a headless Chromium."""
+"""The pages of `elpo tree html` and `elpo report` as people use them, in a headless Chromium."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from elpo_fast.algo import score
 from elpo_fast.config import AlgoConfig
+from elpo_fast.report.run_page import write_report
 from elpo_fast.report.tree_page import write_tree_page
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest
@@ -264,3 +266,13 @@ def test_a_trajectory_is_a_chat_and_its_texts_are_no_markup(page: Page, file: st
     expect(page.locator(".bubble.critical")).to_contain_text("first irrecoverable step")
     expect(page.locator(".verdict.bad")).to_contain_text("answered 23")
     assert page.evaluate("typeof hacked") == "undefined"
+
+
+def test_a_report_opens_and_fetches_nothing(page: Page, thousand: Path, tmp_path: Path):
+    record = {"phase": "eval", "step": 0, "name": "before", "success": 0.5, "low": 0.4, "high": 0.6}
+    shutil.copy(thousand / "config.yaml", tmp_path)
+    metrics = json.dumps({**record, "tasks": 90, "samples": 1})
+    (tmp_path / "metrics.jsonl").write_text(metrics + "\n")
+    page.goto(write_report(tmp_path)[0].as_uri())
+    expect(page.locator("figure svg")).to_be_visible()
+    expect(page.locator("table").first).to_contain_text("40.0% – 60.0%")
