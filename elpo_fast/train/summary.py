@@ -14,9 +14,9 @@ DURING = "during training"  # evaluations that the table leaves out
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """All records of a run, in order; one that is being written at the moment is left out."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

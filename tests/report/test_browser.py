@@ -132,7 +132,7 @@ def test_the_first_irrecoverable_step_is_seen_at_once(page: Page, file: str, for
     figures = page.inner_text("#detail .figures")
     for values in (scored.branch, scored.trajectory, scored.advantage):
         assert f"{values[node]:+.3f}".replace("-", "−") in figures
-    assert "clip, relaxed" in figures and "0.685 – 1.315" in figures
+    assert "clip, relaxed" in figures and "0.685–1.315" in figures
     expect(page.locator("#detail pre.code")).to_have_text("x = wrong(x)")
 
 

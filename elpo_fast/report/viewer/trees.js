@@ -710,7 +710,7 @@ function stepView(tokens) {
     figure(INDEX.lambda_tree === undefined ? `A (${INDEX.advantage})` : "hierarchical A", signed(tree.advantage[node], 3),
       INDEX.lambda_tree === undefined ? null : `Eq. 10, lambda ${INDEX.lambda_tree}`),
     figure(relaxed ? "clip, relaxed" : "clip bounds",
-      `${number(1 - tree.eps_low[node], 3)} – ${number(1 + tree.eps_high, 3)}`,
+      `${number(1 - tree.eps_low[node], 3)}–${number(1 + tree.eps_high, 3)}`,
       relaxed ? "the lower bound is relaxed from the irrecoverable step on, Eq. 11" : "of the importance ratio"),
     figure("loss coef. +", small(tree.pos[node]), "sum of weight times positive advantage over its trajectories, for each token"),
     figure("loss coef. −", small(tree.neg[node]), "the same of negative advantages"),
