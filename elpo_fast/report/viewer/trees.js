@@ -1,6 +1,6 @@
 "use strict";
-// The page of `elpo tree html`. Nothing of what a model wrote becomes markup: elements are made by
-// `el`, texts are text nodes.
+// The page of `elpo tree html`. Nothing of what a model wrote becomes markup: its texts are text nodes
+// of elements that `el` makes.
 
 const $ = (id) => document.getElementById(id);
 const INDEX = JSON.parse($("index").textContent);
@@ -70,6 +70,10 @@ function prepared(figures, texts, index) {
   tree.children = Array.from({ length: tree.size }, () => []);
   tree.depth = new Array(tree.size).fill(0);
   tree.leafOf = new Map(tree.leaf.map((node, ordinal) => [node, ordinal]));
+  tree.under = Array.from({ length: tree.size }, () => []);  // trajectories through each node
+  tree.leaf.forEach((leaf, ordinal) => {
+    for (let node = leaf; node >= 0; node = tree.parent[node]) tree.under[node].push(ordinal);
+  });
   for (let node = 1; node < tree.size; node++) {
     tree.children[tree.parent[node]].push(node);
     tree.depth[node] = tree.depth[tree.parent[node]] + 1;
@@ -82,6 +86,9 @@ function prepared(figures, texts, index) {
     found.known = last ? last.first + last.count : found.leaf + 1;
   });
   tree.bad = new Set(tree.malformed);
+  tree.pinned = new Set([0]);  // the ways to critical steps
+  for (const found of tree.critical) for (const node of pathTo(tree, found.node)) tree.pinned.add(node);
+  tree.alike = new Array(tree.size);  // what `groups` found
   return tree;
 }
 
@@ -104,11 +111,6 @@ function pathTo(tree, node) {
   return path.reverse();
 }
 
-function leavesBelow(tree, node) {
-  return tree.leaf.map((leaf, ordinal) => ordinal)
-    .filter((ordinal) => pathTo(tree, tree.leaf[ordinal]).includes(node));
-}
-
 // Found critical steps by node; one that some search localized counts as localized.
 function criticalNodes(tree, upto) {
   const found = new Map();
@@ -121,16 +123,17 @@ function criticalNodes(tree, upto) {
 // Children that read alike, as lists; a step that nobody can read is like no other, and one on the
 // way to a critical step stands alone.
 function groups(tree, node) {
+  if (tree.alike[node]) return tree.alike[node];
   const found = new Map();
   for (const child of tree.children[node]) {
     const ordinal = tree.leafOf.get(child);
     const text = [tree.words[child], tree.call[child], tree.response[child]];
     const verdict = ordinal === undefined ? "" : tree.reason[ordinal] + tree.correct[ordinal];
-    const key = text.some(Boolean) && !tree.pinned?.has(child) ? JSON.stringify([...text, verdict]) : `${child}`;
+    const key = text.some(Boolean) && !tree.pinned.has(child) ? JSON.stringify([...text, verdict]) : `${child}`;
     if (!found.has(key)) found.set(key, []);
     found.get(key).push(child);
   }
-  return [...found.values()];
+  return tree.alike[node] = [...found.values()];
 }
 
 // --- state --------------------------------------------------------------------------------------
@@ -204,8 +207,6 @@ async function open(index, node = null, upto = null, leaf = null) {
 
 // All but the ways to critical steps, and what follows right after these.
 function foldAll() {
-  tree.pinned = new Set([0]);
-  for (const found of tree.critical) for (const node of pathTo(tree, found.node)) tree.pinned.add(node);
   folded = new Set(tree.children.keys());
   for (const node of tree.pinned) folded.delete(node);
 }
@@ -326,7 +327,7 @@ function drawHead() {
     head.append(el("div", { class: "dim" }, !failed ? "All trajectories are correct: there is nothing to localize."
       : `No search for a first irrecoverable step in this tree (planner ${INDEX.planner}).`));
   }
-  for (const found of tree.critical) head.append(criticalBanner(found));
+  head.append(el("div", { class: "searches" }, tree.critical.map(criticalBanner)));
 }
 
 function criticalBanner(found) {
@@ -336,7 +337,8 @@ function criticalBanner(found) {
   const evidence = [];
   if (up > 0) evidence.push(`${counts.correct[up]} of ${trajectories(counts.below[up])} through the step before it correct`);
   evidence.push(`${counts.correct[found.node]} of ${counts.below[found.node]} through it`);
-  const how = found.probes ? `${plural(found.probes, "probe")}; ` : "a single tool call, no probe needed; ";
+  const how = found.probes ? `${plural(found.probes, "probe")}; `
+    : found.localized ? "a single tool call, no probe needed; " : "no probe; ";
   return el("div", { class: "found" + (found.localized ? "" : " open"), onclick: () => choose(found.node) },
     el("b", {}, found.localized ? `◀ First irrecoverable step: ${where}.`
       : `◁ Not localized, the budget was spent: ${where}, or later.`),
@@ -355,7 +357,7 @@ function drawAll() {
 
 function choose(node, scroll = true) {
   state.node = node;
-  const ordinals = leavesBelow(tree, node);
+  const ordinals = tree.under[node];
   if (!ordinals.includes(state.leaf)) state.leaf = null;
   reveal(node);
   drawMap();
@@ -414,43 +416,34 @@ function drawMap() {
   const dx = Math.max(34, Math.min(120, (width - 190) / deepest));
   const dy = Math.max(13, Math.min(24, 250 / rows));
   const X = (node) => 26 + tree.depth[node] * dx, Y = (node) => 30 + y[node] * dy;
-  const edges = [], nodes = [];
+  // One path for edges that look the same. Only numbers and words of this page become markup.
+  const edges = new Map(), nodes = [];
   for (let node = 0; node < tree.size; node++) {
     if (!below[node]) continue;
-    const up = tree.parent[node], ordinal = tree.leafOf.get(node);
+    const up = tree.parent[node], x = X(node), at = Y(node).toFixed(1);
     if (up >= 0) {
-      const x0 = X(up), y0 = Y(up), x1 = X(node), y1 = Y(node), bend = x0 + dx * 0.5;
-      edges.push(el("path", {
-        class: "edge" + (references.has(node) ? " reference" : "") + (lost.has(node) ? " lost" : "") + (fresh.has(node) ? " fresh" : ""),
-        d: `M${x0},${y0}C${bend},${y0} ${bend},${y1} ${x1},${y1}`,
-      }));
+      const x0 = X(up), y0 = Y(up).toFixed(1), bend = x0 + dx * 0.5;
+      const kind = "edge" + (references.has(node) ? " reference" : "") + (lost.has(node) ? " lost" : "") + (fresh.has(node) ? " fresh" : "");
+      edges.set(kind, `${edges.get(kind) || ""}M${x0},${y0}C${bend},${y0} ${bend},${at} ${x},${at}`);
     }
-    const found = critical.get(node);
-    const radius = node ? 5.5 : 7;
-    nodes.push(el("g", {
-      class: "node" + (node === state.node ? " chosen" : ""), transform: `translate(${X(node)},${Y(node)})`,
-      onclick: () => choose(node), "data-node": node,
-    },
-    el("title", {}, `${stepName(node)} · ${correct[node]} of ${below[node]} correct\n${snippet(node)}`),
-    el("rect", { x: -10, y: -10, width: 20, height: 20, fill: "transparent" }),
-    suspects.has(node) ? el("circle", { class: "suspect", r: 11 }) : null,
-    el("circle", { class: "fill-" + tone(correct[node], below[node]), r: radius }),
-    node === state.node ? el("circle", { class: "halo", r: found || suspects.has(node) ? 14 : 9 }) : null,
-    found ? el("circle", { class: "crit" + (found.localized ? "" : " open"), r: 10 }) : null,
-    found ? el("text", { class: "label" + (found.localized ? "" : " open"), y: -13, "text-anchor": "middle" },
-      found.localized ? "first irrecoverable" : "here or later") : null,
-    ordinal === undefined ? null
-      : el("text", { x: 10, y: 4, class: tree.correct[ordinal] ? "good" : "bad" },
-        `${tree.correct[ordinal] ? "✓" : "✗"} #${ordinal}`)));
+    const found = critical.get(node), ordinal = tree.leafOf.get(node), open = found && !found.localized ? " open" : "";
+    const marked = [suspects.has(node) ? '<circle class="suspect" r="11"/>' : "",
+      `<circle class="fill-${tone(correct[node], below[node])}" r="${node ? 5.5 : 7}"/>`];
+    if (node === state.node) marked.push(`<circle class="halo" r="${found || suspects.has(node) ? 14 : 9}"/>`);
+    if (found) marked.push(`<circle class="crit${open}" r="10"/><text class="label${open}" y="-13" text-anchor="middle">${open ? "here or later" : "first irrecoverable"}</text>`);
+    if (ordinal !== undefined) marked.push(`<text x="10" y="4" class="${tree.correct[ordinal] ? "good" : "bad"}">${tree.correct[ordinal] ? "✓" : "✗"} #${ordinal}</text>`);
+    nodes.push(`<g class="node${node === state.node ? " chosen" : ""}" data-node="${node}" transform="translate(${x},${at})">${marked.join("")}</g>`);
   }
+  const depths = Array.from({ length: deepest }, (_, at) => `<text class="depth" x="${26 + (at + 1) * dx}" y="11" text-anchor="middle">${at ? at + 1 : "step 1"}</text>`);
   const svg = el("svg", {
     width: Math.max(width, X(0) + deepest * dx + 70), height: 44 + (rows - 1) * dy + 6, role: "img",
     "aria-label": "the tree, steps from left to right, trajectories from top to bottom",
-  }, edges, nodes);
-  for (let depth = 1; depth <= deepest; depth++) {
-    svg.append(el("text", { class: "depth", x: 26 + depth * dx, y: 11, "text-anchor": "middle" }, depth === 1 ? "step 1" : `${depth}`));
-  }
-  $("map").replaceChildren(svg);
+  });
+  svg.innerHTML = [...[...edges].map(([kind, d]) => `<path class="${kind}" d="${d}"/>`), ...nodes, ...depths].join("");
+  const map = $("map"), x = X(state.node), top = Y(state.node);
+  map.replaceChildren(svg);
+  if (x < map.scrollLeft + 30 || x > map.scrollLeft + map.clientWidth - 60) map.scrollLeft = x - map.clientWidth / 2;
+  if (top < map.scrollTop + 30 || top > map.scrollTop + map.clientHeight - 20) map.scrollTop = top - map.clientHeight / 2;
 }
 
 function snippet(node) {
@@ -569,7 +562,7 @@ function outlineRow({ node, indent, alike, together }, below, correct, critical)
     if (tree.words[node]) line.append(el("span", { class: "words" }, short(tree.words[node])));
     if (tree.call[node] !== null) line.append(el("span", { class: "call" }, ...highlighted(short(tree.call[node]))));
     if (tree.response[node]) line.append(el("span", { class: "heard" }, "→ " + short(tree.response[node])));
-    const single = closed && !together && tree.children[node].length ? leavesBelow(tree, node) : [];
+    const single = closed && !together && tree.children[node].length ? tree.under[node] : [];
     const leaf = ordinal ?? (together ? tree.leafOf.get(node) : single.length === 1 ? single[0] : undefined);
     if (single.length === 1) line.append(el("span", { class: "dim" }, "…"));
     if (leaf !== undefined) {
@@ -746,7 +739,7 @@ function bubble(kind, title, content, attributes = {}) {
 }
 
 function trajectoryOf(node) {
-  const ordinals = leavesBelow(tree, node);
+  const ordinals = tree.under[node];
   const reference = tree.critical.find((found) => found.node === node);
   return ordinals.includes(state.leaf) ? state.leaf : reference ? reference.leaf : ordinals[0];
 }
@@ -864,6 +857,16 @@ $("tab-step").addEventListener("click", () => see("step"));
 $("tab-chat").addEventListener("click", () => see("chat"));
 $("heat").addEventListener("change", (event) => heat(event.target.value));
 $("theme").addEventListener("click", KEYS.d);
+$("map").addEventListener("click", (event) => {
+  const node = event.target.closest("[data-node]");
+  if (node) choose(Number(node.dataset.node));
+});
+$("map").addEventListener("mouseover", (event) => {
+  const node = event.target.closest("[data-node]");
+  if (!node || node.querySelector("title")) return;
+  const at = Number(node.dataset.node), { below, correct } = tree.counts;
+  node.prepend(el("title", {}, `${stepName(at)} · ${correct[at]} of ${below[at]} correct\n${snippet(at)}`));
+});
 $("help").addEventListener("click", KEYS["?"]);
 addEventListener("resize", () => { drawList(); if (tree) drawMap(); });
 addEventListener("hashchange", recall);
