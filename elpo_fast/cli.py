@@ -7,6 +7,7 @@
     elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
     elpo eval A --against B                                paired comparison of two evaluations
     elpo show RUN|FILE [--failed] [--task ID] [--step N]   read trajectories as chats
+    elpo watch RUN [--once]                                a run as it goes, in the terminal
     elpo report RUN [--out FILE] [--plots png|svg]         what a run did, as one page
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
@@ -147,6 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     chats.add_argument("--step", type=int, help="training step of a RUN; default: the latest")
     chats.add_argument("--no-pager", action="store_true", help="print all at once")
     chats.set_defaults(run=_chats)
+
+    watch = commands.add_parser("watch", help="a run as it goes, in the terminal")
+    watch.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    watch.add_argument("--once", action="store_true", help="print how it stands and end")
+    watch.set_defaults(run=_watch)
 
     report = commands.add_parser("report", help="what a run did, as one page for a browser")
     report.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
@@ -314,6 +320,16 @@ def _chats(arguments: argparse.Namespace) -> int:
     try:
         with nullcontext(console) if arguments.no_pager else paged(console) as out:
             show_chats(file, **chosen, console=out)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    return 0
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.watch import watch
+
+    try:
+        watch(Path(arguments.run_folder), once=arguments.once)
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
     return 0

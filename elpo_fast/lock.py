@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import warnings
 from pathlib import Path
@@ -46,3 +47,12 @@ class Lock:
     def release(self) -> None:
         os.truncate(self._file, 0)
         os.close(self._file)
+
+
+def holder(folder: Path) -> tuple[int, str] | None:
+    """Process and host that wrote to a folder last without letting go of it, alive or not."""
+    try:
+        said = re.fullmatch(r"process (\d+) on (.+)", (folder / LOCK).read_text(errors="replace"))
+    except OSError:
+        return None
+    return (int(said[1]), said[2]) if said else None

@@ -21,7 +21,7 @@ def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> 
     critical step is localized. Raises `LookupError` where there is no such run, step or tree."""
     step, file = step_file(run, step)
     forest = io.load(file)
-    tree = _interesting(forest) if tree is None else tree
+    tree = interesting(forest) if tree is None else tree
     if not 0 <= tree < len(forest):
         raise LookupError(f"step {step} has trees 0 to {len(forest) - 1}, not {tree}")
     scored = score(forest, load_config(run / "config.yaml").algo)
@@ -62,7 +62,7 @@ def step_file(run: Path, step: int | None) -> tuple[int, Path]:
     return step, steps[step]
 
 
-def _interesting(forest: Forest) -> int:
+def interesting(forest: Forest) -> int:
     """The first tree with a localized critical step and a success, else with the former, else 0."""
     localized = forest.tree[forest.critical_node[forest.critical_localized]]
     successes = np.add.reduceat(forest.correct[forest.leaf_node] == 1, forest.leaf_start[:-1])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +13,14 @@ import pytest
 
 from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.planners import Request, trajectory_of
+from elpo_fast.report.show import saved_steps
+from elpo_fast.train.metrics import tree_metrics
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest, Tree
 
+BEFORE = {"phase": "eval", "step": 0, "name": "after SFT", "success": 0.35, "low": 0.3}
+AFTER = {"phase": "eval", "step": 3, "name": "after ELPO", "success": 0.69, "low": 0.64}
+COLD = [{"phase": "sft", "step": step, "loss": 6.0 / step} for step in (1, 2, 3)]
 CALLS = 4
 TRAJECTORIES = 12
 PROMPT = "<|im_start|>user\nAdd 7, then double it. <img src=x onerror=hacked=1><|im_end|>\n"
@@ -85,3 +92,27 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def characters() -> Callable[[np.ndarray], str]:
     return lambda ids: "".join(map(chr, ids))
+
+
+def rl(run: Path, step: int) -> dict:
+    """The record of a step, as training writes it."""
+    forest = io.load(saved_steps(run)[step])
+    counts = {"tool_runs": 100, "tool_errors": 7, "malformed_calls": 2, "faults": 0, "updates": 4}
+    figures = {"grad_norm": 1.0, "approx_kl": 0.01 * step, "mismatch_mean": 0.002}
+    seconds = {"seconds_collect": 3.0, "seconds_train": 1.0}
+    return {"phase": "rl", "step": step, **tree_metrics(forest), **counts, **figures, **seconds}
+
+
+@pytest.fixture
+def run(thousand: Path, tmp_path: Path) -> Path:
+    """The folder of a run of three steps, after a cold start."""
+    folder = tmp_path / "run"
+    (folder / "trees").mkdir(parents=True)
+    for step in (1, 2, 3):
+        shutil.copy(saved_steps(thousand)[step], folder / "trees")
+    config = "run: {name: mine}\nmodel: {name: a<b>}\ntrain: {steps: 8, lr: 3.0e-5}\n"
+    (folder / "config.yaml").write_text(config)
+    intervals = [{**each, "high": 0.75, "tasks": 300, "samples": 1} for each in (BEFORE, AFTER)]
+    records = [*COLD, intervals[0], *(rl(folder, step) for step in (1, 2, 3)), intervals[1]]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    return folder
