@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,15 +128,11 @@ class _View:
         return table
 
     def _memory_now(self) -> list[float]:
-        """Of the run's process and its children, since watching began."""
+        """Of the run's process, since watching began. What it forked shares it."""
         held = holder(self.run)
         if held is not None and held[1] == socket.gethostname():
-            try:
-                process = psutil.Process(held[0])
-                family = [process, *process.children(recursive=True)]
-                self._memory.append(sum(each.memory_info().rss for each in family) / 2**30)
-            except psutil.NoSuchProcess:
-                pass
+            with suppress(psutil.NoSuchProcess):
+                self._memory.append(psutil.Process(held[0]).memory_info().rss / 2**30)
         return self._memory
 
     def _latest_tree(self) -> list[RenderableType]:

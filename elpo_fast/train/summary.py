@@ -66,4 +66,5 @@ def print_summary(run: Path, console: Console) -> None:
     console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
     console.print(f"the model: {run / 'model'}", highlight=False, soft_wrap=True)
     if any((run / "trees").glob("*.npz")):
-        console.print(f"look at a tree: elpo tree show {run}", highlight=False, soft_wrap=True)
+        console.print(f"its trees: elpo tree html {run}", highlight=False, soft_wrap=True)
+    console.print(f"what it did: elpo report {run}", highlight=False, soft_wrap=True)
