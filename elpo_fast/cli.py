@@ -190,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--steps", type=_steps, metavar="A-B", help="training steps of a RUN; default: all"
     )
+    page.add_argument(
+        "--tokenizer", metavar="MODEL", help="of a FILE outside a run: a model folder or Hub id"
+    )
     page.add_argument("--out", metavar="FILE", help="the page; default: RUN/trees.html")
     page.set_defaults(run=_page)
     score = tree.add_parser("score", help="rewards and advantages of a tree file")
@@ -387,7 +390,9 @@ def _page(arguments: argparse.Namespace) -> int:
 
     out = Path(arguments.out) if arguments.out else None
     try:
-        out, trees = write_tree_page(Path(arguments.source), out, steps=arguments.steps)
+        out, trees = write_tree_page(
+            Path(arguments.source), out, steps=arguments.steps, tokenizer=arguments.tokenizer
+        )
     except LookupError as error:
         raise UsageError(str(error.args[0])) from None
     print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")

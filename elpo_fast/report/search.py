@@ -2,7 +2,8 @@
 
 Trees keep their leaves in sampling order and where each search ended, not its probes. A probe is
 where consecutive trajectories leave what was there before. Which of them belong to a search is what
-bisection (Algorithm 1) would have asked for next.
+bisection (Algorithm 1) would have asked for next. Where equal steps were merged, a trajectory
+leaves the tree later than it was asked for; such a one is no search's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from elpo_fast.algo import score
 from elpo_fast.config import load_config
-from elpo_fast.report.tree_view import render_tree
+from elpo_fast.report.tree_view import Decode, render_tree
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest
 
@@ -70,14 +69,23 @@ def interesting(forest: Forest) -> int:
     return min(both or localized.tolist() or [0])
 
 
-def decoder(run: Path) -> Callable[[np.ndarray], str]:
+def decoder(run: Path) -> Decode:
     """What turns token ids of a run into text."""
-    from transformers import AutoTokenizer
-
     if not (run / "tokenizer").is_dir():
         raise LookupError(f"{run} has no tokenizer: it is the run folder of another version")
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
-    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    return decoder_of(str(run / "tokenizer"))
+
+
+def decoder_of(model: str) -> Decode:
+    """The same for the tokenizer of a model folder or Hub id; `LookupError` without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise LookupError(f"cannot load the tokenizer of {model}: {said}") from None
+    return lambda ids: str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -6,7 +6,7 @@ tokens, are compressed and read when they are looked at, so that thousands open 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,12 @@ from elpo_fast.config import AlgoConfig, load_config
 from elpo_fast.report import page
 from elpo_fast.report.readable import Said, read_message, read_prompt, read_response
 from elpo_fast.report.search import rounds
-from elpo_fast.report.show import decoder, is_run, steps_of
+from elpo_fast.report.show import decoder, decoder_of, is_run, steps_of
+from elpo_fast.report.tree_view import Decode
 from elpo_fast.tree import io
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 
-Decode = Callable[[NDArray[np.int32]], str]
 _WINDOW = 16  # tokens before one that decide how it is written
 
 
@@ -39,14 +39,19 @@ class _Source(NamedTuple):
 
 
 def write_tree_page(
-    source: Path, out: Path | None = None, *, steps: tuple[int, int] | None = None
+    source: Path,
+    out: Path | None = None,
+    *,
+    steps: tuple[int, int] | None = None,
+    tokenizer: str | None = None,
 ) -> tuple[Path, int]:
     """Write the page of a run's trees, those of the first to the last of `steps`, or of a tree
-    file; by default `trees.html` in the run, or a page beside the file. Where it is, and how many
-    trees it has. Raises `LookupError` or `TreeError` where there are none."""
+    file, whose `tokenizer` is that of a model folder or Hub id; by default `trees.html` in the run,
+    or a page beside the file. Where it is, and how many trees it has. Raises `LookupError` or
+    `TreeError` where there are none."""
     if out is None:
         out = source / "trees.html" if source.is_dir() else source.with_suffix(".html")
-    trees = _open(source, steps)
+    trees = _open(source, steps, tokenizer)
     pieces = trees.decode and Pieces(trees.decode)
     index: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     details, tokens = [], []
@@ -75,13 +80,14 @@ def write_tree_page(
     return out, len(details)
 
 
-def _open(source: Path, steps: tuple[int, int] | None) -> _Source:
+def _open(source: Path, steps: tuple[int, int] | None, tokenizer: str | None) -> _Source:
     if not source.is_dir():
         run = source.resolve().parent.parent  # of a file in a run's `trees`
         known = source.suffix == ".npz" and is_run(run)
         algo = load_config(run / "config.yaml").algo if known else AlgoConfig()
         forest = io.read(source)
-        return _Source(source.name, algo, decoder(run) if known else None, iter([(None, forest)]))
+        decode = decoder_of(tokenizer) if tokenizer else decoder(run) if known else None
+        return _Source(source.name, algo, decode, iter([(None, forest)]))
     files = steps_of(source)
     chosen = [step for step in files if steps is None or steps[0] <= step <= steps[1]]
     if not chosen:
@@ -217,7 +223,7 @@ class _Drawn:
                 continue
             said = self.pieces(self.forest.token_ids[span][agent])
             figures = (
-                None if values is None else [_short(v, 3) for v in values[span][agent]]
+                None if values is None else np.round(values[span][agent].astype(float), 3).tolist()
                 for values in columns
             )
             rows.append([said, *figures])
@@ -261,5 +267,6 @@ class Pieces:
         return found
 
 
-def _short(value: Any, digits: int = 4) -> float:
-    return float(f"{value:.{digits}g}") + 0.0
+def _short(value: Any) -> float:
+    """Four digits of it, which is what a page shows."""
+    return float(f"{value:.4g}") + 0.0

@@ -180,6 +180,25 @@ def test_faults_are_one_line(arguments, said, run, monkeypatch, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_a_file_outside_a_run_is_read_by_a_tokenizer(grow, characters, tmp_path, monkeypatch):
+    io.save(Forest.from_trees([grow(3).tree]), tmp_path / "some.npz")
+    monkeypatch.setattr("elpo_fast.report.tree_page.decoder_of", {"a/model": characters}.get)
+    arguments = ["tree", "html", str(tmp_path / "some.npz")]
+    assert cli.main([*arguments, "--tokenizer", "a/model"]) == 0
+    text = (tmp_path / "some.html").read_text()
+    assert unpacked(element(text, "details"))[1]["prompt"][0]["content"].startswith("Add 7")
+    assert cli.main(arguments) == 0
+    assert unpacked(element((tmp_path / "some.html").read_text(), "details"))[1]["prompt"] == []
+
+
+def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path, grow, capsys):
+    io.save(Forest.from_trees([grow(3).tree]), tmp_path / "some.npz")
+    arguments = ["tree", "html", str(tmp_path / "some.npz"), "--tokenizer", str(tmp_path)]
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"cannot load the tokenizer of {tmp_path}" in said and said.count("\n") == 1
+
+
 def test_pieces_add_up_where_a_token_is_part_of_a_character():
     data = "né 日本!".encode()
     decode = lambda ids: bytes(ids.tolist()).decode(errors="replace")  # noqa: E731

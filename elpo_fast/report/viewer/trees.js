@@ -144,6 +144,7 @@ let folded = new Set();  // nodes, and "=N" for unfolded groups that begin with 
 let shown = [];       // indices of the trees that pass the filters
 let searchable = new Array(COUNT).fill(null);  // what each tree says, in lower case
 let player = null;
+let opening = 0;
 
 const keyOf = (index) => T.step[index] === null ? `${T.tree[index]}` : `${T.step[index]}.${T.tree[index]}`;
 const placeOf = new Map(Array.from({ length: COUNT }, (_, index) => [keyOf(index), index]));
@@ -188,7 +189,9 @@ function interesting() {
 
 async function open(index, node = null, upto = null, leaf = null) {
   stop();
+  const mine = ++opening;
   const loaded = await treeAt(index);
+  if (mine !== opening) return;  // another one was asked for meanwhile
   state.index = index;
   tree = loaded;
   const within = (value, end) => Number.isInteger(value) && value >= 0 && value < end;
@@ -810,8 +813,10 @@ function criticalNext() {
   if (nodes.length) choose(nodes[(nodes.indexOf(state.node) + 1) % nodes.length]);
 }
 
-function theme(dark) {
-  document.documentElement.classList.toggle("dark", dark);
+const theme = (dark) => document.documentElement.classList.toggle("dark", dark);
+
+function otherTheme() {
+  const dark = theme(!document.documentElement.classList.contains("dark"));
   try { localStorage.setItem("elpo-theme", dark ? "dark" : "light"); } catch { /* not allowed here */ }
 }
 
@@ -824,7 +829,7 @@ const KEYS = {
   s: () => see("step"), t: () => see("chat"),
   g: () => heat($("heat").options[($("heat").selectedIndex + 1) % $("heat").options.length].value),
   "/": () => { $("text").focus(); $("text").select(); },
-  d: () => theme(!document.documentElement.classList.contains("dark")),
+  d: otherTheme,
   "?": () => $("keys").showModal(),
 };
 
@@ -856,7 +861,7 @@ $("list").addEventListener("scroll", drawList);
 $("tab-step").addEventListener("click", () => see("step"));
 $("tab-chat").addEventListener("click", () => see("chat"));
 $("heat").addEventListener("change", (event) => heat(event.target.value));
-$("theme").addEventListener("click", KEYS.d);
+$("theme").addEventListener("click", otherTheme);
 $("map").addEventListener("click", (event) => {
   const node = event.target.closest("[data-node]");
   if (node) choose(Number(node.dataset.node));
