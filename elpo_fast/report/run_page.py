@@ -183,7 +183,7 @@ def _learning(steps: Records, evaluations: Records, found: Sequence[_Found]) -> 
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
         axes.set_xlabel("step")
-        axes.legend(loc="lower right")
+        axes.legend()
 
     says = "Share of correct trajectories with 95 % intervals, those of training over tasks."
     if any(each.depths or each.open for each in found):
@@ -206,7 +206,8 @@ def _critical(found: Sequence[_Found]) -> _Plot:
             if not half:
                 continue
             counts = np.bincount(each, minlength=deepest + 1)[1:]
-            label = f"steps {half[0].step} to {half[-1].step}"
+            first, last = half[0].step, half[-1].step
+            label = f"steps {first} to {last}" if first < last else f"step {first}"
             axes.bar(places + 0.4 * side - 0.2, counts, 0.38, color=colour, label=label)
         axes.set_xlabel("step of the trajectory")
         axes.set_ylabel("searches")
@@ -257,7 +258,7 @@ def _calls(steps: Records) -> _Plot:
             right.plot(x, share, color=colour, label=label)
         right.set_ylim(bottom=0)
         right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        right.legend(loc="upper right")
+        _legend_above(right)
 
     runs = sum(r["tool_runs"] for r in steps)
     wrong = sum(r["malformed_calls"] for r in steps)
@@ -326,7 +327,11 @@ def _stack(
         axes.bar(x, row, 0.9, bottom, color=colour, label=label)
         bottom += row
     axes.set_xlabel("step")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(labels))
+    _legend_above(axes)
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(_ENDS))
 
 
 def _figure(plot: _Plot) -> Figure:

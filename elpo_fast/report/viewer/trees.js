@@ -518,18 +518,19 @@ function play() {
 // Rows of the outline from top to bottom: a node, or a folded group of equal siblings.
 function visibleRows() {
   const rows = [];
-  const visit = (node, indent, alike) => {
+  // Steps that follow without a branch stand below each other; siblings, and what follows them, further in.
+  const visit = (node, indent, alike, sibling) => {
     rows.push({ node, indent, alike });
     if (folded.has(node)) return;
-    const below = groups(tree, node);
-    for (const group of below) {
-      const inner = below.length > 1 || group.length > 1 ? indent + 1 : indent;
-      if (group.length === 1) visit(group[0], inner, null);
-      else if (folded.has("=" + group[0])) for (const each of group) visit(each, inner, each === group[0] ? group : null);
+    const branches = tree.children[node].length > 1;
+    const inner = branches || sibling ? indent + 1 : indent;
+    for (const group of groups(tree, node)) {
+      if (group.length === 1) visit(group[0], inner, null, branches);
+      else if (folded.has("=" + group[0])) for (const each of group) visit(each, inner, each === group[0] ? group : null, branches);
       else rows.push({ node: group[0], indent: inner, alike: group, together: true });
     }
   };
-  visit(0, 0, null);
+  visit(0, 0, null, true);
   return rows;
 }
 
