@@ -9,6 +9,7 @@
     elpo show RUN|FILE [--failed] [--task ID] [--step N]   read trajectories as chats
     elpo watch RUN [--once]                                a run as it goes, in the terminal
     elpo report RUN [--out FILE] [--plots png|svg]         what a run did, as one page
+    elpo compare CONFIG ALGORITHM ... [--seeds 0-4]        algorithms on the same tasks and budget
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -138,6 +139,27 @@ def _parser() -> argparse.ArgumentParser:
         "--against", metavar="B", help="compare with another evaluation, MODEL or RUN"
     )
     evaluate.set_defaults(run=_eval)
+
+    comparison = commands.add_parser(
+        "compare",
+        help="algorithms on the same tasks and budget, over seeds",
+        description="Train with each algorithm file and seed. The same command goes on after a "
+        "stop, and leaves alone what is finished.",
+    )
+    comparison.add_argument("config", metavar="CONFIG", help="YAML file of tasks and budget")
+    comparison.add_argument(
+        "overrides",
+        nargs="+",
+        metavar="ALGORITHM",
+        help="files such as configs/algorithms/grpo.yaml, of which the first is the reference, and "
+        "section.key=value for all of them",
+    )
+    comparison.add_argument("--seeds", default="0", help="run.seed, e.g. 0-4 or 1,5,7; default: 0")
+    comparison.add_argument(
+        "--jobs", type=int, default=1, help="runs at once; 0: only write the page of what is there"
+    )
+    comparison.add_argument("--out", help="folder of the comparison; default: run.dir/compare/...")
+    comparison.set_defaults(run=_compare)
 
     chats = commands.add_parser("show", help="read trajectories as chats")
     chats.add_argument(
@@ -311,6 +333,43 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     run = parse_section(RunConfig, section, "run.")
     subject = replace(subject, config=subject.config.model_copy(update={"run": run}))
     return run_evaluation(subject, Display(console).phase)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from elpo_fast.config import load_config
+    from elpo_fast.report.compare import compare
+
+    task = Path(arguments.config)
+    overrides = [each for each in arguments.overrides if _is_override(each)]
+    files = [Path(each) for each in arguments.overrides if not _is_override(each)]
+    if not files:
+        raise UsageError("there is nothing to compare; name files as in configs/algorithms")
+    if arguments.jobs < 0:
+        raise UsageError(f"--jobs {arguments.jobs}: give the number of runs at once, or 0")
+    folder = Path(load_config(task, overrides).run.dir) / "compare" / task.stem
+    failed = compare(
+        task,
+        files,
+        overrides,
+        seeds=_seeds(arguments.seeds),
+        jobs=arguments.jobs,
+        out=Path(arguments.out) if arguments.out else folder,
+        console=Console(),
+    )
+    return 1 if failed else 0
+
+
+def _seeds(text: str) -> list[int]:
+    """`0-4`, `1,5,7` or both."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        if not (found := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+            raise UsageError(f"--seeds {text}: give numbers such as 0-4 or 1,5,7")
+        first, last = int(found[1]), int(found[2] or found[1])
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def _chats(arguments: argparse.Namespace) -> int:
