@@ -266,10 +266,12 @@ class RolloutConfig(Section):
 class BelConfig(Section):
     """Binary error localization, Algorithm 1 and Eq. 5."""
 
-    b_max: Positive = 3  # trajectories searched at most, of a task
+    b_max: Positive = 3  # failures of which the most uncertain one is searched
     x_min: Positive = 1  # continuations of a probed step, at least
     x_max: Positive = 3  # at most
     beta: NonNegativeFloat = 5.0  # how sharply entropy decides between the two
+    # `bel_bayes`: how probable a step has to be for its search to end
+    confidence: Annotated[float, Field(gt=0, le=1)] = 0.9
 
     @model_validator(mode="after")
     def _check(self) -> BelConfig:
@@ -321,7 +323,7 @@ class EntropyConfig(Section):
     threshold: float = 0.5  # see alpha
 
 
-PLANNERS = ("bel", "star", "random", "entropy")
+PLANNERS = ("bel", "bel_bayes", "star", "random", "entropy")
 ADVANTAGES = (
     *("hierarchical", "group", "group_unnormalised", "leave_one_out"),
     *("batch", "tree_group", "child_value"),

@@ -14,6 +14,7 @@ from elpo_fast import own
 from elpo_fast.algo import advantages
 from elpo_fast.algo.advantages import Floats, chosen, group, hierarchical
 from elpo_fast.algo.bel import BelPlanner
+from elpo_fast.algo.bel_bayes import BayesPlanner
 from elpo_fast.algo.clipping import lower_bounds
 from elpo_fast.algo.entropy import EntropyPlanner
 from elpo_fast.algo.planners import Planner
@@ -57,6 +58,8 @@ def make_planner(config: AlgoConfig) -> Planner:
         case "bel":
             bel = config.bel
             return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
+        case "bel_bayes":
+            return BayesPlanner(config.n_total, **config.bel.model_dump())
         case "random":
             return RandomPlanner(config.n_total, config.random.trees, config.random.expansions)
         case "entropy":

@@ -21,21 +21,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from elpo_fast.algo.planners import Critical, Request, Trajectory
 
 
-@dataclass(slots=True)
-class _Search:
+class Search:
     """Binary search for the critical one among the reference's tool calls, counted from 1."""
 
-    reference: Trajectory
-    low: int
-    high: int
-    anchor: int = 0
-    recovered: bool = False  # a suffix from the current anchor succeeded
-    probes: int = 0
+    def __init__(self, reference: Trajectory, counts: Sequence[int]) -> None:
+        """`counts [K]`: how many suffixes to sample after each call."""
+        self.reference, self.counts = reference, counts
+        self.low, self.high = 1, len(reference.calls)
+        self.anchor = 0
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more is asked for."""
+        return self.low >= self.high
+
+    @property
+    def step(self) -> int:
+        """The critical call, as far as is known."""
+        return self.low
+
+    def next_probe(self) -> tuple[int, int]:
+        """After which call to sample, from now on the `anchor`, and how many suffixes."""
+        self.anchor = (self.low + self.high) // 2
+        return self.anchor, self.counts[self.anchor - 1]
+
+    def learn(self, successes: int, failures: int) -> None:
+        """What the suffixes from the anchor came to."""
+        if successes:
+            self.low = self.anchor + 1
+        else:
+            self.high = self.anchor
 
 
 class BelPlanner:
@@ -56,7 +75,9 @@ class BelPlanner:
         self._request: Request | None = None
         self._pending = 0  # asked for, not yet observed
         self._buffer: list[Trajectory] = []
-        self._search: _Search | None = None
+        self._search: Search | None = None
+        self._probes = 0  # requests of the search, of whose latest ...
+        self._asked = self._successes = 0  # ... so many were asked for and succeeded
         self._advance()
 
     @property
@@ -72,12 +93,12 @@ class BelPlanner:
             raise RuntimeError(f"leaf {trajectory.leaf} was not asked for; the budget is spent")
         self._pending -= 1
         if self._search is not None:
-            self._search.recovered |= trajectory.correct
+            self._successes += trajectory.correct
         elif not trajectory.correct:
             self._buffer.append(trajectory)
         if self._pending == 0:
             if self._search is not None:
-                self._narrow(self._search)
+                self._search.learn(self._successes, self._asked - self._successes)
             self._advance()
 
     def _advance(self) -> None:
@@ -85,7 +106,7 @@ class BelPlanner:
         while self._pending == 0:
             left = self.n_total - self.spent
             if self._search is not None:
-                if left and self._search.low < self._search.high:
+                if left and not self._search.settled:
                     self._probe(self._search, left)
                 else:
                     self._conclude(self._search)
@@ -94,39 +115,34 @@ class BelPlanner:
             elif self._buffer:
                 reference = select_reference(self._buffer)
                 self._buffer.clear()
-                self._search = _Search(reference, low=1, high=len(reference.calls))
+                self._search, self._probes = self._search_in(reference), 0
             else:
                 return
 
     def _ask(self, node: int, count: int) -> None:
         self._request = Request(node, count)
-        self._pending = count
+        self._pending = self._asked = count
         self.spent += count
 
-    def _probe(self, search: _Search, left: int) -> None:
-        reference = search.reference
-        search.anchor = (search.low + search.high) // 2
-        search.recovered = False
-        search.probes += 1
-        contrast = reference.tool_entropy[search.anchor - 1] - reference.root_entropy
-        count = suffix_count(contrast, self.x_min, self.x_max, self.beta)
-        self._ask(reference.calls[search.anchor - 1], min(left, count))
+    def _search_in(self, reference: Trajectory) -> Search:
+        """A search that begins."""
+        contrasts = (entropy - reference.root_entropy for entropy in reference.tool_entropy)
+        counts = [suffix_count(c, self.x_min, self.x_max, self.beta) for c in contrasts]
+        return Search(reference, counts)
 
-    @staticmethod
-    def _narrow(search: _Search) -> None:
-        if search.recovered:
-            search.low = search.anchor + 1
-        else:
-            search.high = search.anchor
+    def _probe(self, search: Search, left: int) -> None:
+        anchor, count = search.next_probe()
+        self._probes, self._successes = self._probes + 1, 0
+        self._ask(search.reference.calls[anchor - 1], min(left, count))
 
-    def _conclude(self, search: _Search) -> None:
+    def _conclude(self, search: Search) -> None:
         self._search = None
         if search.reference.calls:
             found = Critical(
-                node=search.reference.calls[search.low - 1],
+                node=search.reference.calls[search.step - 1],
                 leaf=search.reference.leaf,
-                localized=search.low == search.high,
-                probes=search.probes,
+                localized=search.settled,
+                probes=self._probes,
             )
             self.critical = [*self.critical, found]
 
