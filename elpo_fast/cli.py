@@ -10,6 +10,7 @@
     elpo watch RUN [--once]                                a run as it goes, in the terminal
     elpo report RUN [--out FILE] [--plots png|svg]         what a run did, as one page
     elpo compare CONFIG ALGORITHM ... [--seeds 0-4]        algorithms on the same tasks and budget
+    elpo analyse KIND [RUN] [--out FOLDER]                 a question about searches, answered
     elpo config CONFIG [section.key=value ...]             print the resolved configuration
     elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
@@ -53,6 +54,18 @@ sft.data is .jsonl, .json or .parquet (also .gz), a folder of these or hf:org/na
 {"conversations": [{"from": ..., "value": ...}, ...]} (ShareGPT). Only what the assistant says is
 learned. The model comes out as runs/my-sft/model; docs/sft.md tells the rest.
 """
+
+
+_OF_TREES = {
+    "critical": "where the first irrecoverable steps of a run's trees lie",
+    "calls": "tool calls for each success, step by step",
+    "posterior": "how probable localized steps are, given their probes",
+}
+_OF_SCRIPTS = {
+    "localization": "errors of searches against theory",
+    "agreement": "how often repeated searches find the same step",
+    "sensitivity": "what the settings of a search do",
+}
 
 
 class UsageError(ValueError):
@@ -160,6 +173,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     comparison.add_argument("--out", help="folder of the comparison; default: run.dir/compare/...")
     comparison.set_defaults(run=_compare)
+
+    analysis = commands.add_parser(
+        "analyse", help="questions about searches, each answered by a table and a plot"
+    ).add_subparsers(required=True, metavar="KIND")
+    for kind, said in _OF_TREES.items():
+        one = analysis.add_parser(kind, help=said)
+        one.add_argument("run_folder", metavar="RUN", help="run folder, or a file of trees")
+        one.set_defaults(run=_analyse, kind=kind)
+    for kind, said in _OF_SCRIPTS.items():
+        one = analysis.add_parser(kind, help=f"{said}, among scripted policies")
+        one.add_argument("--policies", type=int, default=1000, help="how many; default: 1000")
+        one.set_defaults(run=_analyse, kind=kind)
+    for one in analysis.choices.values():
+        one.add_argument("--out", default="analyses", help="folder to write to; default: analyses")
 
     chats = commands.add_parser("show", help="read trajectories as chats")
     chats.add_argument(
@@ -359,6 +386,27 @@ def _compare(arguments: argparse.Namespace) -> int:
         console=Console(),
     )
     return 1 if failed else 0
+
+
+def _analyse(arguments: argparse.Namespace) -> int:
+    from elpo_fast.report.analyse import write_analysis
+
+    kind = arguments.kind
+    if kind in _OF_SCRIPTS:
+        from elpo_fast.report.simulated import SIMULATED
+
+        if arguments.policies < 10:
+            raise UsageError(f"--policies {arguments.policies}: give at least 10")
+        found = SIMULATED[kind](arguments.policies)
+    else:
+        from elpo_fast.report.saved import SAVED, forests_of
+
+        try:
+            found = SAVED[kind](forests_of(Path(arguments.run_folder)))
+        except LookupError as error:
+            raise UsageError(str(error.args[0])) from None
+    print(f"wrote {write_analysis(Path(arguments.out), kind, found)}")
+    return 0
 
 
 def _seeds(text: str) -> list[int]:

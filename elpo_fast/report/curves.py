@@ -8,17 +8,17 @@ seed begin with the same weights and tasks.
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
 from elpo_fast.report.plots import new_figure, save_figure
+from elpo_fast.report.tables import markdown, write_csv
 from elpo_fast.train.summary import read_metrics
 
 AXES = {
@@ -95,7 +95,7 @@ def write_page(out: Path, title: str, curves: Sequence[Curve], *, missing: int) 
     grouped: dict[str, list[int]] = {}
     for index, curve in enumerate(curves):
         grouped.setdefault(curve.algorithm, []).append(index)
-    _write_csv(
+    write_csv(
         out / "evaluations.csv",
         (
             {"algorithm": curve.algorithm, "seed": curve.seed, **point._asdict()}
@@ -103,7 +103,7 @@ def write_page(out: Path, title: str, curves: Sequence[Curve], *, missing: int) 
             for point in curve.points
         ),
     )
-    _write_csv(
+    write_csv(
         out / "runs.csv",
         (
             {"algorithm": curve.algorithm, "seed": curve.seed}
@@ -118,7 +118,7 @@ def write_page(out: Path, title: str, curves: Sequence[Curve], *, missing: int) 
     unfinished = f" {missing} runs are not finished and left out." if missing else ""
     (out / "compare.md").write_text(
         f"# {title}: algorithms at the same budget\n\n![held-out success](compare.png)\n\n"
-        f"{_markdown(rows)}\n\n"
+        f"{markdown(rows)}\n\n"
         "Success on held-out tasks in %, means over seeds with 95 % intervals (Student's t); the "
         f"area is the mean success over the first {ends['rollouts']:.0f} rollouts, and is compared "
         f"with that of {reference} seed by seed. Seconds are those of collecting and training, "
@@ -200,18 +200,3 @@ def _draw(
     figure.suptitle(title)
     figure.axes[0].legend(fontsize="small", ncols=1 + len(grouped) // 8)
     save_figure(figure, path)
-
-
-def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    first, *others = rows
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, first.keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([first, *others])
-
-
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
-    return "\n".join(lines)
