@@ -66,6 +66,11 @@ _OF_SCRIPTS = {
     "agreement": "how often repeated searches find the same step",
     "sensitivity": "what the settings of a search do",
 }
+_OF_POLICIES = {
+    "ranking": ("how well advantages order the children of branching prefixes", 32),
+    "recovery": ("whether failures recover if one of their steps is replaced", 16),
+    "repeat": ("how often repeated searches find the same step", 4),
+}
 
 
 class UsageError(ValueError):
@@ -184,6 +189,13 @@ def _parser() -> argparse.ArgumentParser:
     for kind, said in _OF_SCRIPTS.items():
         one = analysis.add_parser(kind, help=f"{said}, among scripted policies")
         one.add_argument("--policies", type=int, default=1000, help="how many; default: 1000")
+        one.set_defaults(run=_analyse, kind=kind)
+    for kind, (said, samples) in _OF_POLICIES.items():
+        one = analysis.add_parser(kind, help=f"{said}, sampled with a run's policy")
+        one.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+        one.add_argument("overrides", nargs="*", metavar="section.key=value")
+        one.add_argument("--step", type=int, help="training step; default: the latest")
+        one.add_argument("--samples", type=int, default=samples, help=f"default: {samples}")
         one.set_defaults(run=_analyse, kind=kind)
     for one in analysis.choices.values():
         one.add_argument("--out", default="analyses", help="folder to write to; default: analyses")
@@ -398,13 +410,21 @@ def _analyse(arguments: argparse.Namespace) -> int:
         if arguments.policies < 10:
             raise UsageError(f"--policies {arguments.policies}: give at least 10")
         found = SIMULATED[kind](arguments.policies)
-    else:
-        from elpo_fast.report.saved import SAVED, forests_of
+    try:
+        if kind in _OF_TREES:
+            from elpo_fast.report.saved import SAVED, forests_of
 
-        try:
             found = SAVED[kind](forests_of(Path(arguments.run_folder)))
-        except LookupError as error:
-            raise UsageError(str(error.args[0])) from None
+        if kind in _OF_POLICIES:
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
+            from elpo_fast.report.sampled import sampled
+
+            run, samples = Path(arguments.run_folder), arguments.samples
+            if samples < 1:
+                raise UsageError(f"--samples {samples}: give at least 1")
+            found = sampled(kind, run, arguments.step, arguments.overrides, samples)
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
     print(f"wrote {write_analysis(Path(arguments.out), kind, found)}")
     return 0
 

@@ -115,7 +115,7 @@ class BelPlanner:
             elif self._buffer:
                 reference = select_reference(self._buffer)
                 self._buffer.clear()
-                self._search, self._probes = self._search_in(reference), 0
+                self._search, self._probes = self.search_in(reference), 0
             else:
                 return
 
@@ -124,7 +124,7 @@ class BelPlanner:
         self._pending = self._asked = count
         self.spent += count
 
-    def _search_in(self, reference: Trajectory) -> Search:
+    def search_in(self, reference: Trajectory) -> Search:
         """A search that begins."""
         contrasts = (entropy - reference.root_entropy for entropy in reference.tool_entropy)
         counts = [suffix_count(c, self.x_min, self.x_max, self.beta) for c in contrasts]

@@ -53,7 +53,7 @@ class BayesPlanner(BelPlanner):
         self.confidence = confidence
         super().__init__(n_total, b_max, x_min, x_max, beta)
 
-    def _search_in(self, reference: Trajectory) -> Search:
+    def search_in(self, reference: Trajectory) -> Search:
         calls = len(reference.calls)
         rounds = math.ceil(math.log2(max(calls, 1)))
         suffixes = math.ceil(rounds * (self.x_min + self.x_max) / 2)
