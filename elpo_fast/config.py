@@ -284,6 +284,7 @@ class ClipConfig(Section):
     eps_low: Fraction = 0.2  # ratios are clipped below 1 - eps_low
     eps_high: NonNegativeFloat = 0.315  # and above 1 + eps_high
     eps_elc: Fraction = 0.115  # added to eps_low from the critical step on; 0 switches ELC off
+    dual: Annotated[float, Field(gt=1)] | None = None  # the ratio's bound where advantages are < 0
     # localized: the critical step and the rest of the searched trajectory; tree: all steps below
     # which nothing succeeded
     scope: Literal["localized", "tree"] = "localized"
@@ -321,9 +322,41 @@ class EntropyConfig(Section):
     alpha: float = 0.5
     beta: float = 0.2  # see alpha
     threshold: float = 0.5  # see alpha
+    penalty: NonNegativeFloat = 0.0  # AEPO: what each branched step right before takes off
+    # AEPO: how strongly the first trajectory decides, in the place of initial, how many full ones
+    # there are
+    monitor: NonNegativeFloat | None = None
 
 
-PLANNERS = ("bel", "bel_bayes", "star", "random", "entropy")
+class TopKConfig(Section):
+    """`algo.planner: entropy_topk`, AT²PO's branching."""
+
+    initial: Positive = 4  # full trajectories to begin with
+    expansions: Positive = 2  # places that are branched after in a round
+    penalty: NonNegativeFloat = 0.05  # nats for each continuation that a place has already
+
+
+class SegmentConfig(Section):
+    """`algo.planner: segment`, as in VinePPO and SPO."""
+
+    cuts: Positive = 3  # of each trajectory
+    continuations: Positive = 2  # from each cut
+
+
+class OverlongConfig(Section):
+    """Rewards of long trajectories fall, by 1 at most."""
+
+    limit: NonNegative = 0  # tokens that the policy writes; 0: off
+    buffer: Positive = 1024  # tokens before the limit, over which the reward falls
+
+    @model_validator(mode="after")
+    def _check(self) -> OverlongConfig:
+        if self.limit and self.buffer > self.limit:
+            raise ValueError(f"buffer={self.buffer} must not exceed limit={self.limit}")
+        return self
+
+
+PLANNERS = ("bel", "bel_bayes", "star", "random", "entropy", "entropy_topk", "segment")
 ADVANTAGES = (
     *("hierarchical", "group", "group_unnormalised", "leave_one_out"),
     *("batch", "tree_group", "child_value"),
@@ -338,6 +371,12 @@ class AlgoConfig(Section):
     bel: BelConfig = BelConfig()
     random: RandomConfig = RandomConfig()
     entropy: EntropyConfig = EntropyConfig()
+    entropy_topk: TopKConfig = TopKConfig()
+    segment: SegmentConfig = SegmentConfig()
+    # tasks whose trajectories are all worth the same are replaced by further ones, until a step has
+    # sampled this many times train.tasks_per_step; 1: they are not
+    dynamic_sampling: Positive = 1
+    overlong: OverlongConfig = OverlongConfig()
     # what a token is worth
     advantage: Annotated[str, _choice("advantages", *ADVANTAGES)] = "hierarchical"
     lambda_tree: Fraction = 0.5  # weight of the branch level, Eq. 10
@@ -346,8 +385,27 @@ class AlgoConfig(Section):
     weights: Annotated[str, _choice("weights", *WEIGHTS)] = "sequence_mean"
     token_sum_length: Positive = 1024  # the constant of `weights: token_sum`
     options: OwnOptions = OwnOptions()
+    # of what the importance ratio is taken; of turns and sequences the geometric mean over tokens
+    ratio: Literal["token", "turn", "sequence"] = "token"
+    entropy_coef: NonNegativeFloat = 0.0  # bonus for the entropy of the policy's tokens
+    kl_coef: NonNegativeFloat = 0.0  # penalty for leaving the policy before reinforcement learning
     merge_equal_steps: bool = False  # equal siblings are one node, whose value is pooled
     clip: ClipConfig = ClipConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> AlgoConfig:
+        if self.ratio == "sequence":
+            if self.advantage in ("hierarchical", "child_value"):
+                raise ValueError(
+                    f"ratio=sequence needs an advantage of whole trajectories, and "
+                    f"advantage={self.advantage} is one of steps; set advantage=group"
+                )
+            if self.clip.eps_elc:
+                raise ValueError(
+                    f"ratio=sequence has one bound for a trajectory; set clip.eps_elc=0, which is "
+                    f"{self.clip.eps_elc:g}"
+                )
+        return self
 
 
 class SftConfig(Section):
@@ -395,8 +453,9 @@ class TrainConfig(Section):
     tasks_per_step: Positive = 8  # trees collected in a step
     updates_per_step: Positive = 1  # mini-batches a step, ratios against the rollout's policy
     micro_batch_tokens: Positive = 8192  # unique tokens in one forward
-    lr: PositiveFloat = 1e-6  # constant after warmup
+    lr: PositiveFloat = 1e-6  # at its highest
     warmup: NonNegative = 0  # updates with a linearly rising learning rate
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after that; to 0 at the end
     # adamw8bit: moments in 8 bits, a quarter of adamw's, by torchao
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     weight_decay: NonNegativeFloat = 0.01  # not of biases and norms
@@ -478,6 +537,16 @@ class Config(Section):
             raise ValueError(
                 "top_p, top_k and min_p make rollout log-probs those of a cut distribution; "
                 "set train.old_logprob=recompute"
+            )
+        if self.algo.kl_coef and self.parallel.replicate * self.parallel.shard > 1:
+            raise ValueError(
+                f"algo.kl_coef={self.algo.kl_coef:g} keeps a second model in one process; set 0, "
+                "or parallel.replicate=1 and parallel.shard=1"
+            )
+        if self.algo.ratio != "token" and self.train.importance_sampling == "token":
+            raise ValueError(
+                f"importance_sampling=token weighs tokens, and algo.ratio={self.algo.ratio} has "
+                "none of its own; set importance_sampling=sequence"
             )
         return self
 

@@ -17,9 +17,12 @@ from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.bel_bayes import BayesPlanner
 from elpo_fast.algo.clipping import lower_bounds
 from elpo_fast.algo.entropy import EntropyPlanner
+from elpo_fast.algo.overlong import punished
 from elpo_fast.algo.planners import Planner
 from elpo_fast.algo.random import RandomPlanner
+from elpo_fast.algo.segment import SegmentPlanner
 from elpo_fast.algo.star import StarPlanner
+from elpo_fast.algo.topk import TopKPlanner
 from elpo_fast.algo.weights import sequence_mean, token_mean, token_sum
 from elpo_fast.config import ADVANTAGES, PLANNERS, WEIGHTS, AlgoConfig, ConfigError
 from elpo_fast.tree.pack import Scored
@@ -64,6 +67,10 @@ def make_planner(config: AlgoConfig) -> Planner:
             return RandomPlanner(config.n_total, config.random.trees, config.random.expansions)
         case "entropy":
             return EntropyPlanner(config.n_total, **config.entropy.model_dump())
+        case "entropy_topk":
+            return TopKPlanner(config.n_total, **config.entropy_topk.model_dump())
+        case "segment":
+            return SegmentPlanner(config.n_total, **config.segment.model_dump())
     planner = _own(config, "planner")(n_total=config.n_total)
     own.complete(planner, Planner, f"algo.planner: {config.planner}")
     return planner
@@ -77,6 +84,8 @@ def score(
     `importance [L]` multiplies the weight of each trajectory. Raises `RunError` for weights or
     advantages of one's own that are not one finite number for each of what is there.
     """
+    if config.overlong.limit:
+        forest = punished(forest, config.overlong.limit, config.overlong.buffer)
     match config.weights:
         case "sequence_mean":
             weight = sequence_mean(forest)
@@ -105,6 +114,7 @@ def score(
             values = chosen(forest, weight, found, eps=eps)
     return Scored(
         **vars(values),
+        weight=weight,
         eps_low=lower_bounds(forest, config.clip),
         eps_high=config.clip.eps_high,
     )

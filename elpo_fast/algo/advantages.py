@@ -33,6 +33,7 @@ class Advantages:
     advantage: Floats
     pos: Floats
     neg: Floats
+    of_leaf: Floats | None  # [L], where they belong to trajectories
 
 
 def hierarchical(forest: Forest, weight: Floats, *, lambda_tree: float, eps: float) -> Advantages:
@@ -60,10 +61,11 @@ def _weighted(forest: Forest, weight: Floats, values: Floats, parts: _Parts) -> 
     if len(values) == len(parent):
         mass = ops.leaf_sum(parent, leaf, weight)
         pos, neg = mass * np.maximum(values, 0.0), mass * np.minimum(values, 0.0)
-        return Advantages(node_reward, branch, trajectory, values, pos, neg)
+        return Advantages(node_reward, branch, trajectory, values, pos, neg, None)
     pos = ops.leaf_sum(parent, leaf, weight * np.maximum(values, 0.0))
     neg = ops.leaf_sum(parent, leaf, weight * np.minimum(values, 0.0))
-    return Advantages(node_reward, branch, trajectory, _mean(forest, values), pos, neg)
+    mean = _mean(forest, values)
+    return Advantages(node_reward, branch, trajectory, mean, pos, neg, values)
 
 
 def _mean(forest: Forest, of_leaf: Floats) -> Floats:
@@ -122,7 +124,7 @@ def tree_group(forest: Forest, *, eps: float) -> Floats:
 
 
 def child_value(forest: Forest) -> Floats:
-    """VinePO (arXiv 2410.01679) and SPO: a step's value minus that of the state before it,
+    """VinePPO (arXiv 2410.01679) and SPO: a step's value minus that of the state before it,
     both the mean reward of the trajectories from there, `[N]`; roots have 0."""
     parent, leaf = forest.parent, forest.leaf_node
     reward = forest.reward[leaf]

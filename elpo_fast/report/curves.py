@@ -77,7 +77,9 @@ def curve_of(run: Path, algorithm: str, seed: int, steps: int) -> Curve | None:
     for record in read_metrics(run):
         if record["phase"] == "rl":
             seconds = record["seconds_collect"] + record["seconds_train"]
-            spent += [record["trajectories"], record["generated_tokens"], seconds]
+            # Dynamic sampling samples more trajectories than a step trains on.
+            rollouts = record.get("rollouts", record["trajectories"])
+            spent += [rollouts, record["generated_tokens"], seconds]
         elif record["phase"] == "eval" and record["name"] != "before SFT":
             rollouts, tokens, seconds = spent.tolist()
             success = record["success"]

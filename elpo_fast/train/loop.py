@@ -32,6 +32,7 @@ from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
+from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import named_weights
 from elpo_fast.train.advice import advice
 from elpo_fast.train.checkpoint import (
@@ -54,6 +55,7 @@ from elpo_fast.train.metrics import (
     trajectory_tokens,
     tree_metrics,
 )
+from elpo_fast.train.objective import Found, linearised, with_entropy
 from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled, settled
@@ -69,13 +71,14 @@ from elpo_fast.train.sft import (
 )
 from elpo_fast.train.step import (
     NonFiniteError,
+    PolicyOptimizer,
     micro_batches,
-    warmup_constant,
+    schedule_of,
 )
 from elpo_fast.train.summary import DURING, print_summary, read_metrics
 from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
-from elpo_fast.tree.pack import active
+from elpo_fast.tree.pack import PackedBatch, Scored, active
 from elpo_fast.tree.store import Forest, Tree
 from elpo_fast.types import Message, RunError
 
@@ -183,6 +186,7 @@ class _Run:
     parts: Parts
     checkpoints: Checkpoints
     warned: Collection[str] = ()  # about the step before
+    reference: PolicyOptimizer | None = None  # that `algo.kl_coef` keeps the policy near to
 
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
@@ -192,8 +196,8 @@ class _Run:
             self.display.say(f"goes on from {found.name}")
         for note in chat.template.notes:
             self.display.say(f"chat template: {note}")
-        constant = warmup_constant(train.warmup)
-        policy.restart(lr=train.lr, schedule=constant)
+        schedule = schedule_of(train)
+        policy.restart(lr=train.lr, schedule=schedule)
         restored = load_checkpoint(found, policy, self.parts.ranks) if found else None
         if sft_only and restored and restored.phase == RL:
             raise ConfigError(
@@ -220,9 +224,11 @@ class _Run:
             await self.evaluate(
                 "after SFT" if self.config.sft.wanted else f"before {self.algorithm}", 0
             )
-            policy.restart(lr=train.lr, schedule=constant)
+            policy.restart(lr=train.lr, schedule=schedule)
             restored = None
         release_memory()
+        if self.config.algo.kl_coef:
+            self.reference = self.make_reference(begins=restored is None)
         start, ready = 0, None
         if restored is None:
             self.save(0)
@@ -348,24 +354,36 @@ class _Run:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
         config, began = self.config, time.perf_counter()
         counter = Counts(self.parts.engine, self.parts.collector)
-        first = self.first_task(step)
-        tasks = [self.parts.source.train(first + i) for i in range(config.train.tasks_per_step)]
-        grown = 0
+        first, wanted = self.first_task(step), config.train.tasks_per_step
+        grown = asked = 0
 
         def on_tree(tree: Tree) -> None:
             nonlocal grown
             grown += 1
-            phase.detail(f"collecting {grown}/{len(tasks)} trees")
+            phase.detail(f"collecting {grown}/{asked} trees")
 
-        trees = await self.parts.collector.collect(
-            tasks,
-            lambda: make_planner(config.algo),
-            seed=self.stream(_COLLECT, step),
-            on_tree=on_tree,
-        )
-        if config.algo.merge_equal_steps:
-            trees = [merge_equal_steps(tree) for tree in trees]
-        forest = Forest.from_trees(trees)
+        told: list[Tree] = []  # with signal
+        silent: list[Tree] = []
+        while len(told) < wanted and asked < wanted * config.algo.dynamic_sampling:
+            missing = min(wanted - len(told), wanted * config.algo.dynamic_sampling - asked)
+            tasks = [self.parts.source.train(first + asked + i) for i in range(missing)]
+            asked += missing
+            trees = await self.parts.collector.collect(
+                tasks,
+                lambda: make_planner(config.algo),
+                seed=self.stream(_COLLECT, step),
+                on_tree=on_tree,
+            )
+            if config.algo.merge_equal_steps:
+                trees = [merge_equal_steps(tree) for tree in trees]
+            if config.algo.dynamic_sampling == 1:
+                told = trees
+            else:
+                forest = Forest.from_trees(trees)
+                useful = active(forest, score(forest, config.algo))
+                told += [tree for tree, use in zip(trees, useful, strict=True) if use]
+                silent += [tree for tree, use in zip(trees, useful, strict=True) if not use]
+        forest = Forest.from_trees([*told, *silent][:wanted])
         ranks = self.parts.ranks
         if config.train.save_trees and ranks.leads:
             file = self.folder.tree_file(step + 1)
@@ -395,23 +413,63 @@ class _Run:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
 
+    def make_reference(self, *, begins: bool) -> PolicyOptimizer:
+        """The policy as it was when reinforcement learning began, in the run folder `reference`:
+        now, or in the run that is resumed."""
+        config, loaded, ranks = self.config, self.parts.loaded, self.parts.ranks
+        path = self.folder.path / "reference"
+        if begins:
+            export_model(path, loaded.model, loaded.tokenizer, ranks)
+        elif not path.is_dir():
+            raise ConfigError(
+                f"algo.kl_coef={config.algo.kl_coef:g}: {path} is not there, because the run began "
+                "without it; set 0, or start a new run"
+            )
+        plain = {"name": str(path), "revision": None, "lora": None}
+        with enough_memory("loading the reference policy", "take a smaller model"):
+            model = load_model(config.model.model_copy(update=plain), seed=config.run.seed).model
+        policy = self.parts.policy
+        return PolicyOptimizer(model, lr=0.0, temperature=policy.temperature, dtype=policy.dtype)
+
+    def objective(
+        self, forest: Forest, scored: Scored, batches: list[PackedBatch], scale: float
+    ) -> tuple[list[PackedBatch], Found | None]:
+        """Batches of the configured objective, and its figures where they are not the update's."""
+        algo = self.config.algo
+        if algo.entropy_coef:
+            batches = with_entropy(forest, scored, batches, algo.entropy_coef * scale)
+        if algo.ratio == "token" and self.reference is None:
+            return batches, None
+        return linearised(
+            self.parts.policy,
+            forest,
+            scored,
+            batches,
+            ratio=algo.ratio,
+            scale=scale,
+            kl_coef=algo.kl_coef,
+            reference=self.reference.logprobs(batches) if self.reference else (),
+        )
+
     def update(self, step: int, collected: _Collected, phase: Phase) -> dict[str, Any]:
         """`updates_per_step` updates of the policy on one step's trees; the step's metrics."""
         train, forest, began = self.config.train, collected.forest, time.perf_counter()
-        scored = score(forest, self.config.algo)
+        algo = self.config.algo
+        scored = score(forest, algo)
         trees = len(forest)
-        useful = active(forest, scored) if train.skip_uniform else np.ones(trees, bool)
+        skips = train.skip_uniform and not (algo.kl_coef or algo.entropy_coef)
+        useful = active(forest, scored) if skips else np.ones(trees, bool)
         order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(trees)
         shares = np.array_split(order, train.updates_per_step)
 
         def groups_of(importance: NDArray[np.float64] | None) -> Groups:
-            weighted = scored
+            nonlocal scored
             if importance is not None:
-                weighted = score(forest, self.config.algo, importance)
+                scored = score(forest, algo, importance)
             return [
                 micro_batches(
                     forest,
-                    weighted,
+                    scored,
                     share[useful[share]],
                     budget_tokens=train.micro_batch_tokens,
                     scale=1 / len(share),
@@ -425,15 +483,20 @@ class _Run:
                 groups = groups_of(None)
             else:
                 groups, apart = recompute(self.parts.policy, forest, groups_of, train)
-            updates = []
-            for number, batches in enumerate(groups):
+            updates, divergence = [], []
+            for number, (share, batches) in enumerate(zip(shares, groups, strict=True)):
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
-                    updates.append(self.parts.policy.update(batches))
+                    batches, found = self.objective(forest, scored, batches, 1 / len(share))
+                    made = self.parts.policy.update(batches)
+                    updates.append(found.of(made) if found else made)
+                    divergence += [found.reference_kl] if found and algo.kl_coef else []
                     release_memory()
         if train.old_logprob == "rollout" and updates:
             apart = mismatch(updates[0].gap)
         seconds = time.perf_counter() - began
+        if divergence:
+            apart["reference_kl"] = float(np.mean(divergence))
         computed = sum(update.tokens for update in updates)
         lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
         return {
@@ -551,7 +614,9 @@ class _Run:
 
     def first_task(self, step: int) -> int:
         """Index of a step's first training task: the cold start's come before all of them."""
-        return self.config.sft.demonstrations + step * self.config.train.tasks_per_step
+        config = self.config
+        tasks = config.train.tasks_per_step * config.algo.dynamic_sampling
+        return config.sft.demonstrations + step * tasks
 
     def stream(self, kind: int, step: int) -> int:
         """Seed of an independent random stream for this purpose and step."""

@@ -166,7 +166,7 @@ def failures_localized(forest: Forest) -> float:
 
 class Counts:
     """What engine and tools did since creation: prompt tokens asked for, taken from the cache and
-    computed, tool and template tokens, calls, faults and seconds."""
+    computed, tool and template tokens, calls, trajectories, faults and seconds."""
 
     def __init__(self, engine: Engine, collector: Collector) -> None:
         self._engine, self._collector = engine, collector
@@ -185,6 +185,7 @@ class Counts:
             "generated_tokens": engine.generated_tokens,
             "tool_tokens": tools.tool_tokens,
             "tool_runs": tools.tool_calls,
+            "rollouts": tools.trajectories,
             "tool_errors": tools.tool_errors,
             "malformed_calls": tools.malformed_calls,
             "faults": tools.faults,

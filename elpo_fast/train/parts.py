@@ -5,6 +5,7 @@ The loop trains with them; benchmarks and people who write a loop of their own d
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ async def assembled(
                     weight_decay=config.train.weight_decay,
                     grad_clip=config.train.grad_clip,
                     temperature=config.rollout.temperature,
+                    ratio_cap=config.algo.clip.dual or math.inf,
                     dtype=getattr(torch, config.model.dtype),
                     gradient_checkpointing=config.model.gradient_checkpointing,
                     compiled=config.model.compile is True,

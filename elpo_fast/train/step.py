@@ -33,6 +33,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from elpo_fast.config import TrainConfig
 from elpo_fast.model.compiled import compile_blocks
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import lora_of
@@ -40,7 +41,7 @@ from elpo_fast.train import adamw
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.train.staging import Staged, stage, to_device, to_host
-from elpo_fast.tree.pack import PackedBatch, Scored, concatenate, cut, pack, section
+from elpo_fast.tree.pack import LossRows, PackedBatch, Scored, concatenate, cut, pack, section
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import RunError
 
@@ -69,6 +70,13 @@ def warmup_constant(warmup: int) -> Schedule:
     return lambda update: min(1.0, (update + 1) / (warmup + 1))
 
 
+def warmup_linear(warmup: int, total: int) -> Schedule:
+    """Rise linearly over `warmup` updates, then fall to 0 at update `total` along a line."""
+    rise = warmup_constant(warmup)
+    left = max(1, total - warmup)
+    return lambda update: min(rise(update), max(0.0, (total - update) / left))
+
+
 def warmup_cosine(warmup: int, total: int) -> Schedule:
     """Rise linearly over `warmup` updates, then fall to 0 at update `total` along a cosine."""
 
@@ -79,6 +87,17 @@ def warmup_cosine(warmup: int, total: int) -> Schedule:
         return 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
+
+
+def schedule_of(train: TrainConfig) -> Schedule:
+    """The configured one, over all updates of reinforcement learning."""
+    total = train.steps * train.updates_per_step
+    match train.schedule:
+        case "linear":
+            return warmup_linear(train.warmup, total)
+        case "cosine":
+            return warmup_cosine(train.warmup, total)
+    return warmup_constant(train.warmup)
 
 
 class _Head(NamedTuple):
@@ -117,6 +136,7 @@ class PolicyOptimizer:
         weight_decay: float = 0.01,
         grad_clip: float = 1.0,
         temperature: float = 1.0,
+        ratio_cap: float = math.inf,
         dtype: torch.dtype = torch.float32,
         optimizer: adamw.Kind = "adamw",
         schedule: Schedule | None = None,
@@ -125,12 +145,14 @@ class PolicyOptimizer:
         ranks: Ranks = ALONE,
         root: nn.Module | None = None,
     ) -> None:
-        """`root`: the `Sharded` of a model that is spread over `ranks` already."""
+        """`root`: the `Sharded` of a model that is spread over `ranks` already; `ratio_cap` bounds
+        the ratio where the coefficient is negative (dual clip)."""
         self.model = model
         self.ranks = ranks
         self.lr = lr
         self.grad_clip = grad_clip
         self.temperature = temperature
+        self.ratio_cap = ratio_cap
         self.dtype = dtype
         self.schedule = schedule or warmup_constant(0)
         self.updates = 0
@@ -177,12 +199,17 @@ class PolicyOptimizer:
         """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient.
         Nothing here waits for the device."""
         rows = batch.loss_rows
+        entropy_coef: list[NDArray[Any]] = []
+        if batch.entropy_coef is not None:  # of all that the agent wrote, each token by itself
+            spoken = np.flatnonzero(batch.agent)
+            rows = LossRows(spoken, batch.pos_coef[spoken], batch.neg_coef[spoken])
+            entropy_coef = [batch.entropy_coef[spoken]]
         if not len(rows):
             return None
         old, low, high = (
             column[rows.index] for column in (batch.old_logprob, batch.eps_low, batch.eps_high)
         )
-        staged = self._stage(batch, rows.index, old, rows.pos, rows.neg, low, high)
+        staged = self._stage(batch, rows.index, old, rows.pos, rows.neg, low, high, *entropy_coef)
 
         def compute() -> PolicyLossOutput:
             hidden, head = self._predictors(staged)
@@ -190,10 +217,12 @@ class PolicyOptimizer:
                 hidden,
                 head.weight,
                 staged.targets,
-                *staged.columns,
+                *staged.columns[:5],
+                entropy_coef=staged.columns[5] if entropy_coef else 0.0,
                 bias=head.bias,
                 lora=head.lora,
                 temperature=self.temperature,
+                ratio_cap=self.ratio_cap,
             )
 
         out = self._inside(compute)
@@ -216,9 +245,9 @@ class PolicyOptimizer:
     @torch.no_grad()
     def logprobs(
         self, batches: Sequence[PackedBatch], temperature: float | None = None
-    ) -> list[NDArray[np.float32]]:
+    ) -> list[NDArray[np.floating]]:
         """Log-probs `[P]` of each batch, by default under the sampling temperature; 0 on tokens
-        that are not the agent's.
+        that are not the agent's. In float32, or in float64 for a model in that.
 
         With `batch.old_logprob` replaced by these, the first update's ratios are 1.
         """
@@ -228,14 +257,15 @@ class PolicyOptimizer:
         def of(batch: PackedBatch) -> torch.Tensor:
             _, first, _ = batch.spoken
             staged = self._stage(batch, first)
-            return self._inside(lambda: self._logprob(staged, at)).float()
+            return self._inside(lambda: self._logprob(staged, at))
 
         done = self._mine(batches, of)
         found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))
-        results = [np.zeros(len(batch), np.float32) for batch in batches]
-        for batch, result, logprob in zip(batches, results, found, strict=True):
+        results = []
+        for batch, logprob in zip(batches, found, strict=True):
             tokens, _, place = batch.spoken
-            result[tokens] = logprob[place]
+            results.append(np.zeros(len(batch), logprob.dtype))
+            results[-1][tokens] = logprob[place]
         return results
 
     @torch.no_grad()
@@ -320,7 +350,11 @@ class PolicyOptimizer:
     ) -> tuple[list[Part], torch.Tensor, float]:
         """Forward and backward of the batches that have a coefficient, on whichever rank: what
         they contributed, and the gradient's norm, on the device and read from it."""
-        trained = [batch for batch in batches if batch.pos_coef.any() or batch.neg_coef.any()]
+        trained = [
+            batch
+            for batch in batches
+            if batch.pos_coef.any() or batch.neg_coef.any() or batch.entropy_coef is not None
+        ]
         done = self._mine(trained, loss_of)
         mine = {index: part for index, part in done.items() if part is not None}
         norm = self._norm()

@@ -50,6 +50,8 @@ class Scored:
     neg: NDArray[np.float64]
     eps_low: NDArray[np.float64]
     eps_high: float
+    of_leaf: NDArray[np.float64] | None = None  # [L], advantages that belong to trajectories
+    weight: NDArray[np.float64] | None = None  # [L], of one token of each trajectory
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,7 @@ class PackedBatch:
     node: NDArray[np.int32]  # node of the forest
     trees: NDArray[np.int64]  # [B], tree of the forest
     tree_start: NDArray[np.int64]  # [B + 1]
+    entropy_coef: NDArray[np.float32] | None = None  # >= 0, 0 where not the agent's; None: 0
 
     def __len__(self) -> int:
         """Number of the nodes' tokens."""
@@ -117,8 +120,8 @@ class LossRows:
     bounds: the loss is positively homogeneous in its coefficients, which are added."""
 
     index: NDArray[np.int64]  # [R], the first token of each row
-    pos: NDArray[np.float64]  # [R]
-    neg: NDArray[np.float64]  # [R]
+    pos: NDArray[np.floating]  # [R]
+    neg: NDArray[np.floating]  # [R]
 
     def __len__(self) -> int:
         return len(self.index)

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from elpo_fast.algo import make_planner, score
 from elpo_fast.algo.entropy import EntropyPlanner
+from elpo_fast.algo.overlong import punished
 from elpo_fast.algo.planners import Trajectory
 from elpo_fast.algo.random import RandomPlanner
+from elpo_fast.algo.segment import SegmentPlanner
+from elpo_fast.algo.topk import TopKPlanner
 from elpo_fast.config import AlgoConfig
 from elpo_fast.tree.store import Forest
 
@@ -119,6 +122,28 @@ def test_the_value_of_a_step_is_what_it_adds(seed):
         assert found.neg[node] == pytest.approx(mass * min(added, 0.0), abs=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 30), st.integers(0, 20))
+def test_rewards_of_long_trajectories_fall(seed, buffer, more):
+    """DAPO, Eq. 13, and nothing else changes."""
+    forest, limit = twin.random_forest(seed, leaves=7), buffer + more
+    s = Sampled(forest)
+    found = punished(forest, limit, buffer)
+    for i, path in enumerate(s.paths):
+        length = s.length[i]
+        if length <= limit - buffer:
+            expected = 0.0
+        elif length <= limit:
+            expected = ((limit - buffer) - length) / buffer
+        else:
+            expected = -1.0
+        assert found.reward[path[-1]] == pytest.approx(s.reward[i] + expected)
+    assert np.array_equal(found.correct, forest.correct)
+    config = {"advantage": "group", "overlong": {"limit": limit, "buffer": buffer}}
+    shaped = score(forest, AlgoConfig.model_validate(config))
+    np.testing.assert_array_equal(shaped.pos, score(found, AlgoConfig(advantage="group")).pos)
+
+
 def test_equal_rewards_have_no_advantage_at_all():
     """Not even what rounding leaves: it would cost a whole tree."""
     rng = np.random.default_rng(0)
@@ -183,9 +208,85 @@ def test_the_most_uncertain_place_comes_first():
     assert [(r.node, r.count) for r in planner.requests()] == [(0, 2)], "nothing else is new"
 
 
+def test_branching_after_branches_is_penalised():
+    """AEPO (Eq. 6): (alpha + gamma dH) (1 - l P), l branched calls right before."""
+    planner = EntropyPlanner(9, 1, alpha=0.5, beta=0.2, threshold=0.5, penalty=0.25)
+    planner.requests()
+    planner.observe(trajectory(0, (1, 2, 3, 4, 5, 6), 2.0, 2.0, 5.0, 0.5, 2.0))
+    # 0.7, 0.7 * 0.75, 1.3 * 0.5, 0.4 * 0.25 (not branched), and 0.7 again
+    assert [(r.node, r.count) for r in planner.requests()] == [(1, 1), (5, 1), (3, 1), (2, 1)]
+    for leaf in range(1, 5):
+        planner.observe(trajectory(leaf, (1, 2, 3, 4, 5, 6 + leaf), 2.0, 2.0, 5.0, 0.5, 2.0))
+    assert [(r.node, r.count) for r in planner.requests()] == [(0, 4)]
+
+
+@pytest.mark.parametrize(("entropy", "full"), [(1.0, 8), (3.0, 2), (-1.0, 14), (-40.0, 16)])
+def test_the_first_trajectory_says_how_many_are_full(entropy, full):
+    """AEPO (Eq. 4): k sigmoid(beta (H_root - H_tool)), H_root being 1 here."""
+    planner = EntropyPlanner(16, 4, alpha=-9.0, beta=0.0, threshold=0.5, monitor=1.0)
+    assert [(r.node, r.count) for r in planner.requests()] == [(0, 1)]
+    planner.observe(trajectory(0, (1, 2), entropy))
+    assert [(r.node, r.count) for r in planner.requests()] == [(0, full - 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, worlds, st.integers(1, 6), st.integers(1, 3), st.integers(6, 20))
+def test_the_most_uncertain_places_are_expanded(seed, shape, initial, expansions, n_total):
+    """AT2PO: top K by entropy, less a penalty for each branch that is there."""
+    planner, world = TopKPlanner(n_total, initial, expansions, 0.1), World(seed, **shape)
+    rounds = []
+    while not planner.done:
+        requests = planner.requests()
+        rounds.append([r.node for r in requests])
+        tree, best = world.tree, {}
+        for node in range(1, len(tree)):
+            below = [c for c in range(1, len(tree)) if tree.parent[c] == node]
+            found = [tree.entropy[c][tree.agent[c] != 0] for c in below]
+            means = [float(e.mean()) for e in found if len(e)]
+            if tree.tool_call[node] and means:
+                best[node] = fmean(means) - 0.1 * (len(means) - 1)
+        if len(rounds) > 1 and best:
+            ranked = sorted(best, key=lambda node: (-round(best[node], 6), node))
+            chosen = {round(best[node], 6) for node in ranked[: len(requests)]}
+            assert {round(best[r.node], 6) for r in requests} == chosen
+            assert len(requests) == min(expansions, len(best), n_total - len(world.asked))
+        for request in requests:
+            for _ in range(request.count):
+                planner.observe(world.sample(request.node))
+    assert planner.spent == len(world.asked) == n_total
+    assert world.asked[:initial] == [0] * initial
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, worlds, st.integers(1, 4), st.integers(1, 3), st.integers(1, 20))
+def test_cut_points_are_even_and_each_is_continued(seed, shape, cuts, continuations, n_total):
+    planner, world = SegmentPlanner(n_total, cuts, continuations), World(seed, **shape)
+    play(planner, world, np.random.default_rng(seed))
+    assert planner.spent == len(world.asked) == n_total
+    asked = list(world.asked)
+    leaf = 0
+    while asked:
+        assert asked.pop(0) == 0, "a full one first"
+        path = world.tree.path(world.tree.leaves[leaf])[1:]
+        able = [node for node in path[:-1] if world.tree.tool_call[node]]
+        number = min(cuts, len(able))
+        expected = []
+        for cut in range(1, number + 1):
+            place = able[int(cut * (len(able) + 1) / (number + 1)) - 1]
+            expected += [place] * continuations
+        assert len(set(expected)) == number
+        assert asked[: len(expected)] == expected[: len(asked)]
+        leaf += 1 + len(asked[: len(expected)])
+        asked = asked[len(expected) :]
+
+
 @pytest.mark.parametrize(
     "settings_",
-    [{"planner": "random", "random": {"trees": 9}}, {"planner": "entropy", "n_total": 7}],
+    [
+        {"planner": "random", "random": {"trees": 9}},
+        {"planner": "entropy", "n_total": 7},
+        {"planner": "entropy_topk", "n_total": 3},
+    ],
 )
 def test_a_budget_that_is_too_small_is_refused(settings_):
     with pytest.raises(ValueError, match="must be between 1 and n_total"):
