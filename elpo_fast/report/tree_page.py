@@ -6,6 +6,8 @@ tokens, are compressed and read when they are looked at, so that thousands open 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -195,7 +197,7 @@ class _Drawn:
         return {
             "prompt": read_prompt(self._text(self.nodes.start, agent=False)),
             "names": forest.infos[self.tree].get("node_names"),
-            "info": str(page.as_json(info)) if info else "",
+            "info": json.dumps(info, ensure_ascii=False) if info else "",
             "words": [said.words.strip() for said in self.said],
             "call": [None if said.call is None else str(said.call) for said in self.said],
             "tool": [said.call.name if said.call else "" for said in self.said],
@@ -223,7 +225,7 @@ class _Drawn:
                 continue
             said = self.pieces(self.forest.token_ids[span][agent])
             figures = (
-                None if values is None else np.round(values[span][agent].astype(float), 3).tolist()
+                None if values is None else [_short(value) for value in values[span][agent]]
                 for values in columns
             )
             rows.append([said, *figures])
@@ -267,6 +269,6 @@ class Pieces:
         return found
 
 
-def _short(value: Any) -> float:
-    """Four digits of it, which is what a page shows."""
-    return float(f"{value:.4g}") + 0.0
+def _short(value: Any) -> float | None:
+    """Four digits of it, which is what a page shows; `None` for what is not finite."""
+    return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -189,6 +190,21 @@ def test_a_file_outside_a_run_is_read_by_a_tokenizer(grow, characters, tmp_path,
     assert unpacked(element(text, "details"))[1]["prompt"][0]["content"].startswith("Add 7")
     assert cli.main(arguments) == 0
     assert unpacked(element((tmp_path / "some.html").read_text(), "details"))[1]["prompt"] == []
+
+
+def test_what_is_not_finite_has_a_place(characters, tmp_path, monkeypatch):
+    tree = Tree([1], info={"share": math.nan})
+    node = tree.add_step(0, [65, 66], [1, 1], [math.nan, -0.5], [0, math.inf], tool_call=False)
+    tree.finish(node, reward=0, correct=False, end="answer")
+    run = tmp_path / "run"
+    (run / "trees").mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    io.save(Forest.from_trees([tree]), run / "trees" / "step_000001.npz")
+    monkeypatch.setattr("elpo_fast.report.tree_page.decoder", lambda _: characters)
+    text = write_tree_page(run)[0].read_text()
+    (rows,) = unpacked(element(text, "tokens"))
+    assert rows[1] == [["A", "B"], [None, -0.5], [0.0, None]]
+    assert unpacked(element(text, "details"))[1]["info"] == '{"share": NaN}'
 
 
 def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path, grow, capsys):

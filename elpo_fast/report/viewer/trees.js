@@ -25,8 +25,9 @@ function el(tag, attributes, ...children) {
   return made;
 }
 
-const number = (value, digits = 2) => (Math.abs(value) < 0.5 / 10 ** digits ? 0 : value)
-  .toFixed(digits).replace("-", "−");
+// Of what is not finite, JSON has nothing.
+const number = (value, digits = 2) => value === null ? "not finite"
+  : (Math.abs(value) < 0.5 / 10 ** digits ? 0 : value).toFixed(digits).replace("-", "−");
 const signed = (value, digits = 2) => {
   const text = number(value, digits);
   return value > 0 && Number(text) !== 0 ? "+" + text : text;
@@ -643,10 +644,12 @@ function coloured(node, [texts, logprobs, entropies]) {
   const c = coefficient(node);
   const spans = texts.map((text, at) => {
     let colour = "transparent";
-    if (values) colour = shade("230,120,20", Math.min(1, Math.abs(values[at]) / (state.heat === "logprob" ? 4 : 2)));
+    if (values && values[at] === null) colour = shade("150,50,220", 1);
+    else if (values) colour = shade("230,120,20", Math.min(1, Math.abs(values[at]) / (state.heat === "logprob" ? 4 : 2)));
     else if (state.heat === "coefficient") colour = shade(c > 0 ? "20,160,100" : "220,60,40", Math.abs(c) / largest);
     const says = [`token ${at + 1} of ${texts.length}`];
-    if (logprobs) says.push(`log-prob ${number(logprobs[at], 3)} (probability ${number(Math.exp(logprobs[at]), 3)})`);
+    if (logprobs) says.push(`log-prob ${number(logprobs[at], 3)}`);
+    if (logprobs && logprobs[at] !== null) says.push(`probability ${number(Math.exp(logprobs[at]), 3)}`);
     if (entropies) says.push(`entropy ${number(entropies[at], 3)} nats`);
     says.push(`loss coefficient ${small(c)}`);
     return el("span", { style: `background:${colour}`, title: says.join("\n") }, text);
