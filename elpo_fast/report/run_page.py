@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from elpo_fast import __version__
 from elpo_fast.config import Config, load_config, parse_config
 from elpo_fast.report import page
+from elpo_fast.report.plots import new_figure
 from elpo_fast.report.show import is_run, saved_steps
 from elpo_fast.train.advice import advice
 from elpo_fast.train.summary import read_metrics
@@ -335,7 +336,7 @@ def _legend_above(axes: Axes) -> None:
 
 
 def _figure(plot: _Plot) -> Figure:
-    figure = Figure(figsize=(5.6, 3.1), layout="constrained")
+    figure = new_figure(5.6, 3.1)
     axes = figure.subplots()
     plot.draw(axes)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", integer=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 from elpo_fast.algo.bel_bayes import posterior
 from elpo_fast.report.analyse import Analysis
 from elpo_fast.report.plots import new_figure
+from elpo_fast.report.show import saved_steps
 from elpo_fast.tree import io, ops
 from elpo_fast.tree.store import Forest
 
@@ -24,11 +24,7 @@ def forests_of(path: Path) -> dict[int, Forest]:
     there are none."""
     if path.is_file():
         return {0: io.read(path)}
-    found = {
-        int(name[1]): io.load(file)
-        for file in sorted((path / "trees").glob("*.npz"))
-        if (name := re.fullmatch(r"step_(\d+)", file.stem))
-    }
+    found = {step: io.load(file) for step, file in sorted(saved_steps(path).items())}
     if not found:
         raise LookupError(f"{path} has no saved trees; train with train.save_trees=true")
     return found

@@ -1,9 +1,9 @@
 """In which order a tree was sampled, and what a search for its critical step learnt on the way.
 
 Trees keep their leaves in sampling order and where each search ended, not its probes. A probe is
-where consecutive trajectories leave what was there before. Which of them belong to a search is what
-bisection (Algorithm 1) would have asked for next. Where equal steps were merged, a trajectory
-leaves the tree later than it was asked for; such a one is no search's.
+where consecutive trajectories leave what was there before, if that is a tool call of a search's
+reference; between two searches planners ask for full trajectories. Where equal steps were merged, a
+trajectory leaves the tree later than it was asked for, and may be no search's.
 """
 
 from __future__ import annotations
@@ -22,30 +22,37 @@ class Round:
     count: int
     correct: int
     search: int | None  # whose probe it is, from 0, in the tree's order
-    suspects: tuple[int, ...]  # the search's tool calls that may still be the critical one
+    suspects: tuple[int, ...]  # the search's tool calls that may be the critical one, by its probes
 
 
 def rounds(forest: Forest, tree: int) -> list[Round]:
     """What was sampled in tree `tree`, in order."""
     found: list[Round] = []
-    searches = _searches(forest, tree)
-    search = 0
-    low = 0
-    high = len(searches[0][1]) - 1 if searches else -1
+    searches, root = _searches(forest, tree), forest.nodes(tree).start
+    search: int | None = None  # the one that is going on
+    begun = low = high = 0
     for node, first, leaves in _groups(forest, tree):
         correct = int((forest.correct[leaves] == 1).sum())
-        while search < len(searches) and low >= high:  # decided, or without a call to decide about
-            search, low = search + 1, 0
-            high = len(searches[search][1]) - 1 if search < len(searches) else -1
+        if node == root:
+            search = None
+        elif search is None:
+            for number in range(begun, len(searches)):
+                reference, calls = searches[number]
+                if reference < first and node in calls:
+                    search, begun = number, number + 1
+                    low, high = 0, len(calls) - 1
+                    break
         whose: int | None = None
         suspects: tuple[int, ...] = ()
-        if search < len(searches):
-            reference, calls = searches[search]
-            # The same middle as in `algo.bel`, whose calls are counted from 1.
-            middle = (low + high + 2) // 2 - 1
-            if reference < first and node == calls[middle]:
-                low, high = (middle + 1, high) if correct else (low, middle)
-                whose, suspects = search, tuple(calls[low : high + 1])
+        if search is not None and node in searches[search][1]:
+            calls = searches[search][1]
+            at = calls.index(node)
+            if correct:  # proves that the error comes later, whatever failed there
+                low = max(low, at + 1)
+                high = high if high >= low else len(calls) - 1
+            elif at >= low:
+                high = min(high, at)
+            whose, suspects = search, tuple(calls[low : high + 1])
         found.append(Round(node, first, len(leaves), correct, whose, suspects))
     return found
 

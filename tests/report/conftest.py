@@ -27,15 +27,15 @@ PROMPT = "<|im_start|>user\nAdd 7, then double it. <img src=x onerror=hacked=1><
 
 
 class Growth:
-    """A tree that `BelPlanner` searched, and what it asked for. Some steps are mistakes, which no
-    continuation recovers from."""
+    """A tree that a planner searched, by default bisection, and what it asked for. Some steps are
+    mistakes, which no continuation recovers from."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, planner: BelPlanner | None = None) -> None:
         self.random = random.Random(seed)
         self.tree = Tree(_codes(PROMPT), task_id=f"task-{seed}", info={"level": seed})
         self.depth, self.lost = {0: 0}, {0: False}
         self.requests: list[Request] = []
-        self.planner = BelPlanner(TRAJECTORIES, b_max=3, x_min=1, x_max=3, beta=5.0)
+        self.planner = planner or BelPlanner(TRAJECTORIES, b_max=3, x_min=1, x_max=3, beta=5.0)
         while not self.planner.done:
             for request in self.planner.requests():
                 self.requests.append(request)

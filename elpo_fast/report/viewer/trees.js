@@ -462,8 +462,9 @@ function roundText(round) {
   let says = "";
   if (round.search !== null) {
     const found = tree.critical[round.search];
-    const over = round.suspects.length === 1;
-    says = round.correct ? "error is later" : "error is here or earlier";
+    const over = found.known === round.first + round.count;
+    // Only bisection takes a prefix whose few continuations fail for lost.
+    says = round.correct ? "error is later" : `error is ${INDEX.planner === "bel" ? "" : "rather "}here or earlier`;
     if (over && found.localized) says += `: ${stepName(found.node)}`;
   }
   return { where, outcomes, says };
