@@ -298,6 +298,8 @@ class Server:
                     self._finish(run, "done", payload)
         except ValueError:
             self._finish(run, "flood")
+        if run.id in self._runs and run.pid and run.pidfd < 0:  # it had ended before it was known
+            self._on_end(run)
         return True
 
     def _identify(self, run: Run, pid: int) -> None:
@@ -305,11 +307,24 @@ class Server:
         run.pid = pid
         with contextlib.suppress(ProcessLookupError):  # gone already
             run.pidfd = os.pidfd_open(pid)
+            # Its end closes its channel for us only if nobody else holds that, and what it was
+            # forked from may be stopped before it has let go.
+            self._watch(run.pidfd, lambda: self._on_end(run))
         origin = self._snapshots[run.origin]  # type: ignore[index]
         if origin.single or origin.id in self._doomed:
             self._drop(origin.id)
         elif origin.pidfd >= 0 and not self._awaited(origin.id):
             self._stop(origin.pidfd)
+
+    def _on_end(self, run: Run) -> None:
+        """The process of a step, or of the snapshot that it became, has ended."""
+        self._unwatch(run.pidfd)
+        while run.id in self._runs and self._on_channel(run):
+            pass  # its last words
+        if run.id in self._runs:
+            self._finish(run, "died")
+        else:
+            self._drop(run.target)
 
     def _awaited(self, number: int) -> bool:
         """Whether a fork of this snapshot has still to report."""
@@ -473,6 +488,7 @@ class Server:
         return self._last_id
 
     def _end(self, pidfd: int) -> None:
+        self._unwatch(pidfd)
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         os.close(pidfd)

@@ -18,6 +18,8 @@ import pytest
 from elpo_fast.tasks.gym_verifier import make_dataset, pack_entry
 from elpo_fast.tools.sandbox import _LIGHT
 
+from .conftest import wait
+
 
 def plain(code: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-c", textwrap.dedent(code)]
@@ -32,6 +34,30 @@ def test_endless_loop_would_never_end(safe_box) -> None:
         subprocess.run([sys.executable, "-c", "while True: pass"], timeout=1)
     execution = safe_box.run("while True: pass", timeout_s=0.3)
     assert execution.error == "line 1: while True: pass\ntimed out after 0.3 s"
+
+
+def test_the_end_of_a_step_is_told_though_its_origin_holds_its_channel(any_box) -> None:
+    """A snapshot that has forked is stopped, perhaps before it has closed what it passed on."""
+    slow = (
+        "import os, time\nclose = os.close\nos.close = lambda fd: (time.sleep(0.3), close(fd))[1]"
+    )
+
+    async def main() -> list[tuple[str | None, float]]:
+        root = await any_box.sandbox.open_session()
+        _, origin = await any_box.sandbox.step(root, slow, 1, timeout_s=50.0)
+        assert origin is not None
+        ends = []
+        for code in ("import os\nos._exit(0)", "1 + 1", "import os\nos._exit(0)"):
+            execution, after = await any_box.sandbox.step(origin, code, 2, timeout_s=50.0)
+            ends.append((execution.error, execution.seconds))
+            any_box.sandbox.drop([after] if after else [])
+        any_box.sandbox.drop([root, origin])
+        return ends
+
+    ends = wait(main())
+    ended = "the process ended before the code was finished"
+    assert [error for error, _ in ends] == [ended, None, ended]
+    assert max(seconds for _, seconds in ends) < 40
 
 
 def test_100_mb_of_output_would_arrive(safe_box) -> None:
