@@ -58,23 +58,34 @@ def test_equals_the_twin(seed, advantage, scope, require_localized, lambda_tree,
         np.testing.assert_allclose(
             getattr(fast, name), expected, rtol=1e-9, atol=1e-12, err_msg=name
         )
-    assert {*slow, "eps_high"} == {field.name for field in dataclasses.fields(Scored)}
+    np.testing.assert_array_equal(fast.weight, sequence_mean(forest))
+    assert (fast.of_leaf is None) == (advantage == "hierarchical")
+    if fast.of_leaf is not None:  # on a node that only one trajectory passes it is the node's
+        np.testing.assert_allclose(fast.of_leaf, fast.advantage[forest.leaf_node], atol=1e-12)
+    beside = {"eps_high", "weight", "of_leaf"}
+    assert {*slow} == {field.name for field in dataclasses.fields(Scored)} - beside
 
 
 @settings(max_examples=30, deadline=None)
-@given(seeds)
-def test_trees_do_not_influence_each_other(seed):
+@given(seeds, st.sampled_from(["hierarchical", "group"]))
+def test_trees_do_not_influence_each_other(seed, advantage):
     rng = np.random.default_rng(seed)
     trees = [twin.random_tree(rng) for _ in range(3)]
-    together = score(Forest.from_trees(trees), AlgoConfig())
-    at = 0
+    config = AlgoConfig(advantage=advantage)
+    together = score(Forest.from_trees(trees), config)
+    at = leaves = 0
     for tree in trees:
-        alone = score(Forest.from_trees([tree]), AlgoConfig())
+        alone = score(Forest.from_trees([tree]), config)
         for field in dataclasses.fields(Scored):
-            if field.name != "eps_high":
-                whole = getattr(together, field.name)[at : at + len(tree)]
+            if field.name != "eps_high" and getattr(alone, field.name) is not None:
+                first, size = (
+                    (leaves, len(tree.leaves))
+                    if field.name in ("weight", "of_leaf")
+                    else (at, len(tree))
+                )
+                whole = getattr(together, field.name)[first : first + size]
                 np.testing.assert_array_equal(whole, getattr(alone, field.name))
-        at += len(tree)
+        at, leaves = at + len(tree), leaves + len(tree.leaves)
 
 
 @settings(max_examples=30, deadline=None)
