@@ -26,6 +26,7 @@ from . import twin
 
 seeds = st.integers(0, 2**32 - 1)
 EPS_HIGH = 0.315
+COLUMNS = [field.name for field in dataclasses.fields(PackedBatch) if field.name != "entropy_coef"]
 
 
 def scored(forest: Forest, **choices: object) -> tuple[Scored, dict[str, list[float]]]:
@@ -43,24 +44,25 @@ def test_equals_the_twin(seed, advantage, data):
     batch = pack(forest, trees, fast, scale=0.25)
     expected = twin.pack(forest, trees, slow, eps_high=EPS_HIGH, scale=0.25)
     assert batch.trees.tolist() == trees
-    for field in dataclasses.fields(PackedBatch):
-        if field.name != "trees":
-            values = getattr(batch, field.name)
-            want = np.array(expected[field.name], values.dtype)
-            np.testing.assert_array_equal(values, want, err_msg=field.name)
+    for name in COLUMNS:
+        if name != "trees":
+            values = getattr(batch, name)
+            want = np.array(expected[name], values.dtype)
+            np.testing.assert_array_equal(values, want, err_msg=name)
 
 
 def test_array_types():
     forest = twin.random_forest(0)
     batch = pack(forest, [0, 1], scored(forest)[0])
     floats = {"pos_coef", "neg_coef", "old_logprob", "eps_low", "eps_high"}
-    for field in dataclasses.fields(PackedBatch):
-        array = getattr(batch, field.name)
-        wide = field.name in ("trees", "tree_start")
-        small = np.float32 if field.name in floats else np.int32
-        expected = np.uint8 if field.name == "agent" else np.int64 if wide else small
-        assert array.dtype == expected, field.name
+    for name in COLUMNS:
+        array = getattr(batch, name)
+        wide = name in ("trees", "tree_start")
+        small = np.float32 if name in floats else np.int32
+        expected = np.uint8 if name == "agent" else np.int64 if wide else small
+        assert array.dtype == expected, name
         assert array.flags.writeable and array.flags.c_contiguous
+    assert batch.entropy_coef is None, "for the trainer to add"
     assert len(batch) == batch.tree_start[-1]
 
 
@@ -310,7 +312,7 @@ def test_concatenated_trees_are_those_packed_together():
     fast, _ = scored(forest)
     together = pack(forest, [2, 0, 1], fast)
     apart = concatenate([pack(forest, [2], fast), pack(forest, [0, 1], fast)])
-    for name in PackedBatch.__dataclass_fields__:
+    for name in COLUMNS:
         ours, theirs = getattr(apart, name), getattr(together, name)
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype
