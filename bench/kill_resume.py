@@ -196,7 +196,7 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
     records = read_metrics(whole / "run")
     steps = [record for record in records if record["phase"] == "rl"]
     # About how long a phase takes, in seconds.
-    lengths = {name: sum(r[f"seconds_{key}"] for r in steps) / len(steps) for name, key in
+    lengths = {name: sum(r[f"time/{key}"] for r in steps) / len(steps) for name, key in
                (("collect", "collect"), ("update", "train"))}  # fmt: skip
     lengths |= {"push": 0.01, "write": 0.05}
     print(f"uninterrupted: {len(steps)} steps in {uninterrupted:.0f} s", flush=True)

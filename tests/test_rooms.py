@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "elpo_fast"
-BASE = {"types", "config", "lock", "faults", "own"}
+BASE = {"types", "config", "lock", "faults", "own", "regions"}
 ALGO = BASE | {"tree"}
 ROLLOUT = ALGO | {"algo", "tools", "tasks"}
 ALL = ROLLOUT | {"rollout", "model", "report"}
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
+    "regions": set(),
     "lock": {"config"},
     "own": {"config"},
     "faults": {"types"},

@@ -52,7 +52,7 @@ def one_run(part: Part, name: str, options: list[str]) -> None:
         lines = [json.loads(line) for line in file.read_text().splitlines()]
     for line in lines:
         if line["phase"] == "rl":
-            shown = ("seconds_collect", "seconds_train", "generated_per_s", "trained_tokens_per_s")
+            shown = ("time/collect", "time/train", "generated_per_s", "trained_tokens_per_s")
             figures = ", ".join(f"{key} {line[key]:.4g}" for key in shown)
             part.row(f"{name} step {line['step']}: {figures}", metrics=line)
         elif line["phase"] == "eval":

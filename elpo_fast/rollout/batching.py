@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from elpo_fast.regions import region
 from elpo_fast.rollout.decoder import Decoder, NodeBatch
 from elpo_fast.rollout.kv import ROOT, CacheFull, PrefixCache
 from elpo_fast.rollout.sampling import (
@@ -138,12 +139,16 @@ class Batcher:
 
     def step(self) -> None:
         """Admit rows, extend every row's path, compute the new nodes, sample."""
+        with region("batching"):
+            self._advance()
+
+    def _advance(self) -> None:
         self._admit()
         self._step += 1
         plan = _Plan()
         budget = self._prefill_chunk
         ready: list[Row] = []
-        position = 0
+        prompt = pairs = position = 0
         while position < len(self._active):  # preemption shortens it from its end
             row = self._active[position]
             position += 1
@@ -151,6 +156,8 @@ class Batcher:
             fresh = self._extend(row, 1 if decoding else budget)
             if not decoding:
                 budget -= fresh
+                prompt += fresh
+                pairs += fresh * (2 * row.known - fresh + 1) // 2
             if fresh:
                 self._schedule(plan, row, row.known - fresh)
             if row.known == row.length:
@@ -166,9 +173,21 @@ class Batcher:
         if plan.size:
             ends = np.array([row.path[row.length - 1] for row in ready], np.int64)
             nodes, which = np.unique(self._node_of[ends], return_inverse=True)
-            logits = self._decoder.forward(plan.batch(), nodes)
+            batch, decoded = plan.batch(), plan.size - prompt
+            counts = {
+                "tokens": decoded,
+                "pairs": int(batch.positions.sum()) + plan.size - pairs,
+                "rows": len(nodes),
+                "passes": decoded / plan.size,
+            }
+            with region("decode", **counts) as span:
+                if prompt:
+                    span.shares("prefill", tokens=prompt, pairs=pairs)
+                logits = self._decoder.forward(batch, nodes)
             if ready:
-                self._append(ready, self._sample(logits, ready, which))
+                with region("sampling", rows=len(ready)):
+                    drawn = self._sample(logits, ready, which)
+                self._append(ready, drawn)
 
     def _admit(self) -> None:
         for row in [r for r in self._active if r.request.cancelled()]:

@@ -19,6 +19,7 @@ import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from time import perf_counter
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy as np
 from elpo_fast import own
 from elpo_fast.algo.planners import Planner, trajectory_of
 from elpo_fast.config import ConfigError, RolloutConfig
+from elpo_fast.regions import CLOCK, region
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.tasks.common import WRONG_REWARD, shown
 from elpo_fast.tools.truncate import truncate
@@ -215,20 +217,23 @@ class Collector:
         fault: str | None = None
         doing = "reading its message"
         try:
-            text = self.chat.message_text(completion.token_ids)
-            messages.append({"role": "assistant", "content": text})
-            call = None if completion.finish == "length" else self.chat.parse_call(text)
+            with region("chat"):
+                text = self.chat.message_text(completion.token_ids)
+                messages.append({"role": "assistant", "content": text})
+                call = None if completion.finish == "length" else self.chat.parse_call(text)
             if call is not None and not last:
                 doing = "running its tool call"
-                result = await self.tools.execute(state, call)
+                with region("tool", getattr(call, "name", "malformed call")):
+                    result = await self.tools.execute(state, call)
                 state = result.state
-                content = truncate(
-                    result.content,
-                    self.output_tokens,
-                    lambda text: self.chat.encode(text).tolist(),
-                    self.chat.decode,
-                )
-                glue = self.chat.response_glue(completion.token_ids, content)
+                with region("chat"):
+                    content = truncate(
+                        result.content,
+                        self.output_tokens,
+                        lambda text: self.chat.encode(text).tolist(),
+                        self.chat.decode,
+                    )
+                    glue = self.chat.response_glue(completion.token_ids, content)
                 messages.append({"role": "tool", "content": content})
         except RunError:
             raise
@@ -278,7 +283,8 @@ class Collector:
         return End.FAULT, Verdict(False, reward, fault)
 
     async def _grade(self, task: Task, messages: Sequence[Message], end: End) -> Verdict:
-        verdict = await own.awaited(self.source.grade(task, messages, end))
+        with region("grading", task.id):
+            verdict = await own.awaited(self.source.grade(task, messages, end))
         if not isinstance(verdict, Verdict):
             raise TypeError(f"grade returned a {type(verdict).__name__}, not a Verdict")
         return verdict
@@ -301,7 +307,8 @@ class _Growth:
         self.collector, self.task, self.sampling = collector, task, sampling
         # crc32, not hash(): the same in every process.
         self.seeds = np.random.SeedSequence([seed, zlib.crc32(task.id.encode())])
-        prompt = collector.chat.prompt(task.messages)
+        with region("chat"):
+            prompt = collector.chat.prompt(task.messages)
         limit = collector.config.max_tokens
         if len(prompt) >= limit:
             raise ConfigError(
@@ -319,7 +326,8 @@ class _Growth:
         self.sampling = replace(self.sampling, entropies=planner.reads_entropy)
         state = None
         try:
-            state = await self.collector.tools.open(self.task)
+            with region("tool", "open"):
+                state = await self.collector.tools.open(self.task)
         except RunError:
             raise
         except (Exception, SystemExit) as problem:
@@ -328,18 +336,20 @@ class _Growth:
         pending: set[asyncio.Task[list[int]]] = set()
         try:
             while not planner.done:
-                for request in planner.requests():
-                    work = self._sample(request.node, request.count)
-                    pending.add(asyncio.create_task(work))
+                with region("planning"):
+                    for request in planner.requests():
+                        work = self._sample(request.node, request.count)
+                        pending.add(asyncio.create_task(work))
                 if not pending:
                     raise RunError(
                         f"{type(planner).__name__} is not done and asks for nothing; a planner has "
                         "to be done when all that it asked for was observed"
                     )
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for finished in done:
-                    for leaf in finished.result():
-                        planner.observe(trajectory_of(self.tree, leaf))
+                with region("planning"):
+                    for finished in done:
+                        for leaf in finished.result():
+                            planner.observe(trajectory_of(self.tree, leaf))
         finally:
             for unfinished in pending:
                 unfinished.cancel()
@@ -363,20 +373,22 @@ class _Growth:
 
     async def _sample(self, node: int, count: int) -> list[int]:
         """Sample `count` trajectories that continue after `node`; their leaves, in order."""
-        prefix = self.tree.path_tokens(node)
+        prefix, began = self.tree.path_tokens(node), perf_counter()
         seeds = self.seeds.spawn(1)[0].generate_state(count + 1)
         first = await self._generate(prefix, count, int(seeds[0]))
         async with asyncio.TaskGroup() as group:
             running = [
-                group.create_task(self._finish(node, prefix, completion, int(seed)))
+                group.create_task(self._finish(node, prefix, completion, int(seed), began))
                 for completion, seed in zip(first, seeds[1:], strict=True)
             ]
-        return [self._add(node, *done.result()) for done in running]
+        with region("planning"):
+            return [self._add(node, *done.result()) for done in running]
 
     async def _finish(
-        self, node: int, prefix: np.ndarray, completion: Completion, seed: int
+        self, node: int, prefix: np.ndarray, completion: Completion, seed: int, began: float
     ) -> tuple[list[_Turn], End, Verdict]:
-        """Run one trajectory below `node` from its first new message to its end, and grade it."""
+        """Run one trajectory below `node` from its first new message, asked for at `began`, to its
+        end, and grade it."""
         rng = np.random.default_rng(seed)
         here = self.situations[node]
         turns: list[_Turn] = []
@@ -401,7 +413,9 @@ class _Growth:
                 end = End.LENGTH
             else:
                 (completion,) = await self._generate(prefix, 1, int(rng.integers(2**32)))
-        return turns, *await self.collector.judge(self.task, here.messages, end, fault)
+        end, verdict = await self.collector.judge(self.task, here.messages, end, fault)
+        CLOCK.note("trajectory", "trajectories", began, f"{self.task.id}: {end}")
+        return turns, end, verdict
 
     async def _generate(self, prefix: np.ndarray, n: int, seed: int) -> list[Completion]:
         room = self.collector.config.max_tokens - len(prefix)

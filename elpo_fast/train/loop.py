@@ -34,6 +34,8 @@ from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
 from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import named_weights
+from elpo_fast.regions import CLOCK, Total, region
+from elpo_fast.train import limits
 from elpo_fast.train.advice import advice
 from elpo_fast.train.checkpoint import (
     RL,
@@ -45,10 +47,13 @@ from elpo_fast.train.checkpoint import (
 )
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.export import export_adapters, export_model
+from elpo_fast.train.marks import CudaMarks
 from elpo_fast.train.metrics import (
     Counts,
     StepStats,
+    device_idle,
     mean_stats,
+    region_metrics,
     sample_texts,
     staleness,
     totals,
@@ -187,6 +192,7 @@ class _Run:
     checkpoints: Checkpoints
     warned: Collection[str] = ()  # about the step before
     reference: PolicyOptimizer | None = None  # that `algo.kl_coef` keeps the policy near to
+    peak: float = 0.0  # operations a second of this process's device
 
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
@@ -237,15 +243,21 @@ class _Run:
             await self.push_weights(restored.weight_version)
             if restored.collected is not None:
                 ready = _Collected(restored.collected, **restored.extra["collected"])
+        device = policy.model.device
+        self.peak = limits.peak(device, policy.dtype)
+        CLOCK.device = CudaMarks() if device.type == "cuda" else None
+        CLOCK.take()
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
                 self.checkpoints.check()
                 collected = ready or await self.collect(step, phase)
                 values, ready = await self.train(step, collected, phase)
                 await self.push_weights(self.parts.engine.weight_version + 1)
-                self.folder.log("rl", step + 1, values)
-                phase.advance(_figures(values))
-                self.comment(values, collected.forest)
+                values |= self.figures(*CLOCK.take(), collected.forest)
+                with region("saving"):
+                    self.folder.log("rl", step + 1, values)
+                    phase.advance(_figures(values))
+                    self.comment(values, collected.forest)
                 if step + 1 == train.steps:
                     break
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
@@ -352,6 +364,10 @@ class _Run:
 
     async def collect(self, step: int, phase: Phase) -> _Collected:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
+        with region("waiting"):
+            return await self.grow(step, phase)
+
+    async def grow(self, step: int, phase: Phase) -> _Collected:
         config, began = self.config, time.perf_counter()
         counter = Counts(self.parts.engine, self.parts.collector)
         first, wanted = self.first_task(step), config.train.tasks_per_step
@@ -374,20 +390,23 @@ class _Run:
                 seed=self.stream(_COLLECT, step),
                 on_tree=on_tree,
             )
-            if config.algo.merge_equal_steps:
-                trees = [merge_equal_steps(tree) for tree in trees]
-            if config.algo.dynamic_sampling == 1:
-                told = trees
-            else:
+            with region("trees"):
+                if config.algo.merge_equal_steps:
+                    trees = [merge_equal_steps(tree) for tree in trees]
+                if config.algo.dynamic_sampling == 1:
+                    told = trees
+                    continue
                 forest = Forest.from_trees(trees)
                 useful = active(forest, score(forest, config.algo))
                 told += [tree for tree, use in zip(trees, useful, strict=True) if use]
                 silent += [tree for tree, use in zip(trees, useful, strict=True) if not use]
-        forest = Forest.from_trees([*told, *silent][:wanted])
+        with region("trees"):
+            forest = Forest.from_trees([*told, *silent][:wanted])
         ranks = self.parts.ranks
         if config.train.save_trees and ranks.leads:
             file = self.folder.tree_file(step + 1)
-            with enough_disk(file, "set train.save_trees=false, and go on with --resume"):
+            said = "set train.save_trees=false, and go on with --resume"
+            with region("saving"), enough_disk(file, said):
                 io.save(forest, file)
         counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
         if counts["faults"] == len(forest.reasons):
@@ -403,7 +422,8 @@ class _Run:
     ) -> tuple[dict[str, Any], _Collected | None]:
         """Update the policy on a step's trees; its metrics and, with overlap, the next trees."""
         if not self.config.train.overlap or step + 1 == self.config.train.steps:
-            await self.parts.engine.release()
+            with region("weight_sync"):
+                await self.parts.engine.release()
             return self.update(step, collected, phase), None
         following = asyncio.create_task(self.collect(step + 1, phase))
         try:
@@ -454,28 +474,30 @@ class _Run:
     def update(self, step: int, collected: _Collected, phase: Phase) -> dict[str, Any]:
         """`updates_per_step` updates of the policy on one step's trees; the step's metrics."""
         train, forest, began = self.config.train, collected.forest, time.perf_counter()
-        algo = self.config.algo
-        scored = score(forest, algo)
-        trees = len(forest)
-        skips = train.skip_uniform and not (algo.kl_coef or algo.entropy_coef)
-        useful = active(forest, scored) if skips else np.ones(trees, bool)
+        algo, trees = self.config.algo, len(forest)
+        with region("scoring"):
+            scored = score(forest, algo)
+            skips = train.skip_uniform and not (algo.kl_coef or algo.entropy_coef)
+            useful = active(forest, scored) if skips else np.ones(trees, bool)
         order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(trees)
         shares = np.array_split(order, train.updates_per_step)
 
         def groups_of(importance: NDArray[np.float64] | None) -> Groups:
             nonlocal scored
             if importance is not None:
-                scored = score(forest, algo, importance)
-            return [
-                micro_batches(
-                    forest,
-                    scored,
-                    share[useful[share]],
-                    budget_tokens=train.micro_batch_tokens,
-                    scale=1 / len(share),
-                )
-                for share in shares
-            ]
+                with region("scoring"):
+                    scored = score(forest, algo, importance)
+            with region("packing"):
+                return [
+                    micro_batches(
+                        forest,
+                        scored,
+                        share[useful[share]],
+                        budget_tokens=train.micro_batch_tokens,
+                        scale=1 / len(share),
+                    )
+                    for share in shares
+                ]
 
         with self.saving_offenders(forest, f"rl_{step + 1:06d}"):
             apart: dict[str, float] = {}
@@ -487,32 +509,45 @@ class _Run:
             for number, (share, batches) in enumerate(zip(shares, groups, strict=True)):
                 phase.detail(f"update {number + 1}/{len(groups)}")
                 if batches:
-                    batches, found = self.objective(forest, scored, batches, 1 / len(share))
+                    with region("scoring"):
+                        batches, found = self.objective(forest, scored, batches, 1 / len(share))
                     made = self.parts.policy.update(batches)
                     updates.append(found.of(made) if found else made)
                     divergence += [found.reference_kl] if found and algo.kl_coef else []
-                    release_memory()
-        if train.old_logprob == "rollout" and updates:
-            apart = mismatch(updates[0].gap)
+                    with region("optimizer"):
+                        release_memory()
         seconds = time.perf_counter() - began
         if divergence:
             apart["reference_kl"] = float(np.mean(divergence))
         computed = sum(update.tokens for update in updates)
-        lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
-        return {
-            **tree_metrics(forest),
-            **mean_stats(updates),
-            **apart,
-            **staleness(forest, self.parts.engine.weight_version),
-            **collected.counts,
-            "skipped_trees": int((~useful).sum()),
-            "computed_tokens": computed,
-            "sharing_computed": int(lengths[useful].sum()) / max(computed, 1),
-            "seconds_collect": collected.seconds,
-            "seconds_train": seconds,
-            "generated_per_s": int(forest.agent.sum()) / collected.seconds,
-            "trained_tokens_per_s": computed / seconds,
-        }
+        with region("trees"):
+            if train.old_logprob == "rollout" and updates:
+                apart = mismatch(updates[0].gap)
+            lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
+            return {
+                **tree_metrics(forest),
+                **mean_stats(updates),
+                **apart,
+                **staleness(forest, self.parts.engine.weight_version),
+                **collected.counts,
+                "skipped_trees": int((~useful).sum()),
+                "computed_tokens": computed,
+                "sharing_computed": int(lengths[useful].sum()) / max(computed, 1),
+                "time/collect": collected.seconds,
+                "time/train": seconds,
+                "generated_per_s": int(forest.agent.sum()) / collected.seconds,
+                "trained_tokens_per_s": computed / seconds,
+            }
+
+    def figures(self, seconds: float, totals: dict[str, Total], forest: Forest) -> dict[str, Any]:
+        """Where the time of a step went."""
+        policy, model = self.parts.policy, self.config.model
+        numbers = torch.finfo(getattr(torch, self.config.rollout.dtype or model.dtype))
+        values = region_metrics(seconds, totals, policy.costs, numbers.bits // 8, self.peak)
+        if policy.model.device.type != "cpu":
+            values["device_idle"] = device_idle(seconds, totals)
+        values["tokens_per_s"] = int(trajectory_tokens(forest).sum()) / seconds
+        return values
 
     @contextmanager
     def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:
@@ -546,6 +581,10 @@ class _Run:
 
     async def push_weights(self, version: int) -> None:
         """Give the engine the policy's present weights as `version`, and see that it has them."""
+        with region("weight_sync", passes=1):
+            await self.give_weights(version)
+
+    async def give_weights(self, version: int) -> None:
         parts, config = self.parts, self.config
         await parts.engine.update_weights(named_weights(parts.loaded.model), version)
         # Masters are float32 everywhere; a sharded model computes in another dtype all the same.
@@ -588,6 +627,7 @@ class _Run:
             forest = Forest.from_trees(grown)
             for kind, text in sample_texts(forest, self.parts.collector.chat.decode).items():
                 self.folder.show(f"eval/{kind}", text)
+        CLOCK.take()  # what it took is no part of a step
         return result
 
     def save(
@@ -606,9 +646,12 @@ class _Run:
             collected=ready.forest if ready else None,
             phase=phase,
         )
-        with enough_memory(
-            "copying weights and moments for a checkpoint",
-            "free main memory, or write fewer checkpoints by train.checkpoint_every",
+        with (
+            enough_memory(
+                "copying weights and moments for a checkpoint",
+                "free main memory, or write fewer checkpoints by train.checkpoint_every",
+            ),
+            region("checkpoint", passes=1),
         ):
             self.checkpoints.save(state, self.parts.policy)
 
@@ -637,6 +680,6 @@ def _figures(values: Mapping[str, Any]) -> str:
     return (
         f"success {values['success']:.0%}  {localized}"
         f"kl {values.get('approx_kl', 0):.4f}  grad {values.get('grad_norm', 0):.2f}  "
-        f"collect {values['seconds_collect']:.0f} s at {values['generated_per_s']:.0f} tok/s  "
-        f"train {values['seconds_train']:.0f} s at {values['trained_tokens_per_s']:.0f} tok/s"
+        f"collect {values['time/collect']:.0f} s at {values['generated_per_s']:.0f} tok/s  "
+        f"train {values['time/train']:.0f} s at {values['trained_tokens_per_s']:.0f} tok/s"
     )

@@ -11,7 +11,9 @@ import numpy as np
 from elpo_kernels import PolicyStats
 from numpy.typing import NDArray
 
+from elpo_fast.regions import COMPUTED, REGIONS, Total
 from elpo_fast.rollout.collector import Collector
+from elpo_fast.train.costs import DEFINED, Costs
 from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
 from elpo_fast.types import Engine, valid_text
@@ -206,6 +208,36 @@ def mean_stats(updates: Sequence[StepStats]) -> dict[str, float]:
         if column:
             values[name] = float(max(column) if name == "ratio_max" else np.mean(column))
     return values
+
+
+def region_metrics(
+    seconds: float, totals: Mapping[str, Total], costs: Costs, width: int, peak: float
+) -> dict[str, float]:
+    """Where a step of `seconds` spent its time: seconds of every region, which with `time/other`
+    add up to `time/step`, tokens, operations and bytes where they are defined, and the wall time of
+    tools that decoding hid. `width`: bytes of the engine's numbers; `peak`: operations a second of
+    this process's device."""
+    none = Total()
+    all_of = {name: totals.get(name, none) for name in REGIONS}
+    named = sum(total.seconds for total in totals.values())
+    values = {
+        "time/step": seconds,
+        **{f"time/{name}": total.seconds for name, total in all_of.items()},
+        "time/other": seconds - named,
+        "time/tool_hidden": all_of["tool"].covered - all_of["tool"].seconds,
+        **{f"tokens/{name}": all_of[name].tokens for name in DEFINED["tokens"]},
+        **{f"flops/{name}": costs.flops(name, all_of[name]) for name in DEFINED["flops"]},
+        **{f"bytes/{name}": costs.bytes(name, all_of[name], width) for name in DEFINED["bytes"]},
+    }
+    if trained := sum(all_of[name].seconds for name in COMPUTED):
+        values["mfu"] = costs.trained_flops(totals) / (trained * peak)
+    return values
+
+
+def device_idle(seconds: float, totals: Mapping[str, Total]) -> float:
+    """Share of a step in which nobody gave a device work: neither trainer nor engine computed."""
+    working = (*COMPUTED, "prefill", "decode", "sampling", "weight_sync")
+    return 1 - sum(totals[name].seconds for name in working if name in totals) / seconds
 
 
 def staleness(forest: Forest, weight_version: int) -> dict[str, float]:

@@ -37,7 +37,9 @@ from elpo_fast.config import TrainConfig
 from elpo_fast.model.compiled import compile_blocks
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import lora_of
+from elpo_fast.regions import region
 from elpo_fast.train import adamw
+from elpo_fast.train.costs import Costs
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.train.staging import Staged, stage, to_device, to_host
@@ -168,7 +170,7 @@ class PolicyOptimizer:
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
         if compiled:
             compile_blocks(self.compute)
-        self._pair_cost, self._head_cost = costs(model)
+        self.costs = Costs.of(model)
         self._masters: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad]
         assert ranks.mesh is None or all(isinstance(p, DTensor) for p in self._masters)
         self._copies: list[torch.Tensor] = [p for p in self.compute.parameters() if p.requires_grad]
@@ -209,26 +211,32 @@ class PolicyOptimizer:
         old, low, high = (
             column[rows.index] for column in (batch.old_logprob, batch.eps_low, batch.eps_high)
         )
-        staged = self._stage(batch, rows.index, old, rows.pos, rows.neg, low, high, *entropy_coef)
+        work = {"tokens": len(batch.trie), "pairs": _pairs(batch)}
+        with region("forward", **work):
+            columns = (old, rows.pos, rows.neg, low, high, *entropy_coef)
+            staged = self._stage(batch, rows.index, *columns)
 
-        def compute() -> PolicyLossOutput:
-            hidden, head = self._predictors(staged)
-            return linear_policy_loss(
-                hidden,
-                head.weight,
-                staged.targets,
-                *staged.columns[:5],
-                entropy_coef=staged.columns[5] if entropy_coef else 0.0,
-                bias=head.bias,
-                lora=head.lora,
-                temperature=self.temperature,
-                ratio_cap=self.ratio_cap,
-            )
+            def compute() -> PolicyLossOutput:
+                hidden, head = self._predictors(staged)
+                with region("loss", rows=3 * len(rows)):  # its gradients, too
+                    return linear_policy_loss(
+                        hidden,
+                        head.weight,
+                        staged.targets,
+                        *staged.columns[:5],
+                        entropy_coef=staged.columns[5] if entropy_coef else 0.0,
+                        bias=head.bias,
+                        lora=head.lora,
+                        temperature=self.temperature,
+                        ratio_cap=self.ratio_cap,
+                    )
 
-        out = self._inside(compute)
-        out.loss.backward()
-        gap = out.logprob - staged.columns[0]
-        values = torch.hstack([out.loss.detach(), *out.stats, gap])
+            out = self._inside(compute)
+        with region("backward", **work):
+            out.loss.backward()
+        with region("loss"):
+            gap = out.logprob - staged.columns[0]
+            values = torch.hstack([out.loss.detach(), *out.stats, gap])
         return Part(len(batch.trie), len(rows), values)
 
     def nll_backward(self, batch: PackedBatch) -> Part | None:
@@ -236,10 +244,13 @@ class PolicyOptimizer:
         rows = batch.loss_rows
         if not len(rows):
             return None
-        staged = self._stage(batch, rows.index, rows.pos)
-        logprob = self._inside(lambda: self._logprob(staged, 1.0))
-        loss = -(staged.columns[0] * logprob).sum()
-        loss.backward()
+        work = {"tokens": len(batch.trie), "pairs": _pairs(batch)}
+        with region("forward", **work):
+            staged = self._stage(batch, rows.index, rows.pos)
+            logprob = self._inside(lambda: self._logprob(staged, 1.0))
+            loss = -(staged.columns[0] * logprob).sum()
+        with region("backward", rows=2 * len(rows), **work):
+            loss.backward()
         return Part(len(batch.trie), len(rows), loss.detach()[None])
 
     @torch.no_grad()
@@ -255,12 +266,15 @@ class PolicyOptimizer:
         at = self.temperature if temperature is None else temperature
 
         def of(batch: PackedBatch) -> torch.Tensor:
-            _, first, _ = batch.spoken
-            staged = self._stage(batch, first)
-            return self._inside(lambda: self._logprob(staged, at))
+            with region("forward", tokens=len(batch.trie), pairs=_pairs(batch)):
+                _, first, _ = batch.spoken
+                staged = self._stage(batch, first)
+                return self._inside(lambda: self._logprob(staged, at))
 
         done = self._mine(batches, of)
-        found = self._everyones(dict(zip(done, to_host([*done.values()]), strict=True)))
+        with region("loss"):
+            read = to_host([*done.values()])
+        found = self._everyones(dict(zip(done, read, strict=True)))
         results = []
         for batch, logprob in zip(batches, found, strict=True):
             tokens, _, place = batch.spoken
@@ -336,13 +350,15 @@ class PolicyOptimizer:
                 raise NonFiniteError("the loss", self._culprits(batches, loss_of))
             if not math.isfinite(length):
                 raise NonFiniteError("the gradient", self._culprits(batches, loss_of))
-            nn.utils.clip_grads_with_norm_(self._masters, self.grad_clip, norm)
-            lr = self.lr * self.schedule(self.updates)
-            adamw.step(self._optimizer, lr)
+            with region("optimizer", passes=1):
+                nn.utils.clip_grads_with_norm_(self._masters, self.grad_clip, norm)
+                lr = self.lr * self.schedule(self.updates)
+                adamw.step(self._optimizer, lr)
+                self.refresh()
         finally:
-            self._optimizer.zero_grad(set_to_none=True)
+            with region("optimizer"):
+                self._optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        self.refresh()
         return combined(parts, length, lr)
 
     def _gradient(
@@ -357,8 +373,9 @@ class PolicyOptimizer:
         ]
         done = self._mine(trained, loss_of)
         mine = {index: part for index, part in done.items() if part is not None}
-        norm = self._norm()
-        *values, (length,) = to_host([*(part.values for part in mine.values()), norm[None]])
+        with region("optimizer"):
+            norm = self._norm()
+            *values, (length,) = to_host([*(part.values for part in mine.values()), norm[None]])
         read = zip(mine.items(), values, strict=True)
         parts = self._everyones({i: replace(part, values=array) for (i, part), array in read})
         return parts, norm, float(length)
@@ -367,7 +384,8 @@ class PolicyOptimizer:
         self, batches: Sequence[PackedBatch], work: Callable[[PackedBatch], _T]
     ) -> dict[int, _T]:
         """`work` on this rank's share of the batches, by index."""
-        mine, idle = self.ranks.share([self._cost(batch) for batch in batches])
+        with region("packing"):  # which tries and rows are put together when they are asked for
+            mine, idle = self.ranks.share([self._cost(batch) for batch in batches])
         done = {index: work(batches[index]) for index in mine}
         for _ in range(idle):
             self._idle()
@@ -382,8 +400,9 @@ class PolicyOptimizer:
         """Estimated work, in computed rows: products with the blocks' weights, attention along the
         paths, and the head of every row of the loss."""
         trie = batch.trie
-        pairs = float(np.sum(trie.position + 1.0))
-        return len(trie) + self._pair_cost * pairs + self._head_cost * len(batch.loss_rows)
+        costs, rows = self.costs, len(batch.loss_rows)
+        flops = costs.forward(len(trie), _pairs(batch)) + costs.head(rows)
+        return flops / costs.forward(1, 0)
 
     def _idle(self) -> None:
         """A pass that adds 0 to every gradient: the collective calls of one micro-batch."""
@@ -411,7 +430,8 @@ class PolicyOptimizer:
 
     def _logprob(self, staged: Staged, temperature: float) -> torch.Tensor:
         hidden, head = self._predictors(staged)
-        return head.logprob(hidden, staged.targets, temperature)
+        with region("loss", rows=len(staged.targets)):
+            return head.logprob(hidden, staged.targets, temperature)
 
     def _predictors(self, staged: Staged) -> tuple[torch.Tensor, _Head]:
         """Hidden states `[T, H]` that predict the chosen tokens, and the head."""
@@ -496,17 +516,9 @@ def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
     return int(differ[0]) if len(differ) else size
 
 
-def costs(model: PreTrainedModel) -> tuple[float, float]:
-    """What it takes that one token attends to another, in all layers, and what a token's product
-    with the head takes, over what its products with the blocks' weights take: 4 heads dim and
-    2 vocabulary hidden over 2 weights, floating point operations all."""
-    config = model.config
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    embedding = model.get_input_embeddings().weight
-    blocks = (p for p in model.base_model.parameters() if p is not embedding)
-    weights = sum(p.numel() for p in blocks)
-    pair = 2 * config.num_hidden_layers * config.num_attention_heads * dim / weights
-    return pair, model.get_output_embeddings().weight.numel() / weights
+def _pairs(batch: PackedBatch) -> float:
+    """How often a computed token attends to one, itself included."""
+    return float(np.sum(batch.trie.position + 1.0))
 
 
 def _compute_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

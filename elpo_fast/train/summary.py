@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elpo_fast.train.costs import DEFINED
+
 DURING = "during training"  # evaluations that the table leaves out
 
 
@@ -20,12 +22,17 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The records without what depends on the moment: times, and how many prompt tokens happened to
-    be in the engine's cache. All else a run that was killed and resumed has like one that never
-    stopped: bitwise on the CPU, in one process of one thread."""
+    """The records without what depends on the moment: times and what was done in them, and how many
+    prompt tokens happened to be in the engine's cache. All else a run that was killed and resumed
+    has like one that never stopped: bitwise on the CPU, in one process of one thread."""
 
     def of_the_moment(name: str) -> bool:
-        return "seconds" in name or name.endswith(("_per_s", "tokens_cached", "tokens_computed"))
+        return (
+            "seconds" in name
+            or name in ("mfu", "device_idle")
+            or name.startswith(("time/", *(f"{kind}/" for kind in DEFINED)))
+            or name.endswith(("_per_s", "tokens_cached", "tokens_computed"))
+        )
 
     return [
         {name: value for name, value in record.items() if not of_the_moment(name)}

@@ -33,6 +33,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError, RolloutConfig
+from elpo_fast.regions import region
 from elpo_fast.rollout.request import check_request, check_tokens
 from elpo_fast.rollout.sglang.process import ServerProcess, find_python
 from elpo_fast.rollout.sglang.server import Server, ServerFault
@@ -154,7 +155,10 @@ class SGLangEngine:
             async def ask(server: Server) -> list[Completion]:
                 return await self._complete(server, prefix, n, sampling)
 
-            return await self._try(ask, lambda: self._nearest(prefix))
+            with region("decode") as span:  # the server does not tell prefill apart
+                made = await self._try(ask, lambda: self._nearest(prefix))
+                span.counts["tokens"] = sum(len(each.token_ids) for each in made)
+            return made
 
     async def score(self, token_ids: np.ndarray) -> np.ndarray:
         """See `types.Engine`; a row for every server."""
