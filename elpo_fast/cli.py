@@ -16,6 +16,9 @@
     elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
     elpo tree html RUN|FILE [--steps A-B] [--out FILE]     rollout trees as a page for a browser
     elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
+    elpo profile CONFIG [--steps N] [section.key=value ...]
+                                                           where the time of a step goes, and why
+    elpo profile --compare A B                             two profiles side by side
     elpo doctor                                            what this machine offers
 
 Faults of the user end with one line on standard error and exit code 2, never a traceback. Torch is
@@ -25,6 +28,7 @@ imported only inside the commands that need it.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -262,6 +266,23 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="full precision, machine readable")
     score.set_defaults(run=_score)
 
+    profile = commands.add_parser(
+        "profile",
+        help="where the time of a step goes",
+        description="Train a few steps in a run folder of their own and profile them, or show a "
+        "profile that is there.",
+    )
+    profile.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file, or a RUN that has a profile"
+    )
+    profile.add_argument("overrides", nargs="*", metavar="section.key=value")
+    _add_over(profile)
+    profile.add_argument("--steps", type=int, default=2, help="after one that warms up; default: 2")
+    profile.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two runs that have profiles"
+    )
+    profile.set_defaults(run=_profile)
+
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -278,6 +299,10 @@ def _steps(text: str) -> tuple[int, int]:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    _add_over(parser)
+
+
+def _add_over(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--with",
         action="append",
@@ -524,6 +549,49 @@ def _page(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error.args[0])) from None
     print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")
     return 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from elpo_fast.config import load_config
+    from elpo_fast.report.profile_view import read_profile, show_comparison, show_profile
+
+    console = Console()
+    try:
+        if arguments.compare is not None:
+            one, other = (read_profile(Path(path)) for path in arguments.compare)
+            show_comparison(one, other, console)
+            return 0
+        if arguments.config is None:
+            raise UsageError("elpo profile needs a CONFIG, a RUN that has a profile, or --compare")
+        path = Path(arguments.config)
+        if path.is_dir() or path.suffix == ".json":
+            show_profile(path, console)
+            return 0
+    except LookupError as error:
+        raise UsageError(str(error.args[0])) from None
+    if arguments.steps < 1:
+        raise UsageError(f"--steps {arguments.steps}: at least one step has to be profiled")
+    last = arguments.steps + 1  # the first one compiles
+    steps = [f"train.steps={last}", f"train.profile.steps={list(range(2, last + 1))}"]
+    own = ["eval.tasks=0", "eval.every=0", *arguments.overrides, *steps]
+    config = load_config(arguments.config, own, arguments.over)
+    run = config.run.model_copy(update={"name": _unused(config.run_dir, "profile")})
+    config = config.model_copy(update={"run": run})
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
+    from elpo_fast.train.loop import train
+
+    folder = train(config)
+    if os.environ.get("RANK", "0") == "0":
+        show_profile(folder, console)
+    return 0
+
+
+def _unused(run: Path, suffix: str) -> str:
+    """A name for a run beside this one that there is not yet."""
+    names = (f"{run.name}-{suffix}{number or ''}" for number in itertools.count())
+    return next(name for name in names if not (run.parent / name).exists())
 
 
 def _doctor(_: argparse.Namespace) -> int:

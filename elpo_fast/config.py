@@ -448,6 +448,12 @@ class SftConfig(Section):
         return self
 
 
+class ProfileConfig(Section):
+    """Steps to be profiled (docs/profiling.md)."""
+
+    steps: list[Positive] = []  # the numbers of the steps to be profiled
+
+
 class TrainConfig(Section):
     steps: NonNegative = 10  # of collecting and updating
     tasks_per_step: Positive = 8  # trees collected in a step
@@ -471,6 +477,7 @@ class TrainConfig(Section):
     checkpoint_every: NonNegative = 10  # 0: only at the end
     keep_checkpoints: Positive = 2  # the last ones
     save_trees: bool = True  # of every step, to look at
+    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

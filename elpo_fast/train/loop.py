@@ -19,7 +19,7 @@ import time
 from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled, settled
 from elpo_fast.train.probe import check_engine
+from elpo_fast.train.profile import Profiler
 from elpo_fast.train.run import Follower, RunFolder
 from elpo_fast.train.sft import (
     Data,
@@ -193,6 +194,7 @@ class _Run:
     warned: Collection[str] = ()  # about the step before
     reference: PolicyOptimizer | None = None  # that `algo.kl_coef` keeps the policy near to
     peak: float = 0.0  # operations a second of this process's device
+    profiler: Profiler = field(init=False)
 
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
@@ -246,18 +248,25 @@ class _Run:
         device = policy.model.device
         self.peak = limits.peak(device, policy.dtype)
         CLOCK.device = CudaMarks() if device.type == "cuda" else None
+        self.profiler = Profiler(train.profile.steps, device)
         CLOCK.take()
+        self.profiler.begin(start + 1)
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
                 self.checkpoints.check()
                 collected = ready or await self.collect(step, phase)
                 values, ready = await self.train(step, collected, phase)
                 await self.push_weights(self.parts.engine.weight_version + 1)
-                values |= self.figures(*CLOCK.take(), collected.forest)
+                seconds, totals = CLOCK.take()
+                self.profiler.end(step + 1, seconds, totals)
+                values |= self.figures(seconds, totals, collected.forest)
+                self.profiler.begin(step + 2)
                 with region("saving"):
                     self.folder.log("rl", step + 1, values)
                     phase.advance(_figures(values))
                     self.comment(values, collected.forest)
+                if self.profiler.complete(step + 1, train.steps):
+                    await self.write_profile()
                 if step + 1 == train.steps:
                     break
                 if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
@@ -539,11 +548,26 @@ class _Run:
                 "trained_tokens_per_s": computed / seconds,
             }
 
+    async def write_profile(self) -> None:
+        """Beside what the machine can do, measured now; it is no part of a step."""
+        policy = self.parts.policy
+        found = await limits.measured(self.parts.toolbox, policy.model.device, policy.dtype)
+        if self.parts.ranks.leads:
+            run, name = self.folder.path, self.config.run.name
+            self.profiler.write(run, policy.costs, self.engine_width, found, name)
+            self.display.say(f"profile: elpo profile {run}")
+        CLOCK.take()
+
+    @property
+    def engine_width(self) -> int:
+        """Bytes of the numbers that the engine computes with."""
+        dtype: torch.dtype = getattr(torch, self.config.rollout.dtype or self.config.model.dtype)
+        return dtype.itemsize
+
     def figures(self, seconds: float, totals: dict[str, Total], forest: Forest) -> dict[str, Any]:
         """Where the time of a step went."""
-        policy, model = self.parts.policy, self.config.model
-        numbers = torch.finfo(getattr(torch, self.config.rollout.dtype or model.dtype))
-        values = region_metrics(seconds, totals, policy.costs, numbers.bits // 8, self.peak)
+        policy = self.parts.policy
+        values = region_metrics(seconds, totals, policy.costs, self.engine_width, self.peak)
         if policy.model.device.type != "cpu":
             values["device_idle"] = device_idle(seconds, totals)
         values["tokens_per_s"] = int(trajectory_tokens(forest).sum()) / seconds

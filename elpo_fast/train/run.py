@@ -50,7 +50,13 @@ _MAY_DIFFER = (
     *MECHANICS,
     *("eval", "train.steps", "train.checkpoint_every", "train.keep_checkpoints"),
     "sft.checkpoint_every",
-    *("train.save_trees", "rollout.max_turns", "rollout.max_turn_tokens", "rollout.max_tokens"),
+    *(
+        "train.profile",
+        "train.save_trees",
+        "rollout.max_turns",
+        "rollout.max_turn_tokens",
+        "rollout.max_tokens",
+    ),
     *("task.reward_timeout_s", "tools.timeout_s", "tools.memory_mb", "tools.output_tokens"),
 )
 """Keys that a resumed run may change: mechanics, limits, evaluation, what is kept."""

@@ -1,0 +1,158 @@
+"""`elpo profile`: a profile as a table, its bottleneck in a sentence, two of them side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from elpo_fast.train.profile import FILE, FOLDER, TRACE, TURN
+
+Profile = Mapping[str, Any]
+
+
+def find_profile(path: Path) -> Path:
+    """The file of a saved profile, from it, its folder or the run's. Raises `LookupError`."""
+    for file in (path, path / FILE, path / FOLDER / FILE):
+        if file.is_file():
+            return file
+    raise LookupError(f"no profile at {path}; make one with elpo profile CONFIG")
+
+
+def read_profile(path: Path) -> Profile:
+    """What `find_profile` finds."""
+    found: Profile = json.loads(find_profile(path).read_text(encoding="utf-8"))
+    return found
+
+
+def show_profile(path: Path, console: Console) -> None:
+    """Print the table, the bottleneck and where the trace is."""
+    profile, trace = read_profile(path), find_profile(path).with_name(TRACE)
+    seconds, regions = mean_step(profile)
+    limits, steps = profile["limits"], profile["steps"]
+    table = Table(title=f"A step of {profile['name']}, {_of(steps)}", title_justify="left")
+    table.add_column("region")
+    for name in ("seconds", "share", "all calls", "calls", "achieved", "floor", "over floor"):
+        table.add_column(name, justify="right")
+    for name, region in sorted(regions.items(), key=lambda item: -item[1]["seconds"]):
+        least = region["floor"]
+        table.add_row(
+            name,
+            f"{region['seconds']:.3f}",
+            f"{region['seconds'] / seconds:.1%}",
+            f"{region['busy']:.3f}",
+            f"{region['calls']:.0f}",
+            _rate(name, region),
+            f"{least:.3f}" if least else "",
+            f"{region['seconds'] / least:.1f}" if least and region["seconds"] > least else "",
+        )
+    named = sum(region["seconds"] for region in regions.values())
+    table.add_row("other", f"{seconds - named:.3f}", f"{1 - named / seconds:.1%}")
+    table.add_row("step", f"{seconds:.3f}", "100.0%")
+    console.print(table)
+    said = [
+        f"this machine: {limits['products'] / 1e9:.0f} GFLOP/s in matrix products, "
+        f"{limits['memory'] / 1e9:.1f} GB/s copied, {limits['forks']:.0f} sandboxed programs/s",
+        *_of_device(steps),
+        bottleneck(profile),
+        f"trace: {trace} (open it at https://ui.perfetto.dev)",
+    ]
+    for line in said:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def bottleneck(profile: Profile) -> str:
+    """What takes most of a step, how far it is from its floor, and which key to turn."""
+    seconds, regions = mean_step(profile)
+    name, region = max(regions.items(), key=lambda item: item[1]["seconds"])
+    least = region["floor"]
+    far = f", {region['seconds'] / least:.1f} times its floor" if least else ""
+    share = region["seconds"] / seconds
+    return f"the bottleneck is {name} with {share:.0%} of a step{far}: {TURN[name]}"
+
+
+def show_comparison(one: Profile, other: Profile, console: Console) -> None:
+    """Print seconds of both, their ratio, and between what it lies over the steps of both."""
+    table = Table(title=f"A: {_said(one)}\nB: {_said(other)}", title_justify="left")
+    table.add_column("region")
+    for name in ("A, seconds", "B, seconds", "B / A", "over the steps"):
+        table.add_column(name, justify="right")
+    (first, before), (second, after) = mean_step(one), mean_step(other)
+    names = sorted(before.keys() | after.keys(), key=lambda name: -_seconds(before, name))
+    for name in [*names, "step"]:
+        a, b = (_seconds(x, name) for x in (before, after)) if name != "step" else (first, second)
+        ratio = spread = ""
+        if a and b:
+            lows, highs = zip(*(_range(profile, name) for profile in (one, other)), strict=True)
+            ratio = f"{b / a:.2f}"
+            if lows[0]:
+                spread = f"{lows[1] / highs[0]:.2f} - {highs[1] / lows[0]:.2f}"
+        table.add_row(name, f"{a:.3f}", f"{b:.3f}", ratio, spread)
+    console.print(table)
+
+
+def mean_step(profile: Profile) -> tuple[float, dict[str, dict[str, float]]]:
+    """Seconds of a step and its regions, both the mean over the profiled steps."""
+    steps = profile["steps"]
+    names = dict.fromkeys(name for step in steps for name in step["regions"])
+    keys = next(iter(steps[0]["regions"].values())).keys()
+    regions = {
+        name: {
+            key: sum(step["regions"].get(name, {}).get(key, 0) for step in steps) / len(steps)
+            for key in keys
+        }
+        for name in names
+    }
+    return mean(step["seconds"] for step in steps), regions
+
+
+def _rate(name: str, region: Mapping[str, float]) -> str:
+    """What a region achieves of what its floor is made of."""
+    busy = region["seconds"]
+    if not busy:
+        return ""
+    if name == "tool":
+        return f"{region['calls'] / busy:.0f} calls/s"
+    if name == "decode" or not region["flops"]:
+        return f"{region['bytes'] / busy / 1e9:.1f} GB/s" if region["bytes"] else ""
+    return f"{region['flops'] / busy / 1e9:.0f} GFLOP/s"
+
+
+def _seconds(regions: Mapping[str, Mapping[str, float]], name: str) -> float:
+    return regions[name]["seconds"] if name in regions else 0.0
+
+
+def _range(profile: Profile, name: str) -> tuple[float, float]:
+    """The least and the most seconds of a region, or of the whole `step`."""
+    steps = profile["steps"]
+    if name == "step":
+        found = [step["seconds"] for step in steps]
+    else:
+        found = [_seconds(step["regions"], name) for step in steps]
+    return min(found), max(found)
+
+
+def _of(steps: list[Mapping[str, Any]]) -> str:
+    numbers = ", ".join(str(step["step"]) for step in steps)
+    return f"mean of steps {numbers}" if len(steps) > 1 else f"step {numbers}"
+
+
+def _of_device(steps: list[Mapping[str, Any]]) -> list[str]:
+    devices = [step["device"] for step in steps if step["device"]]
+    if not devices:
+        return []
+    idle, waits = (mean(d[key] for d in devices) for key in ("idle", "waits_per_micro_batch"))
+    return [f"the GPU is idle {idle:.0%} of a step; {waits:.1f} waits for it a micro-batch"]
+
+
+def _said(profile: Profile) -> str:
+    where = profile["machine"]
+    return (
+        f"{profile['name']}, {_of(profile['steps'])}, {where['gpu'] or where['processor']}, "
+        f"{where['cores']} cores, {profile['commit']}"
+    )
