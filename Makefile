@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart tiny test test-oldest check bubblewrap chromium sglang-cpu bench clean
+.PHONY: quickstart tiny test test-oldest check bubblewrap chromium sglang-cpu bench bench-compare clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/elpo train configs/quickstart.yaml
@@ -46,6 +46,15 @@ check: $(VENV)/.installed
 bench: $(VENV)/.installed
 	OMP_WAIT_POLICY=passive $(BIN)/pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--benchmark-storage=file://bench/results --benchmark-save=suite
+
+# make bench-compare A=0001 B=0002 [ABOVE=1.2]: B's times over A's, of two results that `make bench`
+# saved; fails where one is above ABOVE.
+ABOVE := 1.2
+bench-compare: $(VENV)/.installed
+	@test -n "$(A)" -a -n "$(B)" || { echo "bench-compare needs two results:" \
+		"make bench-compare A=0001 B=0002"; exit 1; }
+	@mkdir -p build
+	$(BIN)/python -m bench.compare $(A) $(B) --above $(ABOVE) --plot build/bench_compare.png
 
 # torch comes first and alone: with the pinned version there, nothing pulls another build of it.
 $(VENV)/.installed: constraints.txt pyproject.toml kernels/pyproject.toml Makefile

@@ -10,6 +10,7 @@ first test checks both against the slow twin of the tests and says how much fast
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from elpo_fast.tree.pack import pack
 from elpo_fast.tree.store import Forest, Tree
 
 CONFIG = AlgoConfig()
-TREES, STEPS, TOKENS = 128, 20, 200
+TREES, STEPS, TOKENS = (4, 6, 40) if os.environ.get("ELPO_BENCH") == "small" else (128, 20, 200)
 
 
 def load_twin() -> ModuleType:

@@ -128,7 +128,8 @@ class Span:
 
 
 class Clock:
-    """The regions of one process. `events`: where spans are recorded, or `None`."""
+    """The regions of one process. `events`: where spans are recorded, or `None`; `began`: when
+    `take` was called last."""
 
     def __init__(self) -> None:
         self.events: list[Event] | None = None
@@ -140,7 +141,7 @@ class Clock:
         self._open: dict[str, tuple[int, float]] = dict.fromkeys(tools, (0, 0.0))
         self._spans: list[dict[Span, None]] = [{} for _ in range(7)]  # by rank, in order
         self._top: Span | None = None
-        self._since = self._began = perf_counter()
+        self._since = self.began = perf_counter()
 
     def span(self, name: str, detail: str = "", /, **counts: float) -> Span:
         """A stay in the region `name`, to be entered once; `detail` is shown in traces."""
@@ -157,7 +158,7 @@ class Clock:
         with self._lock:
             now = perf_counter()
             self._turn(now)
-            passed, self._began = now - self._began, now
+            passed, self.began = now - self.began, now
             taken = {name: total.minus(self._before[name]) for name, total in self._totals.items()}
             self._before = {name: total.copy() for name, total in self._totals.items()}
         _divide(taken, device)

@@ -47,7 +47,7 @@ def show_profile(path: Path, console: Console) -> None:
             f"{region['seconds'] / seconds:.1%}",
             f"{region['busy']:.3f}",
             f"{region['calls']:.0f}",
-            _rate(name, region),
+            _rate(name, region, limits),
             f"{least:.3f}" if least else "",
             f"{region['seconds'] / least:.1f}" if least and region["seconds"] > least else "",
         )
@@ -73,7 +73,13 @@ def bottleneck(profile: Profile) -> str:
     least = region["floor"]
     far = f", {region['seconds'] / least:.1f} times its floor" if least else ""
     share = region["seconds"] / seconds
-    return f"the bottleneck is {name} with {share:.0%} of a step{far}: {TURN[name]}"
+    turn = TURN[name]
+    if name == "decode" and region["flops"] and not _moves(region, profile["limits"]):
+        turn = (
+            "its products take longer than reading the weights; lower algo.n_total or "
+            "rollout.max_turn_tokens, or set rollout.dtype to what the machine multiplies faster"
+        )
+    return f"the bottleneck is {name} with {share:.0%} of a step{far}: {turn}"
 
 
 def show_comparison(one: Profile, other: Profile, console: Console) -> None:
@@ -111,16 +117,20 @@ def mean_step(profile: Profile) -> tuple[float, dict[str, dict[str, float]]]:
     return mean(step["seconds"] for step in steps), regions
 
 
-def _rate(name: str, region: Mapping[str, float]) -> str:
-    """What a region achieves of what its floor is made of."""
-    busy = region["seconds"]
-    if not busy:
+def _rate(name: str, region: Mapping[str, float], limits: Mapping[str, float]) -> str:
+    """What a region achieves of what its floor is made of; tools while any was running."""
+    if name == "tool" and region["covered"]:
+        return f"{region['calls'] / region['covered']:.0f} calls/s"
+    if not region["seconds"] or not region["floor"]:
         return ""
-    if name == "tool":
-        return f"{region['calls'] / busy:.0f} calls/s"
-    if name == "decode" or not region["flops"]:
-        return f"{region['bytes'] / busy / 1e9:.1f} GB/s" if region["bytes"] else ""
-    return f"{region['flops'] / busy / 1e9:.0f} GFLOP/s"
+    if _moves(region, limits):
+        return f"{region['bytes'] / region['seconds'] / 1e9:.1f} GB/s"
+    return f"{region['flops'] / region['seconds'] / 1e9:.0f} GFLOP/s"
+
+
+def _moves(region: Mapping[str, float], limits: Mapping[str, float]) -> bool:
+    """Whether a region's bytes take longer than its operations."""
+    return region["bytes"] / limits["memory"] > region["flops"] / limits["products"]
 
 
 def _seconds(regions: Mapping[str, Mapping[str, float]], name: str) -> float:

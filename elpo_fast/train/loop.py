@@ -30,7 +30,7 @@ from rich.console import Console
 
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
-from elpo_fast.eval.run import EvalResult, evaluate, held_out_tasks
+from elpo_fast.eval.run import evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
 from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import named_weights
@@ -617,10 +617,11 @@ class _Run:
         score = None if parts.ranks.mesh is None else parts.policy.score
         await check_engine(parts.engine, parts.policy.compute, dtype, score)
 
-    async def evaluate(self, name: str, step: int) -> EvalResult:
-        """Success on held-out tasks, logged under `name`."""
+    async def evaluate(self, name: str, step: int) -> None:
+        """Success on held-out tasks, if there are to be any, logged under `name`."""
         began = time.perf_counter()
-        total = len(held_out_tasks(self.parts.source, self.config.eval))
+        if not (total := len(held_out_tasks(self.parts.source, self.config.eval))):
+            return
         grown: list[Tree] = []
 
         def on_tree(tree: Tree) -> None:
@@ -652,7 +653,6 @@ class _Run:
             for kind, text in sample_texts(forest, self.parts.collector.chat.decode).items():
                 self.folder.show(f"eval/{kind}", text)
         CLOCK.take()  # what it took is no part of a step
-        return result
 
     def save(
         self, step: int, ready: _Collected | None = None, *, phase: str = RL, **more: Any

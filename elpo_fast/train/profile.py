@@ -20,7 +20,6 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ class Profiler:
         """The step is over; `seconds` and `totals` as `Clock.take` says them."""
         if step not in self._wanted:
             return
-        ended, recorded, CLOCK.events = perf_counter(), CLOCK.events or [], None
+        ended, recorded, CLOCK.events = CLOCK.began, CLOCK.events or [], None
         done, began = _Step(step, seconds, totals), ended - seconds
         if self._torch is not None:
             torch.cuda.synchronize()
