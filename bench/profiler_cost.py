@@ -1,10 +1,11 @@
-"""What regions cost: the same step without them, with them, and with every span recorded.
+"""What regions cost where they are densest: in the engine, three spans a step.
 
     python -m bench.profiler_cost configs/tiny.yaml [--rounds 20] [section.key=value ...]
 
-In turns, in one process, as CPU seconds of all its threads, torch and Numba on one thread each,
-so that neither neighbours nor threads that wait count. Printed are the median ratios to the step
-without, their quarters, and what follows from the number of spans and the time that one takes.
+A model decodes prompts of its tasks. Of every two steps of the engine one has regions, or all its
+spans recorded, and the other has none, which of them by chance. Each is timed in CPU seconds of the
+engine's thread, with torch and Numba on one thread: neighbours change both. Printed are the median
+of the pairs' ratios, with the bounds of its 95 % interval, and what follows from a span's own time.
 """
 
 from __future__ import annotations
@@ -13,73 +14,79 @@ import argparse
 import asyncio
 import statistics
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from elpo_fast.algo import make_planner, score
-from elpo_fast.config import load_config
-from elpo_fast.regions import CLOCK, Clock, Span
-from elpo_fast.train.parts import Parts, assembled
-from elpo_fast.train.step import micro_batches
-from elpo_fast.tree.store import Forest
+from elpo_fast.config import Config, load_config
+from elpo_fast.regions import CLOCK, Clock
+from elpo_fast.rollout import batching
+from elpo_fast.train.parts import assembled
+from elpo_fast.types import Sampling
 
-MODES = ("without", "with", "recorded")
-_ENTER, _EXIT = Span.__enter__, Span.__exit__
-SPANS = 20_000
+ROWS, TOKENS = 8, 64  # of a prompt
+REGION, STEP = batching.region, batching.Batcher.step
 
 
-def set_mode(mode: str) -> None:
-    switch: Any = Span  # typed as what it is elsewhere
-    switch.__enter__ = _ENTER if mode != "without" else lambda span: span
-    switch.__exit__ = _EXIT if mode != "without" else lambda span, *_: None
+class Nothing:
+    def __enter__(self) -> Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def shares(self, *_: object, **__: object) -> None:
+        pass
+
+
+def switch(mode: str) -> None:
+    engine: Any = batching
+    engine.region = REGION if mode != "without" else lambda *_, **__: NOTHING
     CLOCK.events = [] if mode == "recorded" else None
 
 
+NOTHING = Nothing()
+
+
 def span_seconds() -> float:
-    """CPU seconds of one span, the least of a few thousand's means."""
+    """CPU seconds of one span, the least of many means."""
     clock, least = Clock(), float("inf")
-    for _ in range(SPANS // 200):
-        began = time.process_time()
+    for _ in range(100):
+        began = time.thread_time()
         for _ in range(200):
-            with clock.span("decode", tokens=1, pairs=1):
+            with clock.span("decode", tokens=1, pairs=1, rows=1, passes=1):
                 pass
-        least = min(least, (time.process_time() - began) / 200)
+        least = min(least, (time.thread_time() - began) / 200)
     return least
 
 
-async def step(parts: Parts, config: Any) -> None:
-    tasks = [parts.source.train(index) for index in range(config.train.tasks_per_step)]
-    trees = await parts.collector.collect(tasks, lambda: make_planner(config.algo), seed=0)
-    forest = Forest.from_trees(trees)
-    scored = score(forest, config.algo)
-    # All is trained on, whatever the untrained model achieves.
-    scored = replace(scored, pos=np.full_like(scored.pos, 1e-3))
-    batches = micro_batches(
-        forest, scored, range(len(trees)), config.train.micro_batch_tokens, scale=1 / len(trees)
-    )
-    parts.policy.update(batches)
-    engine = parts.engine
-    await engine.update_weights(parts.loaded.model.named_parameters(), engine.weight_version + 1)
+async def decode(config: Config, rounds: int, mode: str) -> list[tuple[float, float]]:
+    """CPU seconds of pairs of steps: in `mode`, and without regions."""
+    rng = np.random.default_rng(0)
+    timed: list[tuple[str, float]] = []
+    order: list[str] = []
 
+    def step(batcher: batching.Batcher) -> None:
+        if not order:
+            order.extend(rng.permutation([mode, "without"]).tolist())
+        switch(chosen := order.pop())
+        began = time.thread_time()
+        STEP(batcher)
+        timed.append((chosen, time.thread_time() - began))
 
-async def measure(config: Any, rounds: int) -> tuple[dict[str, list[float]], int]:
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    batcher: Any = batching.Batcher
     async with assembled(config) as parts:
-        await step(parts, config)
-        CLOCK.take()
+        chat = parts.collector.chat
+        prompts = [chat.prompt(parts.source.train(index).messages) for index in range(4)]
+        batcher.step = step
         for number in range(rounds):
-            for mode in (*MODES[number % 3 :], *MODES[: number % 3]):
-                set_mode(mode)
-                began = time.process_time()
-                await step(parts, config)
-                seconds[mode].append(time.process_time() - began)
-                if mode == "recorded":
-                    spans = len(CLOCK.events or [])
-    set_mode("with")
-    return seconds, spans
+            sampling = Sampling(max_tokens=TOKENS, seed=number)
+            await asyncio.gather(*(parts.engine.generate(p, ROWS, sampling) for p in prompts))
+    batcher.step = STEP
+    switch("with")
+    both = [dict(pair) for pair in zip(timed[::2], timed[1::2], strict=False)]
+    return [(pair[mode], pair["without"]) for pair in both]
 
 
 def main() -> None:
@@ -89,18 +96,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
-    config = load_config(options.config, ["train.lr=1e-9", *options.overrides])
-    seconds, spans = asyncio.run(measure(config, options.rounds))
-    without = statistics.median(seconds["without"])
-    for mode in MODES[1:]:
-        ratios = [a / b for a, b in zip(seconds[mode], seconds["without"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
-        print(f"{mode}: {median:.4f} of the step without ({low:.4f} - {high:.4f})")
-    one = span_seconds()
-    print(
-        f"{spans} spans of {1e6 * one:.1f} us each in a step of {without:.2f} CPU seconds: "
-        f"{spans * one / without:.2%}"
-    )
+    config = load_config(options.config, options.overrides)
+    for mode in ("with", "recorded"):
+        pairs = asyncio.run(decode(config, options.rounds, mode))
+        ratios = sorted(one / other for one, other in pairs)
+        half = 0.98 * len(ratios) ** 0.5  # of the median's interval, in ranks
+        low, high = (ratios[round(len(ratios) / 2 + sign * half)] for sign in (-1, 1))
+        print(
+            f"{mode}: {statistics.median(ratios):.4f} ({low:.4f} - {high:.4f}) of a step without, "
+            f"{len(ratios)} pairs"
+        )
+    one, step = span_seconds(), statistics.median(other for _, other in pairs)
+    print(f"3 spans of {1e6 * one:.1f} us in a step of {1e3 * step:.2f} ms: {3 * one / step:.2%}")
 
 
 if __name__ == "__main__":

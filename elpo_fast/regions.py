@@ -106,25 +106,67 @@ class Device(Protocol):
 class Span:
     """One stay in a region, as a context manager."""
 
-    __slots__ = ("_clock", "_mark", "began", "counts", "detail", "kind", "name", "parts", "seconds")
+    __slots__ = (
+        *("_clock", "_mark", "_track"),
+        *("began", "counts", "detail", "name", "parts", "rank", "seconds"),
+    )
 
     def __init__(self, clock: Clock, name: str, detail: str, counts: dict[str, float]) -> None:
         self._clock, self.name, self.detail, self.counts = clock, name, detail, counts
-        self.kind = REGIONS[name]
-        self.seconds = self.began = 0.0
-        self.parts: dict[str, dict[str, float]] = {}
-        self._mark: Any = None
+        self._track, self.rank = REGIONS[name]
+        self.seconds = 0.0
+        self.parts: dict[str, dict[str, float]] | None = None
 
     def shares(self, name: str, **counts: float) -> None:
         """Part of the span is another region's: as much of its time as of their `tokens`."""
-        self.parts[name] = counts
+        self.parts = {self.name: self.counts, name: counts}
 
     def __enter__(self) -> Span:
-        self._clock._enter(self)
+        clock, rank = self._clock, self.rank
+        if clock.device and self._track in (TRAINER, ENGINE):
+            self._mark = clock.device.enter(self.name)
+        with clock._lock:
+            now = self.began = perf_counter()
+            clock._spans[rank][self] = None
+            clock._open |= 1 << rank
+            top = clock._top
+            if top is None or rank >= top.rank:
+                if top is not None:
+                    top.seconds += now - clock._since
+                clock._since, clock._top = now, self
+            if self._track == TOOLS:
+                clock._cover(self.name, now, 1)
+        if clock.device and self._track == TRAINER:
+            clock._turned(clock.device)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clock._exit(self)
+        clock, rank = self._clock, self.rank
+        with clock._lock:
+            now = perf_counter()
+            spans = clock._spans[rank]
+            del spans[self]
+            if not spans:
+                clock._open ^= 1 << rank
+            if clock._top is self:
+                self.seconds += now - clock._since
+                clock._since = now
+                left = clock._open
+                clock._top = next(reversed(clock._spans[left.bit_length() - 1])) if left else None
+            if self._track == TOOLS:
+                clock._cover(self.name, now, -1)
+            if self.parts is None:
+                clock._count(self.name, self.counts, self.seconds, now - self.began)
+            else:
+                clock._share(self.parts, self.seconds, now - self.began)
+        if clock.events is not None:
+            name = "+".join(self.parts) if self.parts else self.name
+            event = Event(name, self._track, self.began, now, self.detail, self.counts)
+            clock.events.append(event)
+        if clock.device and self._track in (TRAINER, ENGINE):
+            if self._track == TRAINER:
+                clock._turned(clock.device)
+            clock.device.exit(self._mark)
 
 
 class Clock:
@@ -137,9 +179,11 @@ class Clock:
         self._lock = threading.Lock()
         self._totals = {name: Total() for name in REGIONS}
         self._before = {name: Total() for name in REGIONS}
-        tools = (name for name, kind in REGIONS.items() if kind.track == TOOLS)
-        self._open: dict[str, tuple[int, float]] = dict.fromkeys(tools, (0, 0.0))
-        self._spans: list[dict[Span, None]] = [{} for _ in range(7)]  # by rank, in order
+        # Open calls of tools and graders, and since when there are any.
+        self._calls = {name: (0, 0.0) for name, kind in REGIONS.items() if kind.track == TOOLS}
+        # By rank, in the order in which they were opened; and a bit for each rank that has any.
+        self._spans: list[dict[Span, None]] = [{} for _ in range(7)]
+        self._open = 0
         self._top: Span | None = None
         self._since = self.began = perf_counter()
 
@@ -157,82 +201,27 @@ class Clock:
         device = self.device.seconds() if self.device else {}
         with self._lock:
             now = perf_counter()
-            self._turn(now)
             passed, self.began = now - self.began, now
             taken = {name: total.minus(self._before[name]) for name, total in self._totals.items()}
             self._before = {name: total.copy() for name, total in self._totals.items()}
         _divide(taken, device)
         return passed, {name: total for name, total in taken.items() if total.calls}
 
-    def _enter(self, span: Span) -> None:
-        if self.device and span.kind.track in (TRAINER, ENGINE):
-            span._mark = self.device.enter(span.name)
-        with self._lock:
-            now = span.began = perf_counter()
-            self._spans[span.kind.rank][span] = None
-            if self._top is None or span.kind.rank >= self._top.kind.rank:
-                self._turn(now)
-                self._top = span
-            if span.kind.track == TOOLS:
-                count, since = self._open[span.name]
-                self._open[span.name] = (count + 1, since if count else now)
-        if self.device:
-            self._turned(self.device, span)
+    def _turned(self, device: Device) -> None:
+        top = self._top
+        device.turn(top.name if top and top.name in COMPUTED else None)
 
-    def _exit(self, span: Span) -> None:
-        with self._lock:
-            now = perf_counter()
-            del self._spans[span.kind.rank][span]
-            if span is self._top:
-                self._turn(now)
-                self._top = self._next()
-            if span.kind.track == TOOLS:
-                count, since = self._open[span.name]
-                self._open[span.name] = (count - 1, since)
-                if count == 1:
-                    self._totals[span.name].covered += now - since
-            if span.parts:
-                self._share(span, now - span.began)
-            else:
-                self._count(span.name, span.counts, span.seconds, now - span.began)
-        if self.events is not None:
-            event = Event(
-                "+".join((span.name, *span.parts)),
-                span.kind.track,
-                span.began,
-                now,
-                span.detail,
-                span.counts,
-            )
-            self.events.append(event)
-        if self.device:
-            self._turned(self.device, span)
-            if span._mark is not None:
-                self.device.exit(span._mark)
+    def _cover(self, name: str, now: float, change: int) -> None:
+        count, since = self._calls[name]
+        self._calls[name] = count + change, since if count else now
+        if count + change == 0:
+            self._totals[name].covered += now - since
 
-    def _turn(self, now: float) -> None:
-        """What passed since the last turn was the top span's."""
-        if self._top is not None:
-            self._top.seconds += now - self._since
-        self._since = now
-
-    def _turned(self, device: Device, span: Span) -> None:
-        if span.kind.track == TRAINER:
-            top = self._top
-            device.turn(top.name if top and top.name in COMPUTED else None)
-
-    def _next(self) -> Span | None:
-        for spans in reversed(self._spans):
-            if spans:
-                return next(reversed(spans))
-        return None
-
-    def _share(self, span: Span, busy: float) -> None:
-        parts = {span.name: span.counts, **span.parts}
+    def _share(self, parts: Mapping[str, dict[str, float]], seconds: float, busy: float) -> None:
         tokens = sum(counts["tokens"] for counts in parts.values())
         for name, counts in parts.items():
             share = counts["tokens"] / tokens
-            self._count(name, counts, share * span.seconds, share * busy)
+            self._count(name, counts, share * seconds, share * busy)
 
     def _count(self, name: str, counts: Mapping[str, float], seconds: float, busy: float) -> None:
         total = self._totals[name]
