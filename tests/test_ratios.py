@@ -7,6 +7,7 @@ times slower does. That the gate catches it is tested with a slowdown that is pl
 from __future__ import annotations
 
 import asyncio
+import gzip
 import importlib
 import json
 import os
@@ -211,3 +212,14 @@ def test_saved_results_say_what_was_measured_where(saved: tuple[Path, Path]) -> 
     assert result["commit_info"]["id"]
     (benchmark, *_) = result["benchmarks"]
     assert {"median", "q1", "q3", "rounds"} <= benchmark["stats"].keys()
+
+
+def test_a_trace_is_drawn_with_all_its_tracks() -> None:
+    draw_trace = importlib.import_module("bench.draw_trace")
+    file = ROOT / "bench" / "results" / "profile" / "quickstart" / "trace.json.gz"
+    figure = draw_trace.draw(json.loads(gzip.decompress(file.read_bytes())), 0, 20)
+    (axes,) = figure.axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["steps", "trainer", "engine", "collector", "tools", "trajectories"]
+    names = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"decode", "tool", "backward", "trajectory", "waiting"} <= names
