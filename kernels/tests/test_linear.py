@@ -21,7 +21,6 @@ from elpo_kernels import (
     policy_loss,
     reference,
 )
-from elpo_kernels._engine import Gradients
 from elpo_kernels._head import Tiling
 from elpo_kernels.testing import Case, error, improbable, make_case, true_policy, truth
 from torch import Tensor
@@ -357,37 +356,6 @@ def test_small_tiles_and_many_flushes(
         eager = [value, *gradients]
     found = [out.loss.detach(), *leaves.gradients()]
     check(list(zip(found, [loss, *exact.gradients()], strict=True)), eager, dtype)
-
-
-@by_variant
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.05], ids=["no-entropy", "entropy"])
-@pytest.mark.parametrize("precise", [torch.float64, torch.float32], ids=["fp64", "fp32"])
-def test_powers_in_the_memory_of_the_weights_gradient(
-    variant: str, entropy_coef: float, precise: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """24 rows lie there where that saves rounds, and the others in memory of their own."""
-    case = make_case(dtype=precise, **VARIANTS[variant])
-    exact, loss, logprob = true_policy(case, entropy_coef)
-    lend, lent = Gradients.lend, []
-    monkeypatch.setattr(Gradients, "lend", lambda *a: lent.append(lend(*a)) or lent[-1])
-    for kept in (12, 13):
-        cut = Tiling(rows=10, strip=19, kept=kept, update=50)
-        monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_, cut=cut: cut))
-        leaves = case.leaves()
-        out = linear_policy_loss(
-            *leaves.linear,
-            *case.policy,
-            entropy_coef=entropy_coef,
-            logprob_for_all=True,
-            **leaves.options,
-        )
-        out.loss.backward()
-        results = [out.loss.detach(), out.logprob, *leaves.gradients()]
-        check(list(zip(results, [loss, logprob, *exact.gradients()], strict=True)), None, precise)
-    shapes = [None if part is None else part.shape for part in lent]
-    two_passes = entropy_coef and "softcap" in case.options
-    assert shapes == ([] if two_passes else [(24, 307), None])
 
 
 @pytest.mark.parametrize("products", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -43,9 +43,6 @@ from elpo_kernels._head import (
 ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
 
-# The weight's gradient lends its memory if that holds the rows of as many rounds.
-LENT_ROUNDS = 2
-
 # Least size of a piece of a weight's sum: from 32 MiB on, glibc gives each back to the system.
 PIECE_BYTES = 34 * MIB
 
@@ -128,21 +125,8 @@ class Gradients:
             self.bias = torch.zeros(head.vocabulary, dtype=acc, device=xs[0].device)
         self.written = False
 
-    def lend(self, rows: int) -> Tensor | None:
-        """Memory for the powers of the first of `rows` rows, `[n, V]` with n at most the head's
-        width: the weight's gradient, each row in a column, until `add` writes it. None where it
-        would not save rounds, and on a GPU, whose kernels want rows next to each other."""
-        result = self.weights[0]
-        if result is None or result is self.main_grad or len(self.weights) > 1:
-            return None
-        summed = result.dtype == self.tiles.acc == self.head.dtype and result.device.type == "cpu"
-        if not summed or min(rows, result.shape[1]) < LENT_ROUNDS * self.head.tiling.kept:
-            return None
-        return result[:, :rows].t()
-
-    def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool, lent: bool) -> None:
-        """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`; `lent`: they
-        lie in what `lend` returned."""
+    def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool) -> None:
+        """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`."""
         self.written |= last
         if self.bias is not None:
             for strip in self.head.strips():
@@ -155,20 +139,7 @@ class Gradients:
                 del product
             if self.weights[i] is not None:
                 scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(self.head.dtype)
-                if lent:
-                    self._write_over(i, kept, scaled)
-                else:
-                    self._add_weight(i, kept, scaled, last)
-
-    def _write_over(self, i: int, kept: Tensor, x: Tensor) -> None:
-        """The first rows' part of a weight's gradient, to where their powers lie."""
-        result, strips = self.weights[i], list(self.head.strips())
-        assert result is not None
-        aside = kept.new_empty(strips[0].stop, len(kept))
-        for strip in strips:
-            powers = aside[: strip.stop - strip.start].copy_(kept[:, strip].t())
-            self.tiles.accumulate(result[strip], powers, x, first=True)
-        self._sums[i][0] = result
+                self._add_weight(i, kept, scaled, last)
 
     def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool) -> None:
         result, sums, tiles = self.weights[i], self._sums[i], self.tiles

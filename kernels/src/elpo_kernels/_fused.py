@@ -3,9 +3,6 @@
 Two passes are made where the weight's gradient is narrower than its sum, which would have to be
 kept from the first block of tokens to the last, and there is no room for it: see `Tiling`.
 
-Where the weight's gradient is summed in its result, and this has room for more rows than are kept
-otherwise, the first rows' powers lie there until it is written, each row in a column.
-
 Tokens are dropped twice: those without a coefficient before they meet the head, those whose
 gradient turns out to be zero (clipped) before the backward products. The powers E of the remaining
 rows are packed into one buffer, and whenever it is full both backward products run over all of it;
@@ -137,10 +134,7 @@ def _one_pass(
 ) -> tuple[Tensor, Tensor]:
     logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
     entropy = torch.zeros_like(logprob)
-    kept = gradients.lend(len(index))
-    lent = kept is not None
-    if kept is None:
-        kept = _memory(head, len(index))
+    kept = _memory(head, len(index))
     pending: list[tuple[Tensor, Tensor]] = []  # index and row factor of what `kept` holds
     limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT
     start = filled = 0
@@ -149,7 +143,7 @@ def _one_pass(
         nonlocal filled
         if filled or last:
             where, factor = (torch.cat(parts) for parts in zip(*pending, strict=True))
-            gradients.add(where, kept[:filled], factor, last, lent)
+            gradients.add(where, kept[:filled], factor, last)
         pending.clear()
         filled = 0
 
@@ -227,12 +221,9 @@ def _one_pass(
         # Measured: on a CPU a block of half size costs more than adding half as many rows at once.
         if room < min(5 * min(head.tiling.rows, len(kept)) // 8, head.tiling.kept, rest):
             flush(last=False)
-            if lent:
-                kept, lent = _memory(head, rest), False
             room = len(kept)
-        # Measured: 1,536 rows as columns are made a tenth faster at once than in two halves.
-        most = head.tiling.at_once * (2 if lent else 1)
-        block = index[start : start + min(_equal(len(kept), most, head.tiling.grain), room)]
+        most = _equal(len(kept), head.tiling.at_once, head.tiling.grain)
+        block = index[start : start + min(most, room)]
         start += len(block)
         pending.append(take(block, kept[filled : filled + len(block)]))
         filled += len(pending[-1][0])

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from elpo_kernels._checks import accumulation
 from elpo_kernels._head import LN2, LOG2E, Head, Rows, column, cut
-from elpo_kernels._threads import Result, spread
 from elpo_kernels._torch_rows import add_sums, closed, levels, locate, moved, to_gradient
-
-# Rows of a product with the weight that MKL's kernels multiply fastest.
-_GROUP = 176
-# Up to so many rows are multiplied faster in such groups.
-_FEW = 512
-# Least width of a strip that a thread takes for itself.
-_NARROWEST = 512
-# Columns of rows that a thread moves at once where each row lies in a column.
-_CHUNK = 512
 
 
 def combined(head: Head, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,52 +20,27 @@ def combined(head: Head, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Te
     return closed(top, total, moment)
 
 
-class _Own(threading.local):
-    """A thread's own memory: scratch by dtype and use, and of each weight the strip that was
-    converted last."""
-
-    def __init__(self) -> None:
-        self.held: dict[tuple[torch.dtype, str], Tensor] = {}
-        self.converted: dict[int, tuple[slice, Tensor]] = {}
-
-
 class TorchTiles:
-    """Scratch memory and the operations on tiles: a block of rows times a strip of vocabulary.
-    On a CPU every thread works on strips of its own, with scratch memory of its own. Not to be
-    shared by callers; make one a call."""
+    """Scratch memory and the operations on tiles: a block of rows times a strip of vocabulary. Not
+    to be shared by callers; make one a call."""
 
     def __init__(self, head: Head) -> None:
         self.head = head
         self.acc = accumulation(head.dtype)
         # Products are rounded to the operands' dtype: see `Rows`.
         self.rounds_logits = head.dtype != self.acc
-        on_cpu = head.weights[0].device.type == "cpu"
-        self._spreads = on_cpu and not self.rounds_logits
-        self._own = _Own()
-
-    def _each(self, work: Callable[[slice], Result]) -> list[Result]:
-        """`work` of every strip of the vocabulary."""
-        if not self._spreads:
-            return [work(strip) for strip in self.head.strips()]
-        width = self.head.tiling.strip
-        width = max(min(width, _NARROWEST), width // torch.get_num_threads())
-        return spread(work, self.head.strips(width))
-
-    def _rows(self, work: Callable[[slice], None], count: int) -> None:
-        """`work` of all of `count` rows of a product."""
-        threads = torch.get_num_threads() if self._spreads else 1
-        spread(work, cut(0, count, max(1, -(-count // threads))))
+        self._held: dict[tuple[torch.dtype, str], Tensor] = {}  # scratch by dtype and use
+        # Of each weight the strip that was converted last.
+        self._converted: dict[int, tuple[slice, Tensor]] = {}
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """a·b, perhaps rounded to the operands' dtype."""
-        out = a.new_empty(len(a), b.shape[1])
-        self._rows(lambda rows: torch.mm(a[rows], b, out=out[rows]), len(a))
-        return out
+        return torch.mm(a, b)
 
     def accumulate(self, total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
         """total += a·b, `total` in the accumulation dtype; `first`: it holds nothing yet."""
         if a.dtype == total.dtype:
-            self._rows(lambda rows: total[rows].addmm_(a[rows], b, beta=0 if first else 1), len(a))
+            total.addmm_(a, b, beta=0 if first else 1)
         elif first:
             total.copy_(torch.mm(a, b))
         else:
@@ -108,25 +69,9 @@ class TorchTiles:
         order = torch.arange(count, device=live.device)
         holes, movers = (~live[:count]).nonzero()[:, 0], live[count:].nonzero()[:, 0] + count
         order[holes] = movers
-
-        def move_columns(strip: slice) -> None:
-            part = place.t()[strip]  # as it lies in memory
-            part.index_copy_(1, holes, part.index_select(1, movers))
-
-        if place.device.type != "cpu":
-            for part in place.split(self.head.tiling.strip, 1):
-                source = movers[:, None].expand(-1, part.shape[1])
-                part.index_copy_(0, holes, part.gather(0, source))
-        elif place.stride(1) > 1:
-            spread(move_columns, self.head.strips(_CHUNK))
-        else:  # PyTorch would look at every row in all threads
-            pitch, size = (n * place.itemsize for n in (place.stride(0), place.shape[1]))
-
-            def move_row(pair: tuple[int, int]) -> None:
-                start = place.data_ptr()  # `place` lives as long as somebody moves its rows
-                ctypes.memmove(start + pair[0] * pitch, start + pair[1] * pitch, size)
-
-            spread(move_row, zip(holes.tolist(), movers.tolist(), strict=True))
+        for part in place.split(self.head.tiling.strip, 1):
+            source = movers[:, None].expand(-1, part.shape[1])
+            part.index_copy_(0, holes, part.gather(0, source))
         return order
 
     def weight(self, i: int, strip: slice) -> Tensor:
@@ -134,42 +79,32 @@ class TorchTiles:
         weight = self.head.weights[i]
         if weight.dtype == self.head.dtype:
             return weight[strip]
-        known, rows = self._own.converted.get(i), strip.stop - strip.start
+        known, rows = self._converted.get(i), strip.stop - strip.start
         if known is not None and known[0] == strip:
             return known[1][:rows]
         if known is None or len(known[1]) < rows:
             memory = torch.empty(rows, weight.shape[1], dtype=self.head.dtype, device=weight.device)
         else:
             memory = known[1]
-        self._own.converted[i] = strip, memory
+        self._converted[i] = strip, memory
         return memory[:rows].copy_(weight[strip])
 
     def through_weight(self, kept: Tensor, i: int) -> Tensor:
         """kept · W_i, perhaps rounded to the operands' dtype."""
         weight = self.head.weights[i]
-        if not self._spreads or (len(kept) > _FEW and weight.dtype == kept.dtype):
+        if weight.dtype == kept.dtype:
             return self.product(kept, weight)
-
-        def part(share: slice) -> Tensor:
-            total = kept.new_zeros(len(kept), weight.shape[1])
-            for strip in cut(share.start, share.stop, self.head.tiling.strip):
-                operand = self.weight(i, strip)
-                for rows in cut(0, len(kept), _GROUP):
-                    total[rows].addmm_(kept[rows, strip], operand)
-            return total
-
-        share = -(-len(weight) // torch.get_num_threads())
-        first, *others = spread(part, cut(0, len(weight), share))
-        for other in others:
-            first += other
-        return first
+        total = kept.new_zeros(len(kept), weight.shape[1])
+        for strip in self.head.strips():
+            total.addmm_(kept[:, strip], self.weight(i, strip))
+        return total
 
     def _scratch(self, rows: int, columns: int, dtype: torch.dtype, use: str = "tile") -> Tensor:
         """The same memory for every tile: new for each, it would leave holes in glibc's heap."""
-        held = self._own.held.get((dtype, use))
+        held = self._held.get((dtype, use))
         if held is None or held.numel() < rows * columns:
             held = torch.empty(rows * columns, dtype=dtype, device=self.head.weights[0].device)
-            self._own.held[dtype, use] = held
+            self._held[dtype, use] = held
         return held[: rows * columns].view(rows, columns)
 
     def _levels(self, rows: Rows, strip: slice, out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -198,48 +133,40 @@ class TorchTiles:
         """log2 Σ 2^L without the target and the entropy in bits of those 2^L `[R]`, for any L, over
         all shards."""
         zeros = torch.zeros_like(rows.raw)
-        start = torch.full_like(zeros, -torch.inf), zeros, zeros
-
-        def part(strip: slice) -> Tensor:
+        state = torch.full_like(zeros, -torch.inf), zeros, zeros
+        for strip in self.head.strips():
             place = self._scratch(len(zeros), strip.stop - strip.start, self.head.dtype)
             tile, _ = self._levels(rows, strip, place)
-            return torch.stack(add_sums(tile, rows.column - strip.start, start, want_entropy))
-
-        tops, totals, moments = torch.stack(self._each(part), 1)
-        top = tops.amax(0)
-        total, moment = moved(tops, torch.where(top == -torch.inf, 0, top), totals, moments)
-        return combined(self.head, top, total.sum(0), moment.sum(0))
+            state = add_sums(tile, rows.column - strip.start, state, want_entropy)
+        return combined(self.head, *state)
 
     def powers(
         self, rows: Rows, out: Tensor, position: Tensor | None, want_entropy: bool
     ) -> tuple[Tensor, Tensor]:
         """Write E = 2^L `[R, V]`, 0 at the target, to rows `position` of `out` (to all of them by
         default); return Σ E and Σ E·L over this shard. E holds the soft cap's derivative too."""
-
-        def part(strip: slice) -> Tensor:
+        total = torch.zeros_like(rows.raw)
+        moment = torch.zeros_like(total)
+        for strip in self.head.strips():
             place = out[:, strip]
             if position is not None:
-                place = self._scratch(len(rows.raw), strip.stop - strip.start, self.head.dtype)
+                place = self._scratch(len(total), strip.stop - strip.start, self.head.dtype)
             tile, slope = self._levels(rows, strip, place)
             at = locate(rows.column - strip.start, tile.shape[1])
-            moment = torch.zeros_like(rows.raw)
             if want_entropy:
                 power = self._scratch(*tile.shape, self.acc, "powers")
                 torch.exp2(tile, out=power)[at] = 0
-                moment = tile.mul_(power).sum(1)
+                moment += tile.mul_(power).sum(1)
                 tile.copy_(power)
             else:
                 tile.exp2_()[at] = 0
-            total = tile.sum(1)
+            total += tile.sum(1)
             if slope is not None:
                 tile.mul_(slope)
             if tile is not place:
                 place.copy_(tile)
             if position is not None:
                 out[position, strip] = place
-            return torch.stack((total, moment))
-
-        total, moment = torch.stack(self._each(part)).sum(0)
         return total, moment
 
     def with_entropy(self, kept: Tensor, alpha: Tensor, beta: Tensor) -> None:
