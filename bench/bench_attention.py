@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from elpo_kernels import TreePlan, tree_attention
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import elpo_fast.model.attention  # noqa: F401, registers `path`
 from bench.bench_step import DTYPES, batches, forest
-from elpo_fast.model.attention import BACKENDS
-from elpo_fast.model.tree_mask import TreeMask
 
 HEADS, KV_HEADS, SIZE = 9, 3, 64
 
@@ -24,19 +24,19 @@ HEADS, KV_HEADS, SIZE = 9, 3, 64
 @pytest.mark.parametrize("name", ["recorded", "star"])
 def test_attention(benchmark: BenchmarkFixture, name: str, dtype: str, backend: str) -> None:
     batch = batches("trees", forest(name))[0]
-    tree = TreeMask(torch.from_numpy(batch.end), torch.from_numpy(batch.position))
+    tree = TreePlan(torch.from_numpy(batch.end), torch.from_numpy(batch.position))
     generator = torch.Generator().manual_seed(0)
 
     def numbers(heads: int) -> torch.Tensor:
         shape = len(batch), heads, SIZE
         x = torch.randn(shape, generator=generator).to(DTYPES[dtype])
-        return x.transpose(0, 1).requires_grad_()
+        return x.requires_grad_()
 
     inputs = numbers(HEADS), numbers(KV_HEADS), numbers(KV_HEADS)
     above = numbers(HEADS).detach()
 
     def attend() -> None:
-        output = BACKENDS[backend](*inputs, tree, SIZE**-0.5)
+        output = tree_attention(*inputs, tree, backend=backend)
         torch.autograd.grad(output, inputs, above)
 
     benchmark.group = f"{name} {dtype}"

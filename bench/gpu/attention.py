@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import triton
-from elpo_kernels import _triton_attention as kernels
+from elpo_kernels import tree_attention
+from elpo_kernels.attention import tiles as shipped_tiles
+from elpo_kernels.attention.flex import flex_attention
 
+import elpo_fast.model.attention  # noqa: F401, registers `path`
 from bench.gpu.part import Part, judged, medians
 from bench.gpu.shapes import HEADS, Heads, operands, packed_mask
-from elpo_fast.model.attention import BACKENDS
-from elpo_fast.model.flex_attention import flex_tree_attention
 
 
 def run(part: Part) -> None:
@@ -27,16 +28,20 @@ def run(part: Part) -> None:
             part.attempt(f"tiles {heads}", partial(tiles, part, heads))
 
 
+def _flex_static(*inputs: Any) -> torch.Tensor:
+    return flex_attention(*inputs, inputs[0].shape[-1] ** -0.5, dynamic=False)
+
+
 def beside_others(part: Part, what: str, heads: Heads, tokens: int) -> None:
     mask, pairs = packed_mask(part, tokens)
     *inputs, above = operands(part, tokens, heads)
     names = ["triton", "path"] if part.tiny else ["triton", "varlen", "flex"]
-    attend: dict[str, Any] = {name: BACKENDS[name] for name in names}
+    attend: dict[str, Any] = {name: partial(tree_attention, backend=name) for name in names}
     if "flex" in attend:  # compiled for this very number of tokens
-        attend["flex-static"] = partial(flex_tree_attention, dynamic=False)
+        attend["flex-static"] = _flex_static
 
     def forward(name: str) -> torch.Tensor:
-        return attend[name](*inputs, mask, heads[2] ** -0.5, None)
+        return attend[name](*inputs, mask)
 
     def both(name: str) -> None:
         torch.autograd.grad(forward(name), inputs, above)
@@ -61,19 +66,19 @@ def tiles(part: Part, heads: Heads) -> None:
     *inputs, above = operands(part, len(mask.end), heads)
 
     def both() -> None:
-        out = BACKENDS["triton"](*inputs, mask, heads[2] ** -0.5, None)
+        out = tree_attention(*inputs, mask, backend="triton")
         torch.autograd.grad(out, inputs, above)
 
     device = torch.device(part.device)
-    shipped = kernels.tiles(device, part.dtype, heads[2])
+    shipped = shipped_tiles.tiles(device, part.dtype, heads[2])
 
-    def with_tile(kernel: str, tile: kernels.Tile) -> None:
-        with kernels.trial(device, part.dtype, heads[2], kernel, tile):
+    def with_tile(kernel: str, tile: shipped_tiles.Tile) -> None:
+        with shipped_tiles.trial(device, part.dtype, heads[2], kernel, tile):
             both()
 
     both()
     calls: dict[str, Any] = {"as shipped": both}
-    found = kernels.candidates(device, heads[2])
+    found = shipped_tiles.candidates(device, heads[2])
     for kernel, tile in found[:2] if part.tiny else found:
         if tile == getattr(shipped, kernel):
             continue

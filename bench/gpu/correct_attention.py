@@ -7,11 +7,12 @@ import itertools
 from functools import partial
 
 import torch
-from elpo_kernels.testing import error, true_attention
+from elpo_kernels import tree_attention
 
+import elpo_fast.model.attention  # noqa: F401, registers `path`
+from bench.gpu.cases import error, true_attention
 from bench.gpu.part import Part
 from bench.gpu.shapes import HEADS, Heads, operands, random_mask
-from elpo_fast.model.attention import BACKENDS
 
 Forest = tuple[int, int, float]  # trees, tokens of each, how often they branch
 
@@ -39,14 +40,13 @@ def case(
     trees, tokens, branching = forest
     mask = random_mask(part, trees, tokens, branching)
     *inputs, above = operands(part, trees * tokens, heads)
-    by_token = [x.transpose(0, 1) for x in (*inputs, above)]
     scale = heads[2] ** -0.5
-    true = true_attention(*by_token, mask, window=window, scale=scale)
+    true = true_attention(*inputs, above, mask, window=window, scale=scale)
 
     def errors(backend: str) -> list[float]:
-        out = BACKENDS[backend](*inputs, mask, scale, window)
+        out = tree_attention(*inputs, mask, scale=scale, window=window, backend=backend)
         found = [out, *torch.autograd.grad(out, inputs, above)]
-        return [error(f.detach().transpose(0, 1), t) for f, t in zip(found, true, strict=True)]
+        return [error(f.detach(), t) for f, t in zip(found, true, strict=True)]
 
     reference = errors(names[0])
     allowed = [1.5 * e + (1e-5 if part.tiny else 2**-9) for e in reference]

@@ -8,11 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from elpo_kernels import _head as head
 from elpo_kernels import linear_logprob, linear_policy_loss, logits_policy_loss, reference
-from elpo_kernels.testing import error, make_case, true_policy, truth
+from elpo_kernels.linear.tiling import Tiling
 from torch import Tensor
 
+from bench.gpu.cases import error, make_case, true_policy, truth
 from bench.gpu.part import Part
 
 VARIANTS: list[dict[str, Any]] = [
@@ -80,14 +80,14 @@ def in_rounds(part: Part, what: str, dtype: torch.dtype, main_grad: bool, backen
     """More rows than are held at once, so that sums are kept from one round to the next."""
     shape = (90, 33, 307) if part.tiny else (9000, 256, 4097)
     options = dict(zip(("tokens", "width", "vocabulary"), shape, strict=True))
-    tiling = partial(head.Tiling, rows=32, strip=96, kept=32, update=1 << 20, grain=32)
+    tiling = partial(Tiling, rows=32, strip=96, kept=32, update=1 << 20, grain=32)
     if not part.tiny:
         tiling = partial(tiling, rows=2048, strip=1536, kept=4096, grain=2048)
     cut = tiling(block=1 << 62)
     more: dict[str, Any] = {}
     if main_grad:
         more["main_grad"] = torch.zeros(shape[2], shape[1], device=part.device)
-    with mock.patch.object(head.Tiling, "of", staticmethod(lambda *_: cut)):
+    with mock.patch.object(Tiling, "of", staticmethod(lambda *_: cut)):
         policy(part, what, options, dtype, 0.0, backend, **more)
 
 

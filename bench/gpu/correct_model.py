@@ -9,9 +9,9 @@ from itertools import count
 
 import numpy as np
 import torch
-from elpo_kernels.testing import error
 
 from bench.forests import as_rows, as_trees, grow
+from bench.gpu.cases import error
 from bench.gpu.part import Part
 from bench.gpu.shapes import make_model, shape
 from elpo_fast.model.attention import attention_name

@@ -20,8 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from elpo_kernels import _head as head
-from elpo_kernels import _ops as ops
+from elpo_kernels.linear.tiling import Tiling
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -215,12 +214,12 @@ def tilings(part: Part, tokens: int, width: int, vocabulary: int) -> None:
     dtype = "fp32" if part.tiny else "bf16"
     dense = make_problem(tokens, width, vocabulary, dtype, "dense", part.device)
     for rows, strip, kept in TILINGS[: 2 if part.tiny else None]:
-        tiling = head.Tiling(
+        tiling = Tiling(
             rows=rows, strip=strip, kept=kept, update=vocabulary, grain=rows, block=1 << 62
         )
         line = f"tiles of {rows} x {strip}, {kept} rows held:"
         times = {}
-        with mock.patch.object(ops.Tiling, "of", staticmethod(lambda *_, t=tiling: t)):
+        with mock.patch.object(Tiling, "of", staticmethod(lambda *_, t=tiling: t)):
             for name, variant in (("fused", fused), ("fused-main-grad", fused_main_grad)):
                 do = partial(once, part, dense, step(variant), name == "fused-main-grad")
                 pairs = [do() for _ in range(1 if part.tiny else 5)]

@@ -6,14 +6,14 @@ import gc
 
 import numpy as np
 import torch
-from elpo_kernels.testing import make_forest
+from elpo_kernels import TreePlan
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from bench.forests import Shape, as_trees, grow
+from bench.gpu.cases import make_forest
 from bench.gpu.part import Part
 from elpo_fast.model.attention import attention_name
-from elpo_fast.model.tree_mask import TreeMask
 
 Heads = tuple[int, int, int]
 HEADS: dict[str, Heads] = {"0.5b": (14, 2, 64), "1.5b": (12, 2, 128), "7b": (28, 4, 128)}
@@ -60,23 +60,23 @@ def make_model(
 
 
 def operands(part: Part, tokens: int, heads: Heads) -> list[Tensor]:
-    """Query, key, value as `[heads, N, D]` views of token-major memory, and a gradient."""
+    """Query, key, value `[N, heads, D]` and a gradient."""
     generator = torch.Generator(part.device).manual_seed(0)
     query, shared, dim = heads
     like = {"generator": generator, "device": part.device, "dtype": part.dtype}
     return [
-        torch.randn(tokens, count, dim, **like).transpose(0, 1).requires_grad_(number < 3)
+        torch.randn(tokens, count, dim, **like).requires_grad_(number < 3)
         for number, count in enumerate((query, shared, shared, query))
     ]
 
 
-def random_mask(part: Part, trees: int, tokens: int, branching: float) -> TreeMask:
+def random_mask(part: Part, trees: int, tokens: int, branching: float) -> TreePlan:
     plan = make_forest(trees, tokens, branching=branching)
     assert plan.position is not None
-    return TreeMask(plan.end.to(part.device), plan.position.to(part.device))
+    return TreePlan(plan.end.to(part.device), plan.position.to(part.device))
 
 
-def packed_mask(part: Part, tokens: int) -> tuple[TreeMask, int]:
+def packed_mask(part: Part, tokens: int) -> tuple[TreePlan, int]:
     """Trees of `TREES`' shape up to `tokens` tokens, and their allowed pairs."""
     rng, trees = np.random.default_rng(0), []
     while sum(len(step) for tree in trees for step in tree.token_ids) < tokens:
@@ -84,4 +84,4 @@ def packed_mask(part: Part, tokens: int) -> tuple[TreeMask, int]:
     (batch,) = as_trees(trees, 10 * tokens)
     end = torch.from_numpy(np.minimum(batch.end, tokens)[:tokens]).to(part.device)
     position = torch.from_numpy(batch.position[:tokens]).to(part.device)
-    return TreeMask(end, position), int(batch.position[:tokens].astype(np.int64).sum()) + tokens
+    return TreePlan(end, position), int(batch.position[:tokens].astype(np.int64).sum()) + tokens

@@ -1,10 +1,11 @@
 """Tree attention for Hugging Face models: one registered attention for each backend.
 
-All compute the same function of packed trees (`tree_mask`), equal up to rounding:
+All compute the same function of packed trees, equal up to rounding; `elpo_kernels.tree_attention`
+chooses between them:
 
     sdpa    a dense mask per tree; any device, the reference
     path    allowed pairs only, by kernels in Numba; the fast one on CPUs
-    triton  `elpo_kernels.tree_attention`; the fast one on CUDA
+    triton  the project's own kernels; the fast one on CUDA
     flex    PyTorch's FlexAttention, compiled on CUDA
     varlen  flash attention over gathered paths, CUDA only
     auto    path on CPUs, triton elsewhere
@@ -15,79 +16,21 @@ every layer. Without it the model behaves as under transformers' own `sdpa`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from elpo_kernels import tree_attention as kernel_attention
-from transformers import AttentionInterface
+from elpo_kernels import TreePlan, register_attention
+from elpo_kernels import tree_attention as along_paths
+from elpo_kernels.attention.blocks import NO_WINDOW
+from elpo_kernels.attention.tiles import tiles
+from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from elpo_fast.model.flex_attention import flex_tree_attention
 from elpo_fast.model.path_attention import path_attention
-from elpo_fast.model.tree_mask import TreeMask
-from elpo_fast.model.varlen_attention import varlen_tree_attention
 
-Backend = Callable[..., torch.Tensor]
-"""`(query [heads, N, D], key, value [kv_heads, N, D], tree, scale, window) -> [heads, N, D]`."""
-
-
-def masked_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tree: TreeMask,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """SDPA with a dense mask per tree, so that memory grows with the largest tree."""
-    groups = query.shape[0] // key.shape[0]
-    key = key.repeat_interleave(groups, dim=0)
-    value = value.repeat_interleave(groups, dim=0)
-    outputs = [
-        F.scaled_dot_product_attention(
-            query[None, :, start:stop],
-            key[None, :, start:stop],
-            value[None, :, start:stop],
-            attn_mask=tree.dense(start, stop, window),
-            scale=scale,
-        )[0]
-        for start, stop in tree.spans
-    ]
-    return torch.cat(outputs, dim=1)
-
-
-def triton_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tree: TreeMask,
-    scale: float,
-    window: int | None = None,
-) -> torch.Tensor:
-    """The project's own kernel."""
-    by_token = (x.transpose(0, 1) for x in (query, key, value))
-    output = kernel_attention(*by_token, tree, scale=scale, window=window, backend="triton")
-    return output.transpose(0, 1)
-
-
-def automatic_attention(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
-    """The fast one for the device."""
-    backend = path_attention if query.device.type == "cpu" else triton_attention
-    return backend(query, *arguments)
-
-
-BACKENDS: dict[str, Backend] = {
-    "auto": automatic_attention,
-    "sdpa": masked_attention,
-    "path": path_attention,
-    "triton": triton_attention,
-    "flex": flex_tree_attention,
-    "varlen": varlen_tree_attention,
-}
+BACKENDS = ("auto", "sdpa", "path", "triton", "flex", "varlen")
 
 
 def attention_name(backend: str) -> str:
@@ -107,7 +50,7 @@ def tree_attention(
     attention_mask: torch.Tensor | None,
     *,
     backend: str = "auto",
-    tree: TreeMask | None = None,
+    tree: TreePlan | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -120,12 +63,29 @@ def tree_attention(
         )
     if softcap is not None:
         raise ValueError("tree attention has no logit soft-capping; use a model without it")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    attend = BACKENDS[backend]
-    output = attend(*(x.squeeze(0) for x in (query, key, value)), tree, scale, sliding_window)
-    return output.transpose(0, 1)[None], None
+    if backend == "auto":
+        backend = "path" if query.device.type == "cpu" else "triton"
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    output = along_paths(
+        query, key, value, tree, scale=scaling, window=sliding_window, backend=backend
+    )
+    return output[None], None
 
 
+def prepare(plan: TreePlan, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Make what a model's layers will ask of a plan, so that compiled ones find it there. `dtype`:
+    of their queries."""
+    name = config._attn_implementation
+    if plan.end.device.type == "cpu" or name not in (ATTENTION, attention_name("triton")):
+        return
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    for reach in {window if kind == "sliding_attention" else None for kind in kinds}:
+        plan.blocks(tiles(plan.end.device, dtype, dim), reach or NO_WINDOW)
+
+
+register_attention("path", path_attention)
 for _backend in BACKENDS:
     AttentionInterface.register(attention_name(_backend), partial(tree_attention, backend=_backend))
     AttentionMaskInterface.register(attention_name(_backend), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

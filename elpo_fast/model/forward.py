@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from elpo_kernels import TreePlan
 from torch import nn
 from transformers import PreTrainedModel
 
-from elpo_fast.model.attention import ATTENTION, NAMES
-from elpo_fast.model.tree_mask import TreeMask
+from elpo_fast.model.attention import ATTENTION, NAMES, prepare
 
 
 def packed_hidden(
@@ -39,13 +39,15 @@ def packed_hidden(
             f"got {model.config._attn_implementation!r}; call model.set_attn_implementation first"
         )
     embeddings = (embed or model.get_input_embeddings())(token_ids.long()[None])
+    plan = TreePlan(end, position, host_end)
+    prepare(plan, model.config, dtype or model.dtype)
     output = model.base_model(
         inputs_embeds=embeddings.to(dtype or model.dtype),
         position_ids=position.long()[None],
         # Four dimensions mean "already prepared" to transformers: no N x N mask is built.
         attention_mask=embeddings.new_empty(1, 1, 1, 1),
         use_cache=False,
-        tree=TreeMask(end, position, host_end),
+        tree=plan,
     )
     hidden: torch.Tensor = output.last_hidden_state.squeeze(0)
     return hidden

@@ -10,25 +10,27 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from elpo_kernels.attention.plan import Run, TreePlan
 from torch import library
 
 from elpo_fast.model import path_fused
-from elpo_fast.model.tree_mask import Run, TreeMask
 
 TILE = 256  # queries at once
+_last: list[TreePlan] = []
 
 
 def path_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: TreeMask,
+    plan: TreePlan,
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
-    output, _ = _path_op(query, key, value, tree.end, tree.position, scale, window)
-    return output
+    """Arguments and result as of `elpo_kernels.tree_attention`."""
+    by_head = (x.transpose(0, 1) for x in (query, key, value))
+    output, _ = _path_op(*by_head, plan.end, scale, window)
+    return output.transpose(0, 1)
 
 
 @library.custom_op("elpo_fast::path_attention", mutates_args=())
@@ -37,21 +39,21 @@ def _path_op(
     key: torch.Tensor,
     value: torch.Tensor,
     end: torch.Tensor,
-    position: torch.Tensor,
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One operator to a compiler, whatever the trees: it knows them by their tensors.
+    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`. One operator to a compiler, whatever
+    the trees: it knows them by their tensor.
 
     Returns the kernels' statistics for the backward too, empty where there are none.
 
     Heads that share a key head are stacked as further query rows of it: `[kv_heads, G n, D]`.
     """
-    tree = TreeMask.of(end, position)
+    plan = _plan(end)
     if _has_kernels(query):
-        return path_fused.forward(query, key, value, tree, scale, window)
+        return path_fused.forward(query, key, value, plan, scale, window)
     output = _by_token(query)
-    for tile in tree.pieces(TILE, window):
+    for tile in plan.pieces(TILE, window):
         own = slice(tile.start, tile.stop)
         weights = _probabilities(query, key, tile, scale, window)
         output[:, own] = torch.bmm(weights, _gather(value, tile.path)).view_as(output[:, own])
@@ -64,7 +66,6 @@ def _path_backward_op(
     key: torch.Tensor,
     value: torch.Tensor,
     end: torch.Tensor,
-    position: torch.Tensor,
     scale: float,
     window: int | None,
     output: torch.Tensor,
@@ -75,15 +76,15 @@ def _path_backward_op(
 
     Probabilities are computed again, so that nothing quadratic is kept.
     """
-    tree = TreeMask.of(end, position)
+    plan = _plan(end)
     if _has_kernels(query):
-        return path_fused.backward(query, key, value, tree, scale, window, output, statistics, grad)
+        return path_fused.backward(query, key, value, plan, scale, window, output, statistics, grad)
     heads, _, size = query.shape
     shared = (key.shape[0], -1, size)
     correction = (grad * output).sum(-1, keepdim=True)
     query_grad = _by_token(query)
     key_grad, value_grad = (_by_token(key).zero_() for _ in range(2))
-    for tile in tree.pieces(TILE, window):
+    for tile in plan.pieces(TILE, window):
         own = slice(tile.start, tile.stop)
         weights = _probabilities(query, key, tile, scale, window)
         above = grad[:, own].reshape(shared)
@@ -121,10 +122,20 @@ def _gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]
     found = torch.ops.elpo_fast.path_attention_backward(
         *tensors, ctx.scale, ctx.window, output, statistics, grad
     )
-    return *found, None, None, None, None
+    return *found, None, None, None
 
 
 _path_op.register_autograd(_gradients, setup_context=_save)
+
+
+def _plan(end: torch.Tensor) -> TreePlan:
+    """What is derived of these trees, once for all layers of a batch: an operator is given tensors
+    alone. The last one is kept, so that its memory is at an address that no other's has."""
+    plan = _last[0] if _last else None
+    if plan is None or plan.end.data_ptr() != end.data_ptr() or plan.end.shape != end.shape:
+        plan = TreePlan(end)
+        _last[:] = [plan]
+    return plan
 
 
 def _has_kernels(query: torch.Tensor) -> bool:

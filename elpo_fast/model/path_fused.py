@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from elpo_kernels import TreePlan
 
 from elpo_fast.model import path_cpu
 from elpo_fast.model.path_cpu import BLOCK, PANEL, Layout
-from elpo_fast.model.tree_mask import TreeMask
 
 _SHARES = 2  # of the backward, for each thread
 _ALL = 1 << 40  # a window that hides nothing
@@ -25,7 +25,7 @@ def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: TreeMask,
+    tree: TreePlan,
     scale: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,7 @@ def backward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: TreeMask,
+    tree: TreePlan,
     scale: float,
     window: int | None,
     output: torch.Tensor,
@@ -110,7 +110,7 @@ def backward(
 
 
 def _layout(
-    tree: TreeMask, group: int, kv_heads: int, threads: int, window: int | None
+    tree: TreePlan, group: int, kv_heads: int, threads: int, window: int | None
 ) -> tuple[Layout, int]:
     """The layout, and the panels of its longest path."""
     # Threads have equally many equal shares, and some to spare if one of them is slower.
@@ -120,7 +120,7 @@ def _layout(
     return tree.kept(key, lambda: make_layout(tree, group, shares, window))
 
 
-def make_layout(tree: TreeMask, group: int, shares: int, window: int | None) -> tuple[Layout, int]:
+def make_layout(tree: TreePlan, group: int, shares: int, window: int | None) -> tuple[Layout, int]:
     """`Layout` for `group` query heads a key head and up to `shares` shares of about equal work."""
     slots = np.empty(len(tree.end), np.int64)
     slices: list[tuple[int, int, int]] = []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "tools"))  # of the tests, not of the wheel
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from elpo_kernels import aot
-from elpo_kernels._triton_attention import CANDIDATES, TILES, candidates
+import aot
+from elpo_kernels.attention.tiles import CANDIDATES, TILES, candidates
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from elpo_kernels import TreePlan, tree_attention
-from elpo_kernels._tree_blocks import DEAD, FULL, NO_WINDOW
-from elpo_kernels.attention import tree_attention_op
-from elpo_kernels.testing import error, make_forest, true_attention
+from elpo_kernels.attention.blocks import DEAD, FULL, NO_WINDOW, classes, unpacked
+from elpo_kernels.attention.ops import tree_attention_op
+from elpo_kernels.attention.tiles import Tile, tiles, trial
+from kernel_cases import error, make_forest, true_attention
 from torch import Tensor, library
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,13 +80,12 @@ def test_shipped_head_sizes(dim: int) -> None:
 @interpreted
 @pytest.mark.parametrize("kernel", ["forward", "query", "key"])
 def test_a_tile_on_trial(kernel: str) -> None:
-    from elpo_kernels._triton_attention import Tile, tiles, trial
-
     plan, problem = forest("trees"), (torch.device("cpu"), torch.float32, 16)
     inputs, own = operands(len(plan.end), 2, 1, 16, torch.float32), tiles(*problem)
     with trial(*problem, kernel, Tile(16, 64, 4, 1)):
         assert max(compare(plan, inputs, "triton", None)) <= TOLERANCE
-    assert (16, 64, NO_WINDOW, kernel == "key") in plan._lists
+    sizes = replace(own, **{kernel: Tile(16, 64, 4, 1)}).sizes
+    assert list(plan._blocks) == [(*sizes, NO_WINDOW)]
     assert tiles(*problem) == own
 
 
@@ -110,8 +111,9 @@ def test_operands_need_not_be_contiguous() -> None:
 def test_operator_is_well_formed() -> None:
     plan = make_forest(2, 9, branching=0.2)
     leaves = [x.requires_grad_() for x in operands(18, 2, 1, 16, torch.float32)[:3]]
+    blocks = plan.blocks(tiles(torch.device("cpu"), torch.float32, 16))
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
-    library.opcheck(tree_attention_op, (*leaves, plan.end, None, 0, 0.3), test_utils=checks)
+    library.opcheck(tree_attention_op, (*leaves, plan.end, None, 0, blocks, 0.3), test_utils=checks)
 
 
 @interpreted
@@ -153,8 +155,8 @@ def test_dense(name: str, window: int | None) -> None:
 def test_block_lists_follow_from_the_mask(name: str, window: int, rows: int, columns: int) -> None:
     plan = forest(name)
     allowed = plan.allowed(window)
-    classes = plan.classes(rows, columns, window)
-    for i, row in enumerate(classes.tolist()):
+    found_classes = classes(plan.trees(window), rows, columns)
+    for i, row in enumerate(found_classes.tolist()):
         for j, found in enumerate(row):
             block = allowed[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
             if found == DEAD:
@@ -165,7 +167,7 @@ def test_block_lists_follow_from_the_mask(name: str, window: int, rows: int, col
                 assert block.any()
     for by_column in (False, True):
         lists = plan.lists(rows, columns, window, by_column=by_column)
-        expected = classes.t() if by_column else classes
+        expected = found_classes.t() if by_column else found_classes
         for i, (partial, full) in enumerate(lists.counts.tolist()):
             index = lists.blocks[i].tolist()
             assert index[:partial] == (expected[i] == 0).nonzero()[:, 0].tolist()
@@ -181,14 +183,15 @@ def test_lists_are_made_once() -> None:
     assert plan.lists(16, 16, 0, by_column=False) is first
 
 
-def test_operators_find_the_last_plan_by_its_tensors() -> None:
-    plan = TreePlan(torch.tensor([4, 2, 3, 4], dtype=torch.int32))
-    assert TreePlan.of(plan.end.view(4), None) is plan
-    assert TreePlan.of(plan.end, torch.arange(4)) is not plan
-    other = TreePlan(plan.end.clone())
-    assert TreePlan.of(other.end, None) is other
-    assert TreePlan.of(plan.end[:3], None).end.tolist() == [4, 2, 3]
-    assert TreePlan.of(plan.end, None).end.tolist() == plan.end.tolist()
+def test_packed_lists_are_those_of_each_tile() -> None:
+    plan, shipped = forest("trees"), tiles(torch.device("cpu"), torch.float32, 16)
+    packed = plan.blocks(shipped, 9)
+    assert plan.blocks(shipped, 9) is packed
+    found = unpacked(packed, len(plan.end), shipped.sizes)
+    for lists, name in zip(found, ("forward", "query", "key"), strict=True):
+        tile = getattr(shipped, name)
+        true = plan.lists(tile.rows, tile.columns, 9, by_column=name == "key")
+        assert all(torch.equal(a, b) for a, b in zip(lists, true, strict=True))
 
 
 def test_misuse_is_refused() -> None:

@@ -8,15 +8,15 @@ import pytest
 import torch
 from elpo_kernels import (
     LoRA,
-    _ops,
     linear_logprob,
     linear_policy_loss,
     logits_policy_loss,
     policy_loss,
     reference,
 )
-from elpo_kernels._head import Tiling
-from elpo_kernels.testing import error, make_case, true_policy
+from elpo_kernels.linear import cpu
+from elpo_kernels.linear.tiling import Tiling
+from kernel_cases import error, make_case, true_policy
 from torch import Tensor, library
 from torch.utils.checkpoint import checkpoint
 
@@ -153,7 +153,7 @@ def test_autocast_rounds_hidden_states_and_nothing_within(
     function: str, widened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same to the last bit as hidden states in bfloat16 without autocast, backward included."""
-    monkeypatch.setattr(_ops, "widens_bfloat16", lambda: widened)
+    monkeypatch.setattr(cpu, "widens_bfloat16", lambda: widened)
     case = make_case(dtype=torch.float32, bias=True)
     found = []
     for autocast in (True, False):
@@ -222,8 +222,8 @@ def test_operators_pass_the_library_checks() -> None:
     check(ops.linear_logprob, (xs, weights, None, None, case.targets, *scalars, True))
     check(
         ops.linear_policy,
-        ([case.hidden], [case.weight], None, None, case.targets, case.old_logprob, pos, neg,
-         half, half, None, None, 3.0, *scalars, True, False, [True, True, False]),
+        ([case.hidden], [case.weight], None, None, case.targets, *scalars, case.old_logprob,
+         pos, neg, half, half, 3.0, None, None, True, False, [True, True, False]),
     )  # fmt: skip
     logits = (case.hidden @ case.weight.t()).requires_grad_()
     check(ops.logits_logprob, (logits, None, case.targets, 1.0, 0.0, -100, "torch", True, False))

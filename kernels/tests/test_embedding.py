@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from elpo_kernels import LinearPolicyLoss, linear_logprob, reference, verl
-from elpo_kernels.aggregate import token_weights
-from elpo_kernels.testing import error
+from elpo_kernels.adapters.aggregate import token_weights
 from elpo_kernels.trl import FusedPolicyLoss
+from kernel_cases import error
 from torch import Tensor
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(61))]

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from elpo_kernels import (
-    _backend,
-    _ops,
+    backend,
     linear_logprob,
     linear_policy_loss,
     logprob_from_logits,
     policy_loss,
     reference,
 )
-from elpo_kernels._head import Tiling
-from elpo_kernels.testing import Case, error, improbable, make_case, true_policy, truth
+from elpo_kernels.linear import cpu
+from elpo_kernels.linear.tiling import Tiling
+from kernel_cases import Case, error, improbable, make_case, true_policy, truth
 from torch import Tensor
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,7 +48,7 @@ by_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 @pytest.fixture(params=DTYPES)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    monkeypatch.setattr(_ops, "widens_bfloat16", lambda: request.param == "bf16-widened")
+    monkeypatch.setattr(cpu, "widens_bfloat16", lambda: request.param == "bf16-widened")
     return DTYPES[request.param]
 
 
@@ -388,19 +388,19 @@ def test_bfloat16_is_widened_where_it_is_slow(
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(_backend, "_processor", lambda: vendor)
-    assert _backend.widens_bfloat16.__wrapped__() is widens
+    monkeypatch.setattr(backend, "_processor", lambda: vendor)
+    assert backend.widens_bfloat16.__wrapped__() is widens
 
 
 def test_triton_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamo traces the choice, but not through the import system."""
-    monkeypatch.setattr(_backend, "_interpreted", lambda: True)
+    monkeypatch.setattr(backend, "_interpreted", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked again"))
     cpu = torch.device("cpu")
-    assert _backend.resolve_backend("triton", cpu, torch.float32) == "triton"
-    monkeypatch.setattr(_backend, "TRITON", False)
+    assert backend.resolvebackend("triton", cpu, torch.float32) == "triton"
+    monkeypatch.setattr(backend, "TRITON", False)
     with pytest.raises(RuntimeError, match="needs the triton package"):
-        _backend.resolve_backend("triton", cpu, torch.float32)
+        backend.resolvebackend("triton", cpu, torch.float32)
 
 
 def test_gradients_are_bitwise_repeatable() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from elpo_kernels import logits_policy_loss, logprob_from_logits, policy_loss, reference
-from elpo_kernels.testing import Case, error, make_case
+from kernel_cases import Case, error, make_case
 from torch import Tensor
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-3}

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from elpo_kernels import LoRA, _ops, linear_logprob, linear_policy_loss, policy_loss
-from elpo_kernels.testing import error, make_case, true_policy
+from elpo_kernels import LoRA, linear_logprob, linear_policy_loss, policy_loss
+from elpo_kernels.linear import cpu
+from kernel_cases import error, make_case, true_policy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -109,8 +110,8 @@ def dtensors(rank: int) -> None:
 def unlike_processors(rank: int) -> None:
     """Of which one alone would multiply bfloat16 in float32: both do, or their anchors differ."""
     rows = slice(0, CUT) if rank == 0 else slice(CUT, 307)
-    chosen = _ops.widens_bfloat16
-    _ops.widens_bfloat16 = lambda: rank == 0
+    chosen = cpu.widens_bfloat16
+    cpu.widens_bfloat16 = lambda: rank == 0
     for spread in (3.0, 60.0):
         case = make_case(dtype=torch.bfloat16, spread=spread)
         exact, _, logprob = true_policy(case)
@@ -124,7 +125,7 @@ def unlike_processors(rank: int) -> None:
         assert error(out.logprob, logprob) <= 1e-5
         assert error(leaves.hidden.grad, exact.hidden.grad) <= 5e-3
         assert error(mine.grad, exact.weight.grad[rows]) <= 5e-3
-    _ops.widens_bfloat16 = chosen
+    cpu.widens_bfloat16 = chosen
 
 
 def test_two_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

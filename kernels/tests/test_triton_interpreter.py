@@ -20,8 +20,8 @@ from elpo_kernels import (
     logprob_from_logits,
     reference,
 )
-from elpo_kernels._head import Tiling
-from elpo_kernels.testing import error, improbable, make_case, true_policy, truth
+from elpo_kernels.linear.tiling import Tiling
+from kernel_cases import error, improbable, make_case, true_policy, truth
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs under test_in_the_interpreter")
@@ -40,9 +40,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several loop turns a kernel, several strips a row, several products a block of rows and
     several flushes a call, as on a GPU."""
-    from elpo_kernels import _triton_rows
+    from elpo_kernels import rows_triton
 
-    monkeypatch.setattr(_triton_rows, "BLOCK", 64)
+    monkeypatch.setattr(rows_triton, "BLOCK", 64)
     cut = Tiling(rows=3, strip=96, kept=9, update=70, grain=3, block=1 << 62)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
 
@@ -93,14 +93,14 @@ def test_linear_policy_loss(variant: str, entropy_coef: float) -> None:
 
 @interpreted
 def test_gradients_are_scaled_where_the_loss_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from elpo_kernels import _triton_rows
+    from elpo_kernels import rows_triton
 
-    monkeypatch.setattr(_triton_rows, "BLOCK", 64)
+    monkeypatch.setattr(rows_triton, "BLOCK", 64)
     values = torch.randn(5, 37)
     values[0, 0] = torch.nan  # is not touched by a factor of 1
     for factor in (1.0, -2.5):
         scaled = values.clone()
-        _triton_rows.scale_in_place(scaled, torch.tensor(factor))
+        rows_triton.scale_in_place(scaled, torch.tensor(factor))
         assert torch.equal(scaled.nan_to_num(7), (values * factor).nan_to_num(7))
 
 
@@ -142,7 +142,7 @@ def compare(variant: str, found: list[Any], true: list[Any]) -> None:
 @interpreted
 @pytest.mark.parametrize("live", ["0", "01", "10", "0011", "110100100", "111000111", "000000001"])
 def test_live_rows_come_first(live: str) -> None:
-    from elpo_kernels._triton_tiles import TritonTiles
+    from elpo_kernels.linear.triton_tiles import TritonTiles
 
     flags = torch.tensor([mark == "1" for mark in live])
     values = torch.randn(len(live), 70)

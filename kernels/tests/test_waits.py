@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from elpo_kernels import _ops, linear_logprob, linear_policy_loss
-from elpo_kernels._head import MIB, Tiling, whole_waves
+from elpo_kernels import linear_logprob, linear_policy_loss
+from elpo_kernels.linear import cpu
+from elpo_kernels.linear.tiling import MIB, Tiling, whole_waves
 
 WAITS = ("tolist", "item", "nonzero", "__bool__", "__int__", "__float__", "cpu")
 
@@ -29,7 +30,7 @@ def test_the_host_waits_once_a_block(
     """By the calling function, with the cut and the rounded products of a GPU."""
     cut = Tiling(rows=16, strip=64, kept=32, update=300, grain=16, block=1 << 62)
     monkeypatch.setattr(Tiling, "of", staticmethod(lambda *_: cut))
-    monkeypatch.setattr(_ops, "widens_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu, "widens_bfloat16", lambda: False)
     torch.manual_seed(0)
     hidden = torch.randn(96, 8).bfloat16().requires_grad_()
     weight = torch.randn(300, 8).bfloat16().requires_grad_()

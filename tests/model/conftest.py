@@ -6,8 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-
-from elpo_fast.model.varlen_attention import Kernel, Segments
+from elpo_kernels.attention.varlen import Kernel, Segments
 
 
 @pytest.fixture

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
+import elpo_kernels
 import numpy as np
 import pytest
 import torch
+from elpo_kernels import TreePlan
+from elpo_kernels.attention import flex, varlen
+from elpo_kernels.attention.flex import BLOCK, block_mask
+from elpo_kernels.attention.varlen import Kernel, flash_kernel
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elpo_fast.model import flex_attention, varlen_attention
-from elpo_fast.model.attention import masked_attention, tree_attention
-from elpo_fast.model.flex_attention import BLOCK, block_mask, flex_tree_attention
-from elpo_fast.model.path_attention import TILE, path_attention
-from elpo_fast.model.tree_mask import TreeMask
-from elpo_fast.model.varlen_attention import Kernel, flash_kernel, varlen_tree_attention
+from elpo_fast.model.attention import tree_attention
+from elpo_fast.model.path_attention import TILE
 
 SCALE = 0.3
 
 
-ATTENTIONS = {
-    "sdpa": masked_attention,
-    "path": path_attention,
-    "varlen": varlen_tree_attention,
-}
+def by_head(backend: str) -> Callable[..., torch.Tensor]:
+    """Attention of `[heads, N, D]`."""
+
+    def attend(*arguments: Any) -> torch.Tensor:
+        *inputs, plan, scale, window = arguments
+        by_token = (x.transpose(0, 1) for x in inputs)
+        out = elpo_kernels.tree_attention(
+            *by_token, plan, scale=scale, window=window, backend=backend
+        )
+        return out.transpose(0, 1)
+
+    return attend
+
+
+ATTENTIONS = {name: by_head(name) for name in ("sdpa", "path", "varlen")}
 
 
 @pytest.fixture(autouse=True)
 def _no_flash(segment_kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen_attention, "flash_kernel", lambda: segment_kernel)
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: segment_kernel)
 
 
 def random_trees(rng: np.random.Generator, trees: int, tokens: int) -> list[int]:
@@ -95,7 +108,7 @@ def test_equals_eager_attention_over_ancestors(
     tensors = inputs(len(before), heads, kv_heads, torch.float64)
     above = torch.randn(heads, len(before), 8, dtype=torch.float64)
     expected = eager(*tensors, allowed)
-    actual = ATTENTIONS[attention](*tensors, TreeMask(end, position), SCALE, window)
+    actual = ATTENTIONS[attention](*tensors, TreePlan(end, position), SCALE, window)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(actual, tensors, above),
@@ -115,7 +128,7 @@ def test_flex_has_the_same_values(trees: int, tokens: int, window: int | None) -
     if window is not None:
         allowed &= position[:, None] - position < window
     tensors = [part.detach() for part in inputs(len(before), 6, 2, torch.float64)]
-    actual = flex_tree_attention(*tensors, TreeMask(end, position), SCALE, window)
+    actual = by_head("flex")(*tensors, TreePlan(end, position), SCALE, window)
     torch.testing.assert_close(actual, eager(*tensors, allowed), rtol=1e-12, atol=1e-12)
 
 
@@ -127,7 +140,7 @@ def test_flex_blocks_are_those_of_the_mask(window: int | None) -> None:
     allowed, position, end = ancestors(before)
     if window is not None:
         allowed &= position[:, None] - position < window
-    mask = block_mask(TreeMask(end, position), window)
+    mask = block_mask(TreePlan(end, position), window)
     count = -(-len(before) // BLOCK)
     visited = torch.zeros(count, count, dtype=torch.int)
     for kind, counts, columns in (
@@ -147,10 +160,10 @@ def test_flex_blocks_are_those_of_the_mask(window: int | None) -> None:
 def test_dense_mask_is_the_ancestor_relation() -> None:
     before = random_trees(np.random.default_rng(0), 3, 30)
     allowed, position, end = ancestors(before)
-    tree = TreeMask(end, position)
+    tree = TreePlan(end, position)
     assert tree.spans == [(0, 30), (30, 60), (60, 90)]
     for start, stop in tree.spans:
-        assert torch.equal(tree.dense(start, stop, None), allowed[start:stop, start:stop])
+        assert torch.equal(tree.allowed(0, start, stop), allowed[start:stop, start:stop])
         allowed[start:stop, start:stop] = False
     assert not allowed.any()
 
@@ -158,7 +171,7 @@ def test_dense_mask_is_the_ancestor_relation() -> None:
 def test_pieces_cover_each_query_once_with_its_ancestors() -> None:
     before = random_trees(np.random.default_rng(1), 2, 2 * TILE)
     allowed, position, end = ancestors(before)
-    tree = TreeMask(end, position)
+    tree = TreePlan(end, position)
     tiles = tree.pieces(TILE, None)
     assert [tile.start for tile in tiles[1:]] == [tile.stop for tile in tiles[:-1]]
     assert (tiles[0].start, tiles[-1].stop) == (0, len(before))
@@ -174,27 +187,27 @@ def test_bfloat16_is_as_accurate_as_sdpa() -> None:
     before = random_trees(np.random.default_rng(2), 2, 150)
     allowed, position, end = ancestors(before)
     tensors = inputs(len(before), 6, 2, torch.bfloat16)
-    tree = TreeMask(end, position)
+    tree = TreePlan(end, position)
     exact_inputs = [part.detach().double().requires_grad_() for part in tensors]
     above = torch.randn(6, len(before), 8).to(torch.bfloat16)
     exact = eager(*exact_inputs, allowed)
     exact_gradients = torch.autograd.grad(exact, exact_inputs, above.double())
 
-    def errors(attention: object) -> list[float]:
-        output = attention(*tensors, tree, SCALE)  # type: ignore[operator]
+    def errors(attention: Callable[..., torch.Tensor]) -> list[float]:
+        output = attention(*tensors, tree, SCALE, None)
         found = [output, *torch.autograd.grad(output, tensors, above)]
         pairs = zip(found, (exact, *exact_gradients), strict=True)
         return [((ours.double() - best).norm() / best.norm()).item() for ours, best in pairs]
 
-    reference = errors(masked_attention)
-    for attention in (path_attention, ATTENTIONS["varlen"]):
+    reference = errors(ATTENTIONS["sdpa"])
+    for attention in (ATTENTIONS["path"], ATTENTIONS["varlen"]):
         for ours, theirs in zip(errors(attention), reference, strict=True):
             assert ours <= 2 * theirs <= 0.01
 
 
 def test_soft_capping_is_refused() -> None:
     tensors = [part[None] for part in inputs(10, 2, 2, torch.float32)]
-    chain = TreeMask(torch.full((10,), 10), torch.arange(10))
+    chain = TreePlan(torch.full((10,), 10), torch.arange(10))
     with pytest.raises(ValueError, match="soft-capping"):
         tree_attention(torch.nn.Module(), *tensors, None, tree=chain, softcap=30.0)
 
@@ -204,7 +217,7 @@ def test_compiled_flex_takes_all_shapes_and_beyond_its_limit_it_raises(
 ) -> None:
     """Eager FlexAttention, into which Dynamo falls back elsewhere, has dense scores."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    compiled = flex_attention._compiled.__wrapped__(dynamic=True)
+    compiled = flex._compiled.__wrapped__(dynamic=True)
 
     def attend(tokens: int, heads: int, window: int | None, dtype: torch.dtype) -> None:
         before = random_trees(np.random.default_rng(tokens), 3, tokens)
@@ -212,7 +225,7 @@ def test_compiled_flex_takes_all_shapes_and_beyond_its_limit_it_raises(
         if window is not None:
             allowed &= position[:, None] - position < window
         tensors = [part.detach() for part in inputs(len(before), heads, 2, dtype)]
-        mask = block_mask(TreeMask(end, position), window)
+        mask = block_mask(TreePlan(end, position), window)
         actual = compiled(*(x[None] for x in tensors), None, mask, SCALE, enable_gqa=True)
         torch.testing.assert_close(actual[0], eager(*tensors, allowed))
 
@@ -224,7 +237,7 @@ def test_compiled_flex_takes_all_shapes_and_beyond_its_limit_it_raises(
     plain = torch.nn.attention.flex_attention.flex_attention
     graphs = len(torch._dynamo.eval_frame._debug_get_cache_entry_list(plain))
     assert 8 < graphs <= 16
-    monkeypatch.setattr(flex_attention, "COMPILATIONS", graphs)
+    monkeypatch.setattr(flex, "COMPILATIONS", graphs)
     with pytest.raises(FailOnRecompileLimitHit):
         attend(40, 2, None, torch.float16)
     torch._dynamo.reset()
@@ -235,12 +248,12 @@ def test_varlen_takes_only_a_flash_attn_that_has_the_function(
 ) -> None:
     made = ModuleType("flash_attn")  # as flash-attn 4 leaves it
     monkeypatch.setitem(sys.modules, "flash_attn", made)
-    monkeypatch.setattr(varlen_attention, "_torch_kernel", lambda: "PyTorch's")
+    monkeypatch.setattr(varlen, "_torch_kernel", lambda: "PyTorch's")
     assert flash_kernel.__wrapped__() == "PyTorch's"
     calls = []
     made.flash_attn_varlen_func = lambda *arguments, **options: calls.append(options)  # type: ignore[attr-defined]
     query = torch.zeros(3, 1, 8)
-    parts = varlen_attention.segments(TreeMask(torch.full((3,), 3), torch.arange(3)), None)
+    parts = varlen.segments(TreePlan(torch.full((3,), 3), torch.arange(3)), None)
     flash_kernel.__wrapped__()(query, query, query, parts, SCALE, 2)
     assert calls == [{"softmax_scale": SCALE, "causal": True, "window_size": (1, 0)}]
 
@@ -249,10 +262,10 @@ def test_pytorchs_varlen_kernel_takes_grouped_heads() -> None:
     """Shapes alone: the checks of this PyTorch's function run, its kernel needs a GPU."""
     before = random_trees(np.random.default_rng(3), 2, 20)
     _, position, end = ancestors(before)
-    parts = varlen_attention.segments(TreeMask(end, position), None)
+    parts = varlen.segments(TreePlan(end, position), None)
     shapes = (40, 6, 8), (len(parts.token), 2, 8), (len(parts.token), 2, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
         tensors = [torch.empty(shape, requires_grad=True) for shape in shapes]
-        output = varlen_attention._torch_kernel()(*tensors, parts, SCALE, None)
+        output = varlen._torch_kernel()(*tensors, parts, SCALE, None)
         found = torch.autograd.grad(output, tensors, torch.empty_like(output))
     assert output.shape == shapes[0] and [grad.shape for grad in found] == list(shapes)

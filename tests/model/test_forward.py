@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from elpo_kernels.attention import varlen
+from elpo_kernels.attention.varlen import Kernel
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
-from elpo_fast.model import varlen_attention
 from elpo_fast.model.attention import attention_name
 from elpo_fast.model.forward import bucket, packed_hidden, padded
-from elpo_fast.model.varlen_attention import Kernel
 
 # Two trees: a trunk of three with branches of two and four, and a chain of five.
 POSITION = torch.tensor([0, 1, 2, 3, 4, 3, 4, 5, 6, 0, 1, 2, 3, 4])
@@ -47,7 +47,7 @@ def found(model: PreTrainedModel, backend: str) -> list[torch.Tensor]:
 def test_backends_agree(
     model: PreTrainedModel, backend: str, segment_kernel: Kernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen_attention, "flash_kernel", lambda: segment_kernel)
+    monkeypatch.setattr(varlen, "flash_kernel", lambda: segment_kernel)
     for ours, theirs in zip(found(model, backend), found(model, "sdpa"), strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 

@@ -247,7 +247,7 @@ def test_a_model_that_the_triton_attention_trains_passes_its_check(
     dim: int, dtype: str, chip: str
 ) -> None:
     """Models are checked in float32, for which it takes smaller heads than for bfloat16."""
-    from elpo_kernels._triton_attention import TILES
+    from elpo_kernels.attention.tiles import TILES
 
     config = ModelConfig(device="cpu", dtype=dtype, attention="auto")
     checked = load._checked_attention(config, torch.device("cuda"), dim)

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from elpo_kernels import TreePlan
 from llvmlite.binding import get_host_cpu_features
 
 from elpo_fast.model import path_fused
 from elpo_fast.model.path_attention import path_attention
 from elpo_fast.model.path_cpu import BLOCK, PANEL
-from elpo_fast.model.tree_mask import TreeMask
 
 SCALE = 0.2
 
@@ -32,7 +32,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def trees(seed: int, count: int, tokens: int, branches: float = 0.03) -> TreeMask:
+def trees(seed: int, count: int, tokens: int, branches: float = 0.03) -> TreePlan:
     """Random trees in preorder, which branch anywhere on the path."""
     rng = np.random.default_rng(seed)
     depth = []
@@ -46,11 +46,11 @@ def trees(seed: int, count: int, tokens: int, branches: float = 0.03) -> TreeMas
     position = np.array(depth)
     later = [np.flatnonzero(position[t + 1 :] <= position[t]) for t in range(len(position))]
     end = [t + 1 + int(at[0]) if len(at) else len(position) for t, at in enumerate(later)]
-    return TreeMask(torch.tensor(end), torch.from_numpy(position))
+    return TreePlan(torch.tensor(end), torch.from_numpy(position))
 
 
 def results(
-    tree: TreeMask,
+    tree: TreePlan,
     dtype: torch.dtype,
     heads: int = 6,
     kv_heads: int = 2,
@@ -62,14 +62,14 @@ def results(
     generator = torch.Generator().manual_seed(len(tree.end))
     shapes = [(len(tree.end), count, size) for count in (heads, kv_heads, kv_heads, heads)]
     numbers = [torch.randn(shape, generator=generator).bfloat16().to(dtype) for shape in shapes]
-    query, key, value, above = (x.transpose(0, 1).requires_grad_() for x in numbers)
+    query, key, value, above = (x.requires_grad_() for x in numbers)
     output = path_attention(query, key, value, tree, scale, window)
     found = [output, *torch.autograd.grad(output, [query, key, value], above.detach())]
     assert all(x.dtype == dtype for x in found)
     return [x.detach().double() for x in found]
 
 
-def check(tree: TreeMask, dtype: torch.dtype, **options: object) -> None:
+def check(tree: TreePlan, dtype: torch.dtype, **options: object) -> None:
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
     expected = results(tree, torch.float64, **options)  # type: ignore[arg-type]
     actual = results(tree, dtype, **options)  # type: ignore[arg-type]
@@ -115,13 +115,13 @@ def test_scores_of_thousands() -> None:
 @pytest.mark.parametrize("which", range(3))
 def test_a_nan_is_seen_by_what_sees_it(which: int) -> None:
     tree = trees(6, 2, 100)
-    inputs = [torch.randn(2, 200, 16) for _ in range(3)]
-    inputs[which][:, 120] = torch.nan
+    inputs = [torch.randn(200, 2, 16) for _ in range(3)]
+    inputs[which][120] = torch.nan
     query, key, value = inputs
     output = path_attention(query, key, value, tree, SCALE)
     sees = tree.allowed()[:, 120] if which else torch.arange(200) == 120
-    assert output[:, sees].isnan().all()
-    assert output[:, :100].isfinite().all()  # the other tree
+    assert output[sees].isnan().all()
+    assert output[:100].isfinite().all()  # the other tree
 
 
 def test_again_gives_the_same_bits(threads: int) -> None:
@@ -144,7 +144,7 @@ def test_callers_do_not_disturb_each_other() -> None:
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own() -> None:
     """Ours are not copied; torch's own would hang, so it is asked for nothing that wakes them."""
-    tree, number = trees(8, 1, 60), torch.ones(1, 60, 8)
+    tree, number = trees(8, 1, 60), torch.ones(60, 1, 8)
     expected = path_attention(number, number, number, tree, SCALE)
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)

@@ -1,11 +1,10 @@
 """Fused log-prob and policy-loss kernels, and attention along the paths of trees."""
 
-from elpo_kernels._backend import widens_bfloat16
-from elpo_kernels._tree_blocks import TreePlan
-from elpo_kernels.attention import tree_attention
+from elpo_kernels.adapters.module import LinearPolicyLoss
+from elpo_kernels.attention import TreePlan, register_attention, tree_attention
+from elpo_kernels.backend import widens_bfloat16
 from elpo_kernels.linear import LoRA, linear_logprob, linear_policy_loss
 from elpo_kernels.logits import logits_policy_loss, logprob_from_logits
-from elpo_kernels.module import LinearPolicyLoss
 from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_loss
 
 __all__ = [
@@ -19,6 +18,7 @@ __all__ = [
     "logits_policy_loss",
     "logprob_from_logits",
     "policy_loss",
+    "register_attention",
     "tree_attention",
     "widens_bfloat16",
 ]

@@ -21,10 +21,10 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
 
-from elpo_kernels._backend import resolve_backend
-from elpo_kernels._checks import (
+from elpo_kernels.backend import resolve_backend
+from elpo_kernels.checks import (
     Number,
     accumulation,
     bound,
@@ -32,6 +32,7 @@ from elpo_kernels._checks import (
     check_ratio_cap,
     check_signs,
 )
+from elpo_kernels.schema import operator
 
 LOG_RATIO_LIMIT = 40.0
 
@@ -83,35 +84,57 @@ def coefficients(
     return pos_coef.detach(), neg_coef.detach()
 
 
-class PolicyInputs(NamedTuple):
-    """What the loss takes beside log-probs, checked, detached and in the accumulation dtype."""
+class Clip(NamedTuple):
+    """What the loss takes beside log-probs: checked, detached and in the accumulation dtype."""
 
-    old_logprob: Tensor | None  # [T]
+    old_logprob: Tensor | None  # [T]; None: the current policy's, ρ = 1
     pos: Tensor  # [T]
     neg: Tensor  # [T]
     eps_low: Tensor  # [T] or 0-dimensional
     eps_high: Tensor  # [T] or 0-dimensional
-    ratio_cap: float
+    ratio_cap: float  # infinity: none
+
+    @property
+    def live(self) -> Tensor:
+        """Which tokens have a coefficient, `[T]`."""
+        return (self.pos != 0) | (self.neg != 0)
+
+    def at(self, index: Tensor) -> Clip:
+        """That of the tokens `index`."""
+        return Clip(
+            None if self.old_logprob is None else self.old_logprob[index],
+            self.pos[index],
+            self.neg[index],
+            self.eps_low[index] if self.eps_low.ndim else self.eps_low,
+            self.eps_high[index] if self.eps_high.ndim else self.eps_high,
+            self.ratio_cap,
+        )
+
+    def masked(self, valid: Tensor) -> Clip:
+        """The same with coefficients for `valid` tokens only."""
+        pos, neg = torch.where(valid, self.pos, 0), torch.where(valid, self.neg, 0)
+        return self._replace(pos=pos, neg=neg)
 
 
-def policy_inputs(
+def make_clip(
     like: Tensor,
     old_logprob: Tensor | None,
     pos_coef: Tensor | None,
     neg_coef: Tensor | None,
     eps_low: Number,
     eps_high: Number,
+    *,
     advantages: Tensor | None,
     weights: Tensor | None,
     is_weight: Tensor | None,
     ratio_cap: float,
-) -> PolicyInputs:
+) -> Clip:
     """The public functions' arguments, one value for each row of `like`."""
     pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
     for name, values in (("old_logprob", old_logprob), ("pos_coef", pos), ("neg_coef", neg)):
         check_per_token(name, values, like)
     acc = accumulation(like.dtype)
-    return PolicyInputs(
+    return Clip(
         None if old_logprob is None else old_logprob.detach().to(acc),
         pos.to(acc),
         neg.to(acc),
@@ -121,28 +144,25 @@ def policy_inputs(
     )
 
 
-def surrogate(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    pos: Tensor,
-    neg: Tensor,
-    eps_low: Tensor,
-    eps_high: Tensor,
-    ratio_cap: float = math.inf,
-    backend: str = "torch",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, its derivative with respect to `logprob`, log-ratio and clip flags (1 low, 2 high,
-    4 capped), each `[T]`. `old_logprob=None` stands for the current policy: ρ = 1."""
+class Surrogate(NamedTuple):
+    """The loss of each token `[T]`, and what goes with it."""
+
+    loss: Tensor
+    slope: Tensor  # its derivative with respect to the log-prob
+    log_ratio: Tensor
+    flags: Tensor  # int8: 1 clipped low, 2 high, 4 capped
+
+
+def surrogate(logprob: Tensor, clip: Clip, backend: str = "torch") -> Surrogate:
+    """The loss of tokens with these log-probs `[T]`."""
     if resolve_backend(backend, logprob.device, logprob.dtype) == "triton":
         # Imported here: whether kernels are compiled or interpreted is settled at import.
-        from elpo_kernels import _triton_policy
+        from elpo_kernels import policy_triton
 
-        return _triton_policy.surrogate(
-            logprob, old_logprob, pos, neg, eps_low, eps_high, ratio_cap, LOG_RATIO_LIMIT
-        )
-    live = (pos != 0) | (neg != 0)
+        return Surrogate(*policy_triton.surrogate(logprob, clip, LOG_RATIO_LIMIT))
+    old_logprob, pos, neg, eps_low, eps_high, ratio_cap = clip
     old = logprob if old_logprob is None else old_logprob
-    log_ratio = torch.where(live, logprob - old, 0)
+    log_ratio = torch.where(clip.live, logprob - old, 0)
     bounded = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = bounded.exp()
     high, low, capped = ratio > 1 + eps_high, ratio < 1 - eps_low, ratio > ratio_cap
@@ -156,12 +176,12 @@ def surrogate(
     flags = (has_neg & low) + 2 * ((pos != 0) & high) + 4 * (has_neg & capped)
     # `bounded == log_ratio` is false for NaN: let a NaN of an unmasked token through.
     slope = torch.where(log_ratio.isnan(), log_ratio, slope)
-    return loss, slope, bounded, flags.to(torch.int8)
+    return Surrogate(loss, slope, bounded, flags.to(torch.int8))
 
 
-def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
+def statistics(log_ratio: Tensor, flags: Tensor, clip: Clip) -> Tensor:
     """The fields of `PolicyStats` as one `[7]` tensor."""
-    live = (pos != 0) | (neg != 0)
+    live = clip.live
     count = live.sum()
     per_token = torch.where(live, 1 / count.clamp_min(1).to(log_ratio.dtype), 0)
     ratio = torch.where(live, log_ratio.exp(), 0)
@@ -179,23 +199,12 @@ def statistics(log_ratio: Tensor, flags: Tensor, pos: Tensor, neg: Tensor) -> Te
     )
 
 
-@library.custom_op("elpo_kernels::policy_loss", mutates_args=())
-def policy_loss_op(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    pos: Tensor,
-    neg: Tensor,
-    eps_low: Tensor,
-    eps_high: Tensor,
-    ratio_cap: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+@operator("policy_loss", "Tensor logprob", Clip, "str backend", returns="(Tensor, Tensor, Tensor)")
+def policy_loss_op(logprob: Tensor, clip: Clip, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Summed loss, its derivative `[T]` and the statistics `[7]`."""
-    check_signs(pos, neg)
-    loss, slope, log_ratio, flags = surrogate(
-        logprob, old_logprob, pos, neg, eps_low, eps_high, ratio_cap, backend
-    )
-    return loss.sum(), slope, statistics(log_ratio, flags, pos, neg)
+    check_signs(clip.pos, clip.neg)
+    loss, slope, log_ratio, flags = surrogate(logprob, clip, backend)
+    return loss.sum(), slope, statistics(log_ratio, flags, clip)
 
 
 @policy_loss_op.register_fake
@@ -236,11 +245,11 @@ def policy_loss(
         raise ValueError(
             f"logprob must be float32 or float64 [T], got {logprob.dtype} {list(logprob.shape)}"
         )
-    given = policy_inputs(
+    clip = make_clip(
         logprob, old_logprob, pos_coef, neg_coef, eps_low, eps_high,
-        advantages, weights, is_weight, ratio_cap,
+        advantages=advantages, weights=weights, is_weight=is_weight, ratio_cap=ratio_cap,
     )  # fmt: skip
-    loss, _, stats = policy_loss_op(logprob, *given, backend)
+    loss, _, stats = policy_loss_op(logprob, *clip, backend)
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)
         loss = loss - (entropy_coef * entropy).sum()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from elpo_kernels._checks import (
+from elpo_kernels.checks import (
     Number,
     check_device,
     check_dtype,
@@ -23,9 +23,11 @@ from elpo_kernels._checks import (
     entropy_coefficient,
     split_temperature,
 )
-from elpo_kernels._ops import linear_logprob_op, linear_policy_op, with_gradients_op
-from elpo_kernels._shards import local_head
-from elpo_kernels.policy import PolicyLossOutput, PolicyStats, policy_inputs, policy_loss
+from elpo_kernels.gradients import with_gradients_op
+from elpo_kernels.linear.head import HeadInputs
+from elpo_kernels.linear.ops import linear_logprob_op, linear_policy_op
+from elpo_kernels.linear.shards import local_head
+from elpo_kernels.policy import Clip, PolicyLossOutput, PolicyStats, make_clip, policy_loss
 
 
 class LoRA(NamedTuple):
@@ -36,29 +38,35 @@ class LoRA(NamedTuple):
     scale: float = 1.0
 
 
+class HeadOptions(TypedDict, total=False):
+    """What a head may be beside its weight, and who computes it."""
+
+    bias: Tensor | None  # [V]
+    temperature: Number  # a number or [T], 1 by default
+    softcap: float | None
+    lora: LoRA | None
+    vocab_group: dist.ProcessGroup | None  # of the shards of the vocabulary
+    vocab_start: int  # first row of this shard
+    ignore_index: int  # target of tokens that have none, -100 by default
+    backend: str  # "auto", "triton" or "torch"
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: float | None = None,
     return_entropy: bool = False,
-    lora: LoRA | None = None,
-    vocab_group: dist.ProcessGroup | None = None,
-    vocab_start: int = 0,
-    ignore_index: int = -100,
-    backend: str = "auto",
+    **options: Unpack[HeadOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of `targets` `[T]` under softmax(hidden · weightᵀ), without `[T, V]` in memory.
 
-    `hidden` `[T, H]`, `weight` `[V, H]`, `bias` `[V]`, `temperature` a number or `[T]`; logits are
-    soft-capped, cap · tanh(l / cap), before the temperature divides them. Returns float32 `[T]` in
-    nats (float64 for float64 inputs), with `return_entropy` also the entropy of every token's
-    distribution, both differentiable with respect to hidden, weight, bias and the LoRA factors.
-    Tokens whose target is `ignore_index` give 0 and no gradient. Matrix products run in the dtype
-    of `hidden` (of autocast, where that is on); the backward computes the logits once more.
+    `hidden` `[T, H]`, `weight` `[V, H]`, `options` those of `HeadOptions`; logits are soft-capped,
+    cap · tanh(l / cap), before the temperature divides them. Returns float32 `[T]` in nats (float64
+    for float64 inputs), with `return_entropy` also the entropy of every token's distribution, both
+    differentiable with respect to hidden, weight, bias and the LoRA factors. Tokens whose target is
+    `ignore_index` give 0 and no gradient. Matrix products run in the dtype of `hidden` (of
+    autocast, where that is on); the backward computes the logits once more.
 
     A vocabulary-sharded head: every rank of `vocab_group` calls with the same tokens and its own
     rows `vocab_start …` of weight, bias and LoRA `b`; results and the gradient of `hidden` are
@@ -68,13 +76,8 @@ def linear_logprob(
     Raises `ValueError` for shapes, dtypes, devices or targets that do not fit, `RuntimeError` for a
     backend that cannot run.
     """
-    head = _prepare(
-        hidden, weight, targets, bias, temperature, softcap, lora,
-        vocab_group, vocab_start, ignore_index, backend,
-    )  # fmt: skip
-    logprob, entropy, _ = linear_logprob_op(
-        head.xs, head.weights, head.bias, head.temperatures, targets, *head.scalars, return_entropy
-    )
+    head = _checked(hidden, weight, targets, **options)
+    logprob, entropy, _ = linear_logprob_op(*head, return_entropy)
     return (logprob, entropy) if return_entropy else logprob
 
 
@@ -93,27 +96,20 @@ def linear_policy_loss(
     is_weight: Tensor | None = None,
     ratio_cap: float = math.inf,
     entropy_coef: Number = 0.0,
-    bias: Tensor | None = None,
-    temperature: Number = 1.0,
-    softcap: float | None = None,
     return_entropy: bool = False,
     logprob_for_all: bool = False,
     main_grad: Tensor | None = None,
-    lora: LoRA | None = None,
-    vocab_group: dist.ProcessGroup | None = None,
-    vocab_start: int = 0,
-    ignore_index: int = -100,
-    backend: str = "auto",
+    **options: Unpack[HeadOptions],
 ) -> PolicyLossOutput:
     """The clipped policy loss of `policy.py`, summed over tokens, gradients made in one pass.
 
-    Head arguments as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`; `eps_low`,
-    `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio 1, plain
-    policy gradient). Instead of the coefficient pair, `advantages` and optionally `weights` `[T]`
-    may be given. `is_weight` `[T]` multiplies the coefficients (truncated importance sampling).
-    `ratio_cap` bounds the ratio of negative advantages from above (dual clip).
-    `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients carry all
-    weights: nothing is divided by a number of tokens.
+    Head and `options` as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`;
+    `eps_low`, `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio
+    1, plain policy gradient). Instead of the coefficient pair, `advantages` and optionally
+    `weights` `[T]` may be given. `is_weight` `[T]` multiplies the coefficients (truncated
+    importance sampling). `ratio_cap` bounds the ratio of negative advantages from above (dual
+    clip). `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients
+    carry all weights: nothing is divided by a number of tokens.
 
     Tokens without coefficient are never computed: their `logprob` and `entropy` are 0 unless
     `logprob_for_all`; what their `old_logprob` holds is of no account. `logprob`, `entropy` and
@@ -126,61 +122,31 @@ def linear_policy_loss(
     Raises `ValueError` for shapes, dtypes, devices, signs or targets that do not fit,
     `RuntimeError` for a backend that cannot run.
     """
-    head = _prepare(
-        hidden, weight, targets, bias, temperature, softcap, lora,
-        vocab_group, vocab_start, ignore_index, backend,
-    )  # fmt: skip
-    given = policy_inputs(
+    head = _checked(hidden, weight, targets, **options)
+    clip = make_clip(
         head.xs[0], old_logprob, pos_coef, neg_coef, eps_low, eps_high,
-        advantages, weights, is_weight, ratio_cap,
+        advantages=advantages, weights=weights, is_weight=is_weight, ratio_cap=ratio_cap,
     )  # fmt: skip
-    entropy_weight = entropy_coefficient(entropy_coef, head.xs[0])
+    pull = entropy_coefficient(entropy_coef, head.xs[0])
     _check_main_grad(main_grad, head.weights[0])
-    if head.softcap and entropy_weight is not None:
+    if head.softcap and pull is not None:
         # The kept powers carry the soft cap's derivative and no longer tell the entropy's.
         if main_grad is not None:
             raise ValueError("main_grad cannot be combined with softcap and entropy_coef together")
-        valid = targets != ignore_index
-        pos, neg = torch.where(valid, given.pos, 0), torch.where(valid, given.neg, 0)
-        live = logprob_for_all | (pos != 0) | (neg != 0) | (entropy_weight != 0)
-        values, spread, _ = linear_logprob_op(
-            head.xs,
-            head.weights,
-            head.bias,
-            head.temperatures,
-            torch.where(live, targets, ignore_index),
-            *head.scalars,
-            True,
-        )
-        composed = policy_loss(
-            values, given.old_logprob, pos, neg, given.eps_low, given.eps_high,
-            ratio_cap=ratio_cap, entropy=spread, entropy_coef=entropy_weight, backend=backend,
-        )  # fmt: skip
+        composed = _composed(head, clip, pull, logprob_for_all)
         return composed if return_entropy else composed._replace(entropy=None)
-    tensors = [*head.xs, *head.weights, head.bias]
     needs = [
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in tensors
+        for tensor in head.tensors
     ]
     loss, logprob, entropy, stats, *gradients = linear_policy_op(
-        [x.detach() for x in head.xs],
-        [w.detach() for w in head.weights],
-        None if head.bias is None else head.bias.detach(),
-        head.temperatures,
-        targets,
-        *given[:-1],
-        entropy_weight,
-        main_grad,
-        given.ratio_cap,
-        *head.scalars,
-        return_entropy,
-        logprob_for_all,
-        needs,
+        *head.detached(), *clip, pull, main_grad, return_entropy, logprob_for_all, needs
     )
     if main_grad is not None:
         needs[len(head.xs)] = False
     chosen = [i for i, need in enumerate(needs) if need]
     if chosen:
+        tensors = head.tensors
         loss = with_gradients_op(
             loss,
             [tensors[i] for i in chosen],
@@ -192,31 +158,35 @@ def linear_policy_loss(
     )
 
 
-class _Prepared(NamedTuple):
-    """Checked arguments of the operators."""
+def _composed(
+    head: HeadInputs, clip: Clip, entropy_coef: Tensor, logprob_for_all: bool
+) -> PolicyLossOutput:
+    """The loss of log-probs and entropies that are differentiated themselves."""
+    clip = clip.masked(head.valid)
+    live = logprob_for_all | clip.live | (entropy_coef != 0)
+    chosen = head._replace(targets=torch.where(live, head.targets, head.ignore_index))
+    logprob, entropy, _ = linear_logprob_op(*chosen, True)
+    return policy_loss(
+        logprob, *clip[:-1],
+        ratio_cap=clip.ratio_cap, entropy=entropy, entropy_coef=entropy_coef, backend=head.backend,
+    )  # fmt: skip
 
-    xs: list[Tensor]
-    weights: list[Tensor]
-    bias: Tensor | None
-    temperatures: Tensor | None
-    softcap: float
-    scalars: tuple[Any, ...]  # temperature, softcap, first, group, ignore_index, backend
 
-
-def _prepare(
+def _checked(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    temperature: Number,
-    softcap: float | None,
-    lora: LoRA | None,
-    group: dist.ProcessGroup | None,
-    first: int,
-    ignore_index: int,
-    backend: str,
-) -> _Prepared:
-    hidden, weight, bias, group, first = local_head(hidden, weight, bias, group, first)
+    *,
+    bias: Tensor | None = None,
+    temperature: Number = 1.0,
+    softcap: float | None = None,
+    lora: LoRA | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
+    vocab_start: int = 0,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> HeadInputs:
+    hidden, weight, bias, group, first = local_head(hidden, weight, bias, vocab_group, vocab_start)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [T, H] and "
@@ -247,10 +217,19 @@ def _prepare(
         xs.append(lora.scale * (hidden @ lora.a.to(hidden.dtype).t()))
         weights.append(lora.b)
     scalar, temperatures = split_temperature(temperature, hidden)
-    cap = check_softcap(softcap)
-    name = "" if group is None else group.group_name
-    scalars = (scalar, cap, first, name, ignore_index, backend)
-    return _Prepared(xs, weights, bias, temperatures, cap, scalars)
+    return HeadInputs(
+        xs,
+        weights,
+        bias,
+        temperatures,
+        targets,
+        temperature=scalar,
+        softcap=check_softcap(softcap),
+        first=first,
+        group="" if group is None else group.group_name,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
 
 
 def _check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:

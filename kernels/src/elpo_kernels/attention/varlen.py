@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from elpo_fast.model.tree_mask import TreeMask
+from elpo_kernels.attention.plan import TreePlan
 
 logger = logging.getLogger(__name__)
 
@@ -37,25 +37,24 @@ Kernel = Callable[
 """Attention of `[N, heads, D]` to gathered keys and values, causal to each segment's end."""
 
 
-def varlen_tree_attention(
+def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    tree: TreeMask,
+    plan: TreePlan,
     scale: float,
     window: int | None = None,
 ) -> torch.Tensor:
-    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`."""
-    parts = tree.kept(("segments", window), lambda: segments(tree, window))
-    keys, values = (_Gather.apply(x.transpose(0, 1), parts.token) for x in (key, value))
-    attend = flash_kernel()
-    return attend(query.transpose(0, 1), keys, values, parts, scale, window).transpose(0, 1)
+    """Arguments and result as of `tree_attention`."""
+    parts = plan.kept(("segments", window), lambda: segments(plan, window))
+    keys, values = (_Gather.apply(x, parts.token) for x in (key, value))
+    return flash_kernel()(query, keys, values, parts, scale, window)
 
 
-def segments(tree: TreeMask, window: int | None) -> Segments:
+def segments(plan: TreePlan, window: int | None) -> Segments:
     """The runs of a mask as segments, keys out of a window's reach left out."""
-    runs = tree.pieces(max(1, len(tree.end)), window)
-    device = tree.end.device
+    runs = plan.pieces(max(1, len(plan.end)), window)
+    device = plan.end.device
     index = [torch.arange(part.start, part.stop) for run in runs for part in run.path]
     sizes = torch.tensor([[run.stop - run.start, run.length] for run in runs]).view(-1, 2)
     starts = torch.cat([torch.zeros(1, 2, dtype=torch.long), sizes.cumsum(0)]).to(torch.int32)

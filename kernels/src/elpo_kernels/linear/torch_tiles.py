@@ -1,13 +1,24 @@
-"""Tile arithmetic in plain PyTorch operations, for any device; the fast path on CPU."""
+"""Tile arithmetic in plain PyTorch operations, for any device."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from elpo_kernels._checks import accumulation
-from elpo_kernels._head import LN2, LOG2E, Head, Rows, column, cut
-from elpo_kernels._torch_rows import add_sums, closed, levels, locate, moved, to_gradient
+from elpo_kernels.checks import accumulation
+from elpo_kernels.linear.head import Head, Rows, column
+from elpo_kernels.rows import (
+    LN2,
+    LOG2E,
+    LogitGradient,
+    add_sums,
+    closed,
+    cut,
+    levels,
+    locate,
+    moved,
+    to_gradient,
+)
 
 
 def combined(head: Head, top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +165,7 @@ class TorchTiles:
             tile, slope = self._levels(rows, strip, place)
             at = locate(rows.column - strip.start, tile.shape[1])
             if want_entropy:
-                power = self._scratch(*tile.shape, self.acc, "powers")
+                power = self._scratch(len(tile), tile.shape[1], self.acc, "powers")
                 torch.exp2(tile, out=power)[at] = 0
                 moment += tile.mul_(power).sum(1)
                 tile.copy_(power)
@@ -173,22 +184,14 @@ class TorchTiles:
         """E ← E · (α + β ln E) in place, α and β `[R]`."""
         for strip in self.head.strips():
             power = kept[:, strip].to(self.acc)
-            log = self._scratch(*power.shape, self.acc, "powers")
+            log = self._scratch(len(power), power.shape[1], self.acc, "powers")
             torch.clamp_min(power, torch.finfo(torch.float32).tiny, out=log).log2_().mul_(LN2)
             kept[:, strip] = power.mul_(log.mul_(beta[:, None]).add_(alpha[:, None]))
 
-    def gradient(
-        self,
-        rows: Rows,
-        strip: slice,
-        alpha: Tensor,
-        beta: Tensor | None,
-        at_target: Tensor,
-        out: Tensor,
-    ) -> None:
-        """dloss/dlogits `[R, strip]` before soft cap and temperature: 2^L · (α + β ln 2^L), at the
-        target `at_target`; the rows are anchored near their log-sum-exp."""
+    def gradient(self, rows: Rows, strip: slice, gradient: LogitGradient, out: Tensor) -> None:
+        """dloss/dlogits `[R, strip]` before soft cap and temperature; the rows are anchored near
+        their log-sum-exp."""
         tile, slope = self._levels(rows, strip, out)
-        to_gradient(tile, slope, rows.column - strip.start, alpha, beta, at_target)
+        to_gradient(tile, slope, rows.column - strip.start, gradient)
         if tile is not out:
             out.copy_(tile)

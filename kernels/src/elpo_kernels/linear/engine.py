@@ -20,36 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from elpo_kernels._head import (
-    LN2,
-    LOG2E,
-    MIB,
-    Head,
-    Rows,
-    anchored,
-    blocks,
-    column,
-    cut,
-    subset,
-)
+from elpo_kernels.linear.head import Head, Rows, anchored, column, subset
+from elpo_kernels.rows import LN2, LOG2E, LogitGradient, blocks, cut, measured
 
 # An anchor farther than this (in powers of two) from the log-sum-exp is replaced: for products
 # that are rounded, to keep the large probabilities accurate; else, to stay within the exponents.
 ROUNDED_ANCHOR_LIMIT = 6.0
 ANCHOR_LIMIT = 60.0
 
-# Least size of a piece of a weight's sum: from 32 MiB on, glibc gives each back to the system.
-PIECE_BYTES = 34 * MIB
-
 
 class Tiles(Protocol):
-    """Arithmetic on tiles; see `TorchTiles` for what each does."""
+    """Arithmetic on tiles of one head; see `TorchTiles` for what each does."""
 
+    head: Head
     rounds_logits: bool
     acc: torch.dtype
 
@@ -64,28 +52,48 @@ class Tiles(Protocol):
         self, rows: Rows, out: Tensor, position: Tensor | None, want_entropy: bool
     ) -> tuple[Tensor, Tensor]: ...
     def with_entropy(self, kept: Tensor, alpha: Tensor, beta: Tensor) -> None: ...
-    def gradient(
-        self,
-        rows: Rows,
-        strip: slice,
-        alpha: Tensor,
-        beta: Tensor | None,
-        at_target: Tensor,
-        out: Tensor,
-    ) -> None: ...
+    def gradient(self, rows: Rows, strip: slice, gradient: LogitGradient, out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which gradients to make."""
+class Problem:
+    """A head, its tokens, and who computes."""
 
-    xs: tuple[bool, ...]
-    weights: tuple[bool, ...]
-    bias: bool
+    tiles: Tiles
+    xs: tuple[Tensor, ...]  # each [T, H_i], in the dtype of the first
+    targets: Tensor  # [T]
+    like: Sequence[Tensor | None]  # xs, weights and bias as the caller has them
+    needs: Sequence[bool]  # which of these get a gradient
 
     @property
-    def any(self) -> bool:
-        return any(self.xs) or any(self.weights) or self.bias
+    def head(self) -> Head:
+        return self.tiles.head
+
+    def per_token(self) -> Tensor:
+        """Zeros `[T]`."""
+        return torch.zeros(len(self.targets), dtype=self.tiles.acc, device=self.targets.device)
+
+    def rows(self, index: Tensor) -> Rows:
+        """Rows `index` of the flat arrays with their target logits, exact in the accumulation
+        dtype; not yet anchored. Collective over the head's group."""
+        head = self.head
+        scale = head.inv_temperature
+        if isinstance(scale, Tensor):
+            scale = scale[index]
+        xs = tuple(x[index].to(head.dtype) for x in self.xs)
+        mine, both = self.tiles.at_targets(xs, self.targets[index])
+        raw, logit = head.all_reduce(both)
+        if head.softcap:
+            logit = head.softcap * torch.tanh(logit / head.softcap)
+        return Rows(xs, mine, raw, logit * column(scale), scale, None, raw, raw)
+
+
+class Found(NamedTuple):
+    """What the forward of the log-prob finds, 0 where a token was not asked for."""
+
+    logprob: Tensor  # [T]
+    entropy: Tensor  # [T]
+    log_sum: Tensor  # [T], log2 Σ e^l
 
 
 class Gradients:
@@ -93,27 +101,20 @@ class Gradients:
     dtype. Else it is summed piece by piece, written to its result with the last rows, and freed:
     with all rows at once there is no sum to keep."""
 
-    def __init__(
-        self,
-        head: Head,
-        xs: tuple[Tensor, ...],
-        wanted: Wanted,
-        tiles: Tiles,
-        like: Sequence[Tensor | None],
-        main_grad: Tensor | None = None,
-    ) -> None:
-        """`like`: xs, weights and bias as the caller has them, for the dtypes of the results."""
-        self.head, self.inputs, self.tiles, self.main_grad = head, xs, tiles, main_grad
-        self.like = like
-        acc = tiles.acc
+    def __init__(self, problem: Problem, main_grad: Tensor | None = None) -> None:
+        head, tiles = problem.head, problem.tiles
+        self.problem, self.main_grad = problem, main_grad
+        parts = len(problem.xs)
         self.xs = [
-            torch.zeros_like(x, dtype=x.dtype if head.group is None else acc) if want else None
-            for x, want in zip(xs, wanted.xs, strict=True)
+            torch.zeros_like(x, dtype=x.dtype if head.group is None else tiles.acc)
+            if want
+            else None
+            for x, want in zip(problem.xs, problem.needs, strict=False)
         ]
         self.weights: list[Tensor | None] = []
         self._sums: list[dict[int, Tensor]] = []
-        for i, want in enumerate(wanted.weights):
-            weight = like[len(xs) + i]
+        for i, want in enumerate(problem.needs[parts : 2 * parts]):
+            weight = problem.like[parts + i]
             assert weight is not None
             into = main_grad if i == 0 else None
             if want and into is None:
@@ -121,38 +122,38 @@ class Gradients:
             self.weights.append(into if want else None)
             self._sums.append({})
         self.bias = None
-        if wanted.bias:
-            self.bias = torch.zeros(head.vocabulary, dtype=acc, device=xs[0].device)
+        if problem.needs[-1]:
+            device = problem.targets.device
+            self.bias = torch.zeros(head.vocabulary, dtype=tiles.acc, device=device)
         self.written = False
 
     def add(self, index: Tensor, kept: Tensor, alpha: Tensor, last: bool) -> None:
         """Take up the rows `index`, whose logit gradients are `alpha * kept` `[n, V]`."""
+        head, tiles = self.problem.head, self.problem.tiles
         self.written |= last
         if self.bias is not None:
-            for strip in self.head.strips():
+            for strip in head.strips():
                 self.bias[strip] += alpha @ kept[:, strip].to(alpha.dtype)
-        for i, x in enumerate(self.inputs):
+        for i, x in enumerate(self.problem.xs):
             gradient = self.xs[i]
             if gradient is not None:
-                product = self.tiles.through_weight(kept, i).to(alpha.dtype)
+                product = tiles.through_weight(kept, i).to(alpha.dtype)
                 gradient[index] = product.mul_(alpha[:, None]).to(gradient.dtype)
                 del product
             if self.weights[i] is not None:
-                scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(self.head.dtype)
+                scaled = x[index].to(alpha.dtype).mul_(alpha[:, None]).to(head.dtype)
                 self._add_weight(i, kept, scaled, last)
 
     def _add_weight(self, i: int, kept: Tensor, x: Tensor, last: bool) -> None:
-        result, sums, tiles = self.weights[i], self._sums[i], self.tiles
+        result, sums, tiles = self.weights[i], self._sums[i], self.problem.tiles
+        tiling = self.problem.head.tiling
         assert result is not None
         if result is self.main_grad:
-            for rows in cut(0, len(result), self.head.tiling.update):
+            for rows in cut(0, len(result), tiling.update):
                 tiles.accumulate(result[rows], kept[:, rows].t(), x)
             return
-        wider, tiling = result.dtype != tiles.acc, self.head.tiling
-        on_cpu = result.device.type == "cpu"
-        sum_bytes = result.numel() * tiles.acc.itemsize
-        pieces = max(1, sum_bytes // PIECE_BYTES) if wider and on_cpu else 1
-        for piece in cut(0, len(result), -(-len(result) // pieces)):
+        wider = result.dtype != tiles.acc
+        for piece in cut(0, len(result), (wider and tiling.piece) or len(result)):
             total = sums.pop(piece.start, None)
             first = total is None
             if total is None:
@@ -160,7 +161,7 @@ class Gradients:
                 if wider and not last:
                     total = torch.empty_like(total, dtype=tiles.acc)
             at_once = total.dtype != tiles.acc  # with all rows: rounded to the result's dtype
-            size = tiling.strip if at_once and on_cpu else tiling.update
+            size = (at_once and tiling.rounded) or tiling.update
             for rows in cut(piece.start, piece.stop, size):
                 part = total[rows.start - piece.start : rows.stop - piece.start]
                 tiles.accumulate(part, kept[:, rows].t(), x, first)
@@ -175,41 +176,19 @@ class Gradients:
         weights = [None if w is self.main_grad else w for w in self.weights]
         if not self.written:  # no row had a gradient
             weights = [None if w is None else w.zero_() for w in weights]
-        xs = [None if x is None else self.head.all_reduce(x) for x in self.xs]
+        xs = [None if x is None else self.problem.head.all_reduce(x) for x in self.xs]
         return [
-            self.inputs[0].new_empty(0)
+            self.problem.xs[0].new_empty(0)
             if gradient is None or tensor is None
             else gradient.to(tensor.dtype)
-            for gradient, tensor in zip([*xs, *weights, self.bias], self.like, strict=True)
+            for gradient, tensor in zip([*xs, *weights, self.bias], self.problem.like, strict=True)
         ]
 
 
-def gather_rows(
-    head: Head, tiles: Tiles, xs: tuple[Tensor, ...], targets: Tensor, index: Tensor
-) -> Rows:
-    """Rows `index` of the flat arrays with their target logits, exact in the accumulation dtype;
-    not yet anchored. Collective over the head's group."""
-    scale = head.inv_temperature
-    if isinstance(scale, Tensor):
-        scale = scale[index]
-    xs = tuple(x[index].to(head.dtype) for x in xs)
-    mine, both = tiles.at_targets(xs, targets[index])
-    raw, logit = head.all_reduce(both)
-    if head.softcap:
-        logit = head.softcap * torch.tanh(logit / head.softcap)
-    return Rows(xs, mine, raw, logit * column(scale), scale, None, raw, raw)
-
-
-def forward(
-    head: Head,
-    xs: tuple[Tensor, ...],
-    targets: Tensor,
-    tiles: Tiles,
-    index: Tensor,
-    want_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and log2 Σ e^l `[T]` of the tokens `index`, 0 elsewhere."""
-    logprob = torch.zeros(len(targets), dtype=tiles.acc, device=targets.device)
+def forward(problem: Problem, index: Tensor, want_entropy: bool) -> Found:
+    """What there is to find of the tokens `index`."""
+    head, tiles = problem.head, problem.tiles
+    logprob = problem.per_token()
     entropy, log_sum = torch.zeros_like(logprob), torch.zeros_like(logprob)
 
     def found(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,7 +197,7 @@ def forward(
         return *values, torch.logaddexp2(rows.target, log_rest) - rows.offset
 
     for block in blocks(index, head.tiling.rows):
-        rows = gather_rows(head, tiles, xs, targets, block)
+        rows = problem.rows(block)
         # Products that are not rounded need no anchor; one at an improbable target would be far
         # off.
         rounded = head.dtype != tiles.acc
@@ -232,43 +211,26 @@ def forward(
                 for value, better in zip(values, found(nearer), strict=True):
                     value[far] = better
         logprob[block], entropy[block], log_sum[block] = values
-    return logprob, entropy, log_sum
-
-
-def measured(target: Tensor, log_rest: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy in nats from L of the target, log2 S and the entropy in bits among the
-    other tokens; either the target or the others may be impossible (−inf)."""
-    odds = (log_rest - target) * LN2  # of all other tokens against the target
-    zero = torch.zeros_like(odds)
-    logprob, log_others = -torch.logaddexp(zero, odds), -torch.logaddexp(zero, -odds)
-    own = torch.where(logprob == -torch.inf, 0, logprob.exp() * logprob)
-    others = torch.where(log_others == -torch.inf, 0, log_others.exp() * (rest * LN2 - log_others))
-    return logprob, others - own
+    return Found(logprob, entropy, log_sum)
 
 
 def backward(
-    head: Head,
-    xs: tuple[Tensor, ...],
-    targets: Tensor,
-    tiles: Tiles,
-    wanted: Wanted,
-    logprob: Tensor,
-    entropy: Tensor,
-    log_sum: Tensor,
+    problem: Problem,
+    found: Found,
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
     index: Tensor,
-    like: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Gradients of Σ grad_logprob · logprob + grad_entropy · entropy over the tokens `index`, whose
     logits are computed once more, strip by strip, so that nothing of size V·T or V·H is held
     beyond the results."""
-    gradients = Gradients(head, xs, wanted, tiles, like)
+    head, tiles = problem.head, problem.tiles
+    gradients = Gradients(problem)
     if not len(index):
         return gradients.finish()
-    rows = gather_rows(head, tiles, xs, targets, index)
-    logprob, entropy, g = logprob[index], entropy[index], grad_logprob[index].to(tiles.acc)
-    log_sum = log_sum[index]
+    rows = problem.rows(index)
+    logprob, entropy, g = found.logprob[index], found.entropy[index], grad_logprob[index]
+    g, log_sum = g.to(tiles.acc), found.log_sum[index]
     rows = anchored(head, rows, log_sum, loose=grad_entropy is None)
     # What the anchor left between ln 2^L and ln p. The log-prob is no measure of it: rounded, one
     # near −88 would give all of its row's gradient an error of up to 1e-5.
@@ -282,6 +244,7 @@ def backward(
         alpha -= e * (entropy - off) * scale
         beta = -e * scale
     at_target *= column(rows.inv_temperature)
+    gradient = LogitGradient(alpha, beta, at_target)
     sums = [
         None if total is None else torch.zeros_like(x, dtype=tiles.acc)
         for total, x in zip(gradients.xs, rows.xs, strict=True)
@@ -292,14 +255,7 @@ def backward(
         width = strip.stop - strip.start
         tile = held[: len(index) * width].view(len(index), width)
         for block, piece in pieces:
-            tiles.gradient(
-                piece,
-                strip,
-                alpha[block],
-                None if beta is None else beta[block],
-                at_target[block],
-                tile[block],
-            )
+            tiles.gradient(piece, strip, gradient.at(block), tile[block])
         for i, x in enumerate(rows.xs):
             if (total := sums[i]) is not None:
                 tiles.accumulate(total, tile, tiles.weight(i, strip))

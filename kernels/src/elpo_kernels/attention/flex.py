@@ -1,6 +1,6 @@
 """Tree attention by PyTorch's FlexAttention.
 
-The block mask is made from extremes of `end` and `position` over blocks (`elpo_kernels.TreePlan`),
+The block mask is made from extremes of `end` and `position` over blocks (`TreePlan.lists`),
 never from an `N x N` mask. On CUDA the kernel is compiled, and what cannot be raises: eager
 FlexAttention has dense scores. On CPUs it runs so, without a backward, which suffices for tests.
 """
@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch import Tensor
+from torch.nn.attention import flex_attention as flex
+from torch.nn.attention.flex_attention import BlockMask
 
-from elpo_fast.model.tree_mask import TreeMask
+from elpo_kernels.attention.plan import TreePlan
 
 BLOCK = 128
 COMPILATIONS = 64
@@ -22,35 +24,35 @@ COMPILATIONS = 64
 window, one block and more, with gradients and without, and those of its check in float32."""
 
 
-def flex_tree_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    tree: TreeMask,
+def flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: TreePlan,
     scale: float,
     window: int | None = None,
     *,
     dynamic: bool = True,
-) -> torch.Tensor:
-    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`.
+) -> Tensor:
+    """Compiled once for any number of tokens, or else for each: then a multiple of 128 needs no
+    checks of bounds. Arguments and result as of `tree_attention`."""
+    attend = flex.flex_attention if query.device.type == "cpu" else _compiled(dynamic)
+    mask = plan.kept(("flex", window), lambda: block_mask(plan, window))
+    by_head = (x.transpose(0, 1)[None] for x in (query, key, value))
+    output: Tensor = attend(*by_head, None, mask, scale, enable_gqa=True)
+    return output[0].transpose(0, 1)
 
-    Compiled once for any `N`, or else for each: then a multiple of 128 needs no checks of bounds.
-    """
-    attend = flex_attention if query.device.type == "cpu" else _compiled(dynamic)
-    mask = tree.kept(("flex", window), lambda: block_mask(tree, window))
-    output = attend(query[None], key[None], value[None], None, mask, scale, enable_gqa=True)
-    return output[0]
 
-
-def block_mask(tree: TreeMask, window: int | None) -> BlockMask:
+def block_mask(plan: TreePlan, window: int | None) -> BlockMask:
     """Blocks to visit, and the exact mask within those that are not wholly visible."""
-    end, position = tree.end, tree.position
+    end = plan.end
+    position = plan.end if window is None else plan.windowed()
 
-    def allowed(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def allowed(batch: Any, head: Any, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < end[k])
         return seen if window is None else seen & (position[q] - position[k] < window)
 
-    blocks, counts, _ = tree.lists(BLOCK, BLOCK, window or 0, by_column=False)
+    blocks, counts, _ = plan.lists(BLOCK, BLOCK, window or 0, by_column=False)
     partial, full = counts.unbind(1)
     # The full blocks follow the partial ones in each row: turn them to the front.
     columns = torch.arange(blocks.shape[1], device=blocks.device)
@@ -69,7 +71,7 @@ def block_mask(tree: TreeMask, window: int | None) -> BlockMask:
 @cache
 def _compiled(dynamic: bool) -> Any:
     # Without `fullgraph`, whatever is beyond Dynamo's limit runs eagerly.
-    compiled = torch.compile(flex_attention, dynamic=dynamic, fullgraph=True)
+    compiled = torch.compile(flex.flex_attention, dynamic=dynamic, fullgraph=True)
 
     def attend(*arguments: Any, **options: Any) -> Any:
         # For each call: some releases keep settings by thread, and recomputation has its own.

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elpo_kernels._checks import Number
-from elpo_kernels.aggregate import LOSS_TYPES, token_weights
+from elpo_kernels.adapters.aggregate import LOSS_TYPES, token_weights
+from elpo_kernels.checks import Number
 from elpo_kernels.linear import linear_policy_loss
 from elpo_kernels.policy import PolicyStats
 

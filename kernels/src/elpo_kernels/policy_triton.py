@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elpo_kernels.policy import Clip
+
 BLOCK = 256
 
 
@@ -54,17 +56,9 @@ def surrogate_kernel(  # type: ignore[no-untyped-def]
     tl.store(flags + at, mark.to(tl.int8), mask=inside)
 
 
-def surrogate(
-    logprob: Tensor,
-    old_logprob: Tensor | None,
-    pos: Tensor,
-    neg: Tensor,
-    eps_low: Tensor,
-    eps_high: Tensor,
-    ratio_cap: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `policy.surrogate`; float32."""
+def surrogate(logprob: Tensor, clip: Clip, limit: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `policy.Surrogate`; float32. `limit` of the log-ratio."""
+    old = logprob if clip.old_logprob is None else clip.old_logprob
     loss, slope, log_ratio = (torch.empty_like(logprob) for _ in range(3))
     flags = torch.empty_like(logprob, dtype=torch.int8)
     count = len(logprob)
@@ -73,19 +67,19 @@ def surrogate(
     with torch.cuda.device_of(logprob):
         surrogate_kernel[(triton.cdiv(count, BLOCK),)](
             logprob,
-            logprob if old_logprob is None else old_logprob.contiguous(),
-            pos.contiguous(),
-            neg.contiguous(),
-            eps_low.contiguous(),
-            eps_high.contiguous(),
+            old.contiguous(),
+            clip.pos.contiguous(),
+            clip.neg.contiguous(),
+            clip.eps_low.contiguous(),
+            clip.eps_high.contiguous(),
             loss,
             slope,
             log_ratio,
             flags,
-            ratio_cap,
+            clip.ratio_cap,
             count,
-            LOW_STEP=eps_low.ndim,
-            HIGH_STEP=eps_high.ndim,
+            LOW_STEP=clip.eps_low.ndim,
+            HIGH_STEP=clip.eps_high.ndim,
             LIMIT=limit,
             BLOCK=BLOCK,
         )

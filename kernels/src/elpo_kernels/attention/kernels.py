@@ -1,4 +1,4 @@
-"""Tree attention in Triton: flash attention that visits the blocks of `TreePlan`'s lists only.
+"""Tree attention in Triton: flash attention that visits the blocks of `BlockLists` only.
 
 A program of the forward and of the queries' gradient holds a block of rows (queries) and walks its
 column blocks (keys); a program of the keys' gradient holds columns and walks rows. Partial blocks
@@ -11,183 +11,19 @@ heads of a group are split over several programs, whose gradients are added afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from elpo_kernels._tree_blocks import NO_WINDOW, BlockLists
+from elpo_kernels.attention.blocks import NO_WINDOW, BlockLists
+from elpo_kernels.attention.tiles import Tile, chip, precision, tiles
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
 KEY_PROGRAMS = 16  # programs for each column block that are worth the memory of their sums
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Block of the attention matrix of one program, and how it is compiled."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """One tile for each kernel."""
-
-    forward: Tile
-    query: Tile
-    key: Tile
-
-
-# float32 is for checks: small tiles that compile without spills everywhere.
-EXACT = {
-    (4, 64): Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-    (4, 128): Tiles(*[Tile(16, 16, 4, 1)] * 3),
-}
-# Those that run: by chip, then by bytes of an element and head dimension; `aot` compiles every one.
-TILES: dict[str, dict[tuple[int, int], Tiles]] = {
-    "sm_80": {  # within the 99 KiB that the smaller cards of its kind have
-        (2, 64): Tiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
-        (2, 128): Tiles(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
-        (2, 256): Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
-        **EXACT,
-    },
-    "sm_90": {
-        (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-        (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-        (2, 256): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
-        **EXACT,
-    },
-    "sm_100": {
-        (2, 64): Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
-        (2, 128): Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
-        (2, 256): Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 2)),
-        **EXACT,
-    },
-    "gfx942": {
-        (2, 64): Tiles(Tile(128, 64, 4, 1), Tile(128, 64, 4, 1), Tile(64, 64, 4, 1)),
-        (2, 128): Tiles(Tile(128, 64, 8, 1), Tile(128, 32, 8, 1), Tile(32, 64, 4, 1)),
-        (2, 256): Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-        **EXACT,
-    },
-}
-
-
-# What a measurement decides between, for two-byte elements: by chip, head dimension and kernel.
-# What `TILES` has is among them. All fit the shared memory; a larger tile may be worth some spills.
-CANDIDATES: dict[str, dict[int, dict[str, tuple[Tile, ...]]]] = {
-    "sm_80": {
-        64: {
-            "forward": (Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 2)),
-            "query": (Tile(128, 32, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)),
-            "key": (Tile(32, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 128, 8, 2)),
-        },
-        128: {
-            "forward": (Tile(128, 32, 8, 3), Tile(128, 64, 8, 2)),
-            "query": (Tile(64, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 2)),
-            "key": (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 4, 2)),
-        },
-        256: {"key": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2))},
-    },
-    "sm_90": {
-        64: {
-            "forward": (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(128, 128, 8, 3)),
-            "query": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-            "key": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
-        },
-        128: {
-            "forward": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
-            "query": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
-            "key": (Tile(32, 128, 8, 2), Tile(64, 128, 8, 3), Tile(64, 64, 4, 2)),
-        },
-        256: {
-            "forward": (Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)),
-            "key": (Tile(32, 32, 8, 2), Tile(16, 64, 8, 2)),
-        },
-    },
-    "sm_100": {
-        64: {
-            "forward": (Tile(128, 64, 4, 3), Tile(128, 128, 8, 3)),
-            "query": (Tile(128, 64, 8, 3), Tile(64, 64, 4, 3)),
-            "key": (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3)),
-        },
-        128: {
-            "forward": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2)),
-            "query": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3)),
-            "key": (Tile(64, 64, 8, 1), Tile(32, 128, 8, 2), Tile(64, 128, 8, 3)),
-        },
-    },
-    "gfx942": {
-        64: {
-            "forward": (Tile(128, 64, 4, 1), Tile(128, 64, 4, 2), Tile(128, 128, 4, 1)),
-            "query": (Tile(128, 64, 4, 1), Tile(64, 64, 4, 1), Tile(128, 64, 8, 1)),
-            "key": (Tile(64, 64, 4, 1), Tile(64, 128, 4, 1)),
-        },
-        128: {
-            "forward": (Tile(128, 64, 8, 1), Tile(128, 64, 4, 1)),
-            "query": (Tile(128, 32, 8, 1), Tile(64, 64, 4, 1)),
-            "key": (Tile(32, 64, 4, 1), Tile(64, 64, 4, 1)),
-        },
-    },
-}
-
-
-def tiles(device: torch.device, dtype: torch.dtype, dim: int) -> Tiles:
-    """The tiles for a head dimension; `ValueError` where none are shipped."""
-    found = TILES[chip(device)].get((dtype.itemsize, _padded(dim)))
-    if found is None:
-        most = 128 if dtype == torch.float32 else 256
-        raise ValueError(
-            f"backend 'triton' takes {dtype} head dimensions up to {most}, got {dim}; use 'torch'"
-        )
-    return found
-
-
-def candidates(device: torch.device, dim: int) -> list[tuple[str, Tile]]:
-    """Kernels (fields of `Tiles`) and tiles worth timing here for a head dimension."""
-    found = CANDIDATES[chip(device)].get(_padded(dim), {})
-    return [(kernel, tile) for kernel, some in found.items() for tile in some]
-
-
-@contextmanager
-def trial(
-    device: torch.device, dtype: torch.dtype, dim: int, kernel: str, tile: Tile
-) -> Iterator[None]:
-    """Within the block a kernel takes another tile than that of `TILES`."""
-    of_chip, key = TILES[chip(device)], (dtype.itemsize, _padded(dim))
-    own = of_chip[key]
-    of_chip[key] = replace(own, **{kernel: tile})
-    try:
-        yield
-    finally:
-        of_chip[key] = own
-
-
-def _padded(dim: int) -> int:
-    return max(64, triton.next_power_of_2(dim))
-
-
-def chip(device: torch.device) -> str:
-    """Name of the row of `TILES`. Chips without one of their own take the smallest tiles."""
-    if device.type != "cuda":  # the interpreter
-        return "sm_80"
-    if torch.version.hip:
-        return "gfx942"
-    own = {9: "sm_90", 10: "sm_100"}
-    return own.get(torch.cuda.get_device_capability(device)[0], "sm_80")
-
-
-def precision(chip: str) -> str:
-    """Three products of TF32 halves come close to float32 and run on tensor cores."""
-    return "ieee" if chip == "gfx942" else "tf32x3"
 
 
 @triton.jit
@@ -442,58 +278,68 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
     _store(value_sums + base, v_acc, first, sums_stride, size, COLUMNS, D, DIM)
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, end: Tensor, position: Tensor | None,
-    lists: BlockLists, window: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+class Operands(NamedTuple):
+    """What every kernel is given first."""
+
+    query: Tensor  # [T, Hq, D]
+    key: Tensor  # [T, Hkv, D]
+    value: Tensor  # [T, Hkv, D]
+    end: Tensor  # int32 [T]
+    position: Tensor | None  # int32 [T]
+    window: int
+    scale: float
+
+
+def forward(x: Operands, by_row: BlockLists) -> tuple[Tensor, Tensor]:
     """Output `[T, Hq, D]` and `lse` `[Hq, T]` for the row lists of `tiles().forward`."""
-    size, heads, dim = query.shape
-    out = torch.empty((size, heads, dim), dtype=query.dtype, device=query.device)
-    lse = torch.empty((heads, size), dtype=torch.float32, device=query.device)
-    _launch(
-        forward_kernel, tiles(query.device, query.dtype, dim).forward, heads,
-        query, key, value, end, position, lists, (out, lse), (), window, scale,
-    )  # fmt: skip
+    size, heads, dim = x.query.shape
+    out = torch.empty((size, heads, dim), dtype=x.query.dtype, device=x.query.device)
+    lse = torch.empty((heads, size), dtype=torch.float32, device=x.query.device)
+    tile = tiles(x.query.device, x.query.dtype, dim).forward
+    _launch(forward_kernel, tile, heads, x, by_row, (out, lse))
     return out, lse
 
 
 def backward(
-    query: Tensor, key: Tensor, value: Tensor, end: Tensor, position: Tensor | None,
-    by_row: BlockLists, by_column: BlockLists, window: int, scale: float,
-    out: Tensor, lse: Tensor, grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Operands, by_row: BlockLists, by_column: BlockLists, out: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous."""
-    size, heads, dim = query.shape
-    kv_heads = key.shape[1]
-    shipped = tiles(query.device, query.dtype, dim)
+    size, heads, dim = x.query.shape
+    kv_heads = x.key.shape[1]
+    shipped = tiles(x.query.device, x.query.dtype, dim)
     grad = grad.contiguous()
-    query_grad = torch.empty((size, heads, dim), dtype=query.dtype, device=query.device)
+    query_grad = torch.empty((size, heads, dim), dtype=x.query.dtype, device=x.query.device)
     delta = torch.empty_like(lse)
-    _launch(
-        query_gradient_kernel, shipped.query, heads, query, key, value, end, position, by_row,
-        (out, lse, grad, delta, query_grad), (), window, scale,
-    )  # fmt: skip
+    results: tuple[Tensor, ...] = out, lse, grad, delta, query_grad
+    _launch(query_gradient_kernel, shipped.query, heads, x, by_row, results)
     splits = max(1, min(heads // kv_heads, KEY_PROGRAMS // kv_heads))
     shape = splits, size, kv_heads, dim
-    sums = [torch.empty(shape, dtype=torch.float32, device=key.device) for _ in range(2)]
+    sums = [torch.empty(shape, dtype=torch.float32, device=x.key.device) for _ in range(2)]
+    programs, results = kv_heads * splits, (lse, grad, delta, *sums)
+    more = {"SPLITS": splits}
     _launch(
-        key_gradient_kernel, shipped.key, kv_heads * splits, query, key, value, end, position,
-        by_column, (lse, grad, delta, *sums), (kv_heads * dim,), window, scale, SPLITS=splits,
-    )  # fmt: skip
-    key_grad, value_grad = (part.sum(0).to(key.dtype) for part in sums)
+        key_gradient_kernel, shipped.key, programs, x, by_column, results, (kv_heads * dim,), more
+    )
+    key_grad, value_grad = (part.sum(0).to(x.key.dtype) for part in sums)
     return query_grad, key_grad, value_grad
 
 
 def _launch(
-    kernel: Any, tile: Tile, programs: int, query: Tensor, key: Tensor, value: Tensor, end: Tensor,
-    position: Tensor | None, lists: BlockLists, tensors: tuple[Tensor, ...],
-    more_strides: tuple[int, ...], window: int, scale: float, **constants: int,
-) -> None:  # fmt: skip
+    kernel: Any,
+    tile: Tile,
+    programs: int,
+    x: Operands,
+    lists: BlockLists,
+    tensors: tuple[Tensor, ...],
+    more_strides: tuple[int, ...] = (),
+    constants: dict[str, int] | None = None,
+) -> None:
     """One program for each list and head; nothing for no tokens."""
+    query, key, value, end, position, window, scale = x
     size, heads, dim = query.shape
     if size == 0:
         return
-    strides = tuple(stride for x in (query, key, value) for stride in x.stride()[:2])
+    strides = tuple(stride for operand in x[:3] for stride in operand.stride()[:2])
     with torch.cuda.device_of(query):
         kernel[(len(lists.order), programs)](
             query, key, value, end, end if position is None else position, *lists, *tensors,
@@ -502,5 +348,5 @@ def _launch(
             DIM=max(16, triton.next_power_of_2(dim)),
             ROWS=tile.rows, COLUMNS=tile.columns, WINDOWED=window != NO_WINDOW,
             PRECISION=precision(chip(query.device)), num_warps=tile.warps, num_stages=tile.stages,
-            **constants,
+            **(constants or {}),
         )  # fmt: skip

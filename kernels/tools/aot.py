@@ -1,9 +1,9 @@
 """Compile every kernel in every shipped configuration for GPUs that are not there.
 
-`python -m elpo_kernels.aot` prints registers, spills and shared memory, also of the tiles that tree
-attention might have instead. It fails where a kernel asks for more shared memory than the chip has
-or spills more than `MOST_SPILLED`. Few spills are no fault: compilers differ in the last registers,
-and attention may gain more by a larger tile. That only a measurement tells.
+`python kernels/tools/aot.py` prints registers, spills and shared memory, also of the tiles that
+tree attention might have instead. It fails where a kernel asks for more shared memory than the chip
+has or spills more than `MOST_SPILLED`. Few spills are no fault: compilers differ in the last
+registers, and attention may gain more by a larger tile. That only a measurement tells.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
+from elpo_kernels import policy_triton, rows_triton
+from elpo_kernels.attention import kernels, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from elpo_kernels import _triton_attention, _triton_policy, _triton_rows
 
 KIB = 1024
 TARGETS = {
@@ -53,9 +53,9 @@ ATTENTION = {
 }
 """Arguments of the attention kernels that are no operands or results of products."""
 ATTENTION_KERNELS = {
-    "forward": _triton_attention.forward_kernel,
-    "query": _triton_attention.query_gradient_kernel,
-    "key": _triton_attention.key_gradient_kernel,
+    "forward": kernels.forward_kernel,
+    "query": kernels.query_gradient_kernel,
+    "key": kernels.key_gradient_kernel,
 }
 
 
@@ -115,27 +115,27 @@ def _shipped_attention(target: str) -> Iterator[Shipped]:
     ]
     for element, dim, windowed in problems:
         size = 2 if element == "bf16" else 4
-        tiles = _triton_attention.TILES[target][size, triton.next_power_of_2(dim)]
+        own = tiles.TILES[target][size, triton.next_power_of_2(dim)]
         for kernel in ATTENTION_KERNELS:
-            yield _attention(target, kernel, getattr(tiles, kernel), element, dim, windowed)
+            yield _attention(target, kernel, getattr(own, kernel), element, dim, windowed)
 
 
 def candidates(target: str) -> Iterator[Shipped]:
     """Tree attention with each tile that a measurement on `target` decides between."""
-    for dim, kernels in _triton_attention.CANDIDATES[target].items():
-        for kernel, tiles in kernels.items():
-            for tile in tiles:
+    for dim, some in tiles.CANDIDATES[target].items():
+        for kernel, trials in some.items():
+            for tile in trials:
                 made = _attention(target, kernel, tile, "bf16", dim, windowed=False)
                 size = f"{tile.rows}x{tile.columns} warps={tile.warps} stages={tile.stages}"
                 yield replace(made, label=f"candidate {made.label} {size}")
 
 
 def _attention(
-    target: str, kernel: str, tile: _triton_attention.Tile, element: str, dim: int, windowed: bool
+    target: str, kernel: str, tile: tiles.Tile, element: str, dim: int, windowed: bool
 ) -> Shipped:
     function = ATTENTION_KERNELS[kernel]
     constants = {"GROUP": 4, "D": dim, "DIM": triton.next_power_of_2(dim), "WINDOWED": windowed}
-    constants["PRECISION"] = _triton_attention.precision(target)
+    constants["PRECISION"] = tiles.precision(target)
     constants |= {"ROWS": tile.rows, "COLUMNS": tile.columns}
     if kernel == "key":
         constants["SPLITS"] = 2
@@ -150,7 +150,7 @@ def _attention(
 
 def _shipped_rows() -> Iterator[Shipped]:
     """Kernels over rows of logits and over tokens."""
-    rows, block = _triton_rows, {"BLOCK": _triton_rows.BLOCK}
+    rows, block = rows_triton, {"BLOCK": rows_triton.BLOCK}
     flags = [
         dict(zip(("HAS_BIAS", "SOFTCAP", "ENTROPY"), values, strict=True))
         for values in itertools.product((False, True), (0.0, 30.0), (False, True))
@@ -175,8 +175,8 @@ def _shipped_rows() -> Iterator[Shipped]:
         yield Shipped(rows.with_entropy_kernel, {"kept": kept}, block, rows.WARPS)
     for low, high in itertools.product((0, 1), repeat=2):
         constants = {"LOW_STEP": low, "HIGH_STEP": high, "LIMIT": 40.0}
-        constants["BLOCK"] = _triton_policy.BLOCK
-        yield Shipped(_triton_policy.surrogate_kernel, {}, constants, 4)
+        constants["BLOCK"] = policy_triton.BLOCK
+        yield Shipped(policy_triton.surrogate_kernel, {}, constants, 4)
 
 
 def measure(configuration: Shipped, target: str) -> Usage:

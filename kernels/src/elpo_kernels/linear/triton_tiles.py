@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elpo_kernels._head import LOG2E, Head, Rows, column, cut
-from elpo_kernels._torch_tiles import combined
-from elpo_kernels._triton_rows import (
+from elpo_kernels.linear.head import Head, Rows, column
+from elpo_kernels.linear.torch_tiles import combined
+from elpo_kernels.rows import LOG2E, LogitGradient, cut
+from elpo_kernels.rows_triton import (
     gradient_kernel,
     launch,
     move_kernel,
@@ -184,16 +185,9 @@ class TritonTiles:
         columns, stride = kept.shape[1], kept.stride(0)
         launch(with_entropy_kernel, len(kept), kept, alpha, beta, columns, stride)
 
-    def gradient(
-        self,
-        rows: Rows,
-        strip: slice,
-        alpha: Tensor,
-        beta: Tensor | None,
-        at_target: Tensor,
-        out: Tensor,
-    ) -> None:
+    def gradient(self, rows: Rows, strip: slice, gradient: LogitGradient, out: Tensor) -> None:
         tile = self._logits(rows.xs, [weight[strip].t() for weight in self.head.weights])
+        alpha, beta, at_target = gradient
         launch(
             gradient_kernel,
             len(alpha),

@@ -1,14 +1,45 @@
-"""The arithmetic of `_triton_rows` on one tile `[R, columns]` in plain PyTorch, mostly in place.
+"""Arithmetic on rows of logits: a tile `[R, columns]` in plain PyTorch, mostly in place.
+
+`rows_triton` has the same as kernels.
 
 Tiles are in the accumulation dtype. A target column outside `0 … columns − 1` is not in the tile.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from elpo_kernels._head import LN2
+LOG2E = 1 / math.log(2)
+LN2 = math.log(2)
+
+
+class LogitGradient(NamedTuple):
+    """dloss/dlogits of rows of levels L: 2^L · (α + β ln 2^L), and `at_target` at the target."""
+
+    alpha: Tensor  # [R]
+    beta: Tensor | None  # [R]; None: 0
+    at_target: Tensor  # [R]
+
+    def at(self, rows: slice | Tensor) -> LogitGradient:
+        """That of some of the rows."""
+        beta = None if self.beta is None else self.beta[rows]
+        return LogitGradient(self.alpha[rows], beta, self.at_target[rows])
+
+
+def cut(start: int, stop: int, size: int) -> Iterator[slice]:
+    """`start … stop` in slices of `size`."""
+    for low in range(start, stop, size):
+        yield slice(low, min(low + size, stop))
+
+
+def blocks(index: Tensor, rows: int) -> Sequence[Tensor]:
+    """`index` in pieces of `rows`; none where it is empty."""
+    return index.split(rows) if len(index) else ()
 
 
 def levels(
@@ -66,16 +97,22 @@ def closed(top: Tensor, total: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     return top + bits, torch.where(total > 0, bits - moment / total, 0)
 
 
+def measured(target: Tensor, log_rest: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy in nats from L of the target, log2 S and the entropy in bits among the
+    other tokens; either the target or the others may be impossible (−inf)."""
+    odds = (log_rest - target) * LN2  # of all other tokens against the target
+    zero = torch.zeros_like(odds)
+    logprob, log_others = -torch.logaddexp(zero, odds), -torch.logaddexp(zero, -odds)
+    own = torch.where(logprob == -torch.inf, 0, logprob.exp() * logprob)
+    others = torch.where(log_others == -torch.inf, 0, log_others.exp() * (rest * LN2 - log_others))
+    return logprob, others - own
+
+
 def to_gradient(
-    tile: Tensor,
-    slope: Tensor | None,
-    target: Tensor,
-    alpha: Tensor,
-    beta: Tensor | None,
-    at_target: Tensor,
+    tile: Tensor, slope: Tensor | None, target: Tensor, gradient: LogitGradient
 ) -> None:
-    """L becomes 2^L · (α + β ln 2^L), at the target `at_target`, times the soft cap's derivative;
-    α, β, `at_target` `[R]`."""
+    """L becomes `gradient` in place, times the soft cap's derivative `slope`."""
+    alpha, beta, at_target = gradient
     if beta is None:
         tile.exp2_().mul_(alpha[:, None])
     else:

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from elpo_kernels import TreePlan, reference
 from torch import Tensor
-
-from elpo_kernels import reference
-from elpo_kernels._tree_blocks import TreePlan
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Triton kernels over rows of logits, one program a row: the tile arithmetic of `TorchTiles`.
+"""Triton kernels over rows of logits, one program a row: the arithmetic of `rows`.
 
 A row's logits z arrive raw, in any floating dtype, and become base-2 levels in float32,
 

@@ -1,0 +1,1 @@
+"""The losses in the places that other trainers have for them."""
