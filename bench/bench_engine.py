@@ -34,12 +34,13 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elpo_fast.config import ModelConfig
+from elpo_fast.cpu.decoder import as_numpy, packed, packed_product
+from elpo_fast.cpu.decoder_products import multiplies
+from elpo_fast.cpu.decoder_step import COUNTER, multiply
+from elpo_fast.cpu.vectors import TILE_ROWS
 from elpo_fast.model.load import load_model
-from elpo_fast.rollout import decoder_cpu
-from elpo_fast.rollout.decoder import _product, products_dtype
-from elpo_fast.rollout.decoder_cpu import _multiply
-from elpo_fast.rollout.decoder_fused import as_numpy, packed
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.decoder import products_dtype
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.types import Completion, Sampling
 
 PROMPTS, BRANCHES, PROMPT_TOKENS, NEW_TOKENS = 16, 4, 80, 128
@@ -134,8 +135,8 @@ def products(engine: LocalEngine) -> Callable[[], object]:
     threads = numba.get_num_threads()
     outputs = [np.zeros((ROWS, len(bias)), "f4") for bias in weights.qkv_bias[:1]]
     outputs += [np.zeros((ROWS, n), "f4") for n in (widths[0], widths[2], decoder.vocab_size)]
-    size = (4 * len(weights.qkv) + 1) * decoder_cpu.COUNTER
-    spare = decoder_cpu.TILE_ROWS  # rows that a product may read
+    size = (4 * len(weights.qkv) + 1) * COUNTER
+    spare = TILE_ROWS  # rows that a product may read
     hidden, mixed, inner = (as_numpy(F.pad(x, (0, 0, 0, spare))) for x in inputs)
     return lambda: _fused_products(
         threads, np.zeros(size, np.int64), weights, hidden, mixed, inner, *outputs
@@ -145,33 +146,31 @@ def products(engine: LocalEngine) -> Callable[[], object]:
 def own_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], None]:
     """`x @ weight.T` as a fused step multiplies."""
     threads, rows = numba.get_num_threads(), len(x)
-    arrays = as_numpy(F.pad(x, (0, 0, 0, decoder_cpu.TILE_ROWS))), packed(weight)
+    arrays = as_numpy(F.pad(x, (0, 0, 0, TILE_ROWS))), packed(weight)
     bias, out = np.zeros(len(weight), "f4"), np.zeros((rows, len(weight)), "f4")
-    return lambda: _one_product(
-        threads, np.zeros(decoder_cpu.COUNTER, np.int64), *arrays, bias, out, rows
-    )
+    return lambda: _one_product(threads, np.zeros(COUNTER, np.int64), *arrays, bias, out, rows)
 
 
 @numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
 def _one_product(threads, counters, x, weight, bias, out, rows):
     for _ in numba.prange(threads):
-        _multiply(counters, 0, 8 * threads, x, rows, weight, bias, out, 0)
+        multiply(counters, 0, 8 * threads, x, rows, weight, bias, out, 0)
 
 
 @numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
 def _fused_products(threads, counters, w, hidden, mixed, inner, qkv, residual, gated, logits):
-    """The products of `decoder_cpu.forward`, and nothing between them."""
+    """The products of `decoder_step.forward`, and nothing between them."""
     share = 8 * threads
     for _ in numba.prange(threads):
         n = 0
         for i in range(len(w.qkv)):
-            _multiply(counters, n, share, hidden, ROWS, w.qkv[i], w.qkv_bias[i], qkv, 0)
-            _multiply(counters, n + 1, share, mixed, ROWS, w.out[i], w.out_bias[i], residual, 1)
+            multiply(counters, n, share, hidden, ROWS, w.qkv[i], w.qkv_bias[i], qkv, 0)
+            multiply(counters, n + 1, share, mixed, ROWS, w.out[i], w.out_bias[i], residual, 1)
             bias = w.gate_up_bias[i]
-            _multiply(counters, n + 2, share, hidden, ROWS, w.gate_up[i], bias, gated, 2)
-            _multiply(counters, n + 3, share, inner, ROWS, w.down[i], w.down_bias[i], residual, 1)
+            multiply(counters, n + 2, share, hidden, ROWS, w.gate_up[i], bias, gated, 2)
+            multiply(counters, n + 3, share, inner, ROWS, w.down[i], w.down_bias[i], residual, 1)
             n += 4
-        _multiply(counters, n, share, hidden, ROWS, w.head, w.head_bias, logits, 0)
+        multiply(counters, n, share, hidden, ROWS, w.head, w.head_bias, logits, 0)
 
 
 def best_of(run: Callable[[], Any], times: int) -> float:
@@ -192,9 +191,9 @@ def gemm_rates() -> dict[str, float]:
         x, weight = torch.randn(ROWS, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
         ways = {
             "plain": partial(F.linear, x, weight),
-            "prepacked": partial(_product(weight, None), x),
+            "prepacked": partial(packed_product(weight, None), x),
         }
-        if decoder_cpu.multiplies(dtype):
+        if multiplies(dtype):
             ways["own"] = own_product(x, weight)
         for way, run in ways.items():
             rates[f"{name}_{way}"] = 2e-9 * ROWS * 2048**2 / best_of(run, 50)

@@ -81,8 +81,12 @@ def config_file(folder: Path, **more: Any) -> str:
     ("where", "code", "said"),
     [
         ("elpo_fast.train.step.PolicyOptimizer.update", 1, "lower train.micro_batch_tokens=8192"),
-        ("elpo_fast.rollout.batching.Batcher.step", 1, "lower rollout.max_batch=64 or rollout.cac"),
-        ("elpo_fast.rollout.decoder.Decoder.__init__", 1, "lower rollout.cache_tokens=65536"),
+        (
+            "elpo_fast.rollout.local.batching.Batcher.step",
+            1,
+            "lower rollout.max_batch=64 or rollout.cac",
+        ),
+        ("elpo_fast.rollout.local.decoder.Decoder.__init__", 1, "lower rollout.cache_tokens=65536"),
         ("elpo_fast.model.load.scratch_model", 1, "lower model.scratch"),
         ("elpo_fast.train.checkpoint.DefaultStager.stage", 1, "train.checkpoint_every"),
     ],

@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "elpo_fast"
+LONGEST = 600  # lines of a file, but of the configuration, whose keys are read in one place
 BASE = {"types", "config", "lock", "faults", "own", "regions"}
 ALGO = BASE | {"tree"}
 ROLLOUT = ALGO | {"algo", "tools", "tasks"}
-ALL = ROLLOUT | {"rollout", "model", "report"}
+ALL = ROLLOUT | {"rollout", "model"}
 MAY_IMPORT = {
     "types": set(),
     "config": set(),
@@ -26,13 +28,17 @@ MAY_IMPORT = {
     "algo": ALGO,
     "tools": BASE,
     "tasks": BASE,
-    "rollout": ROLLOUT,
-    "model": ALGO,
-    "report": ALL | {"train", "eval"},
+    "cpu": set(),
+    "rollout": ROLLOUT | {"cpu"},
+    "model": ALGO | {"cpu"},
+    "report": ALL | {"eval"},
     "train": ALL | {"eval"},
     "eval": ALL,
-    "cli": ALL | {"train", "eval"},
+    "cli": ALL | {"train", "eval", "report"},
 }
+# What each wheel holds. `elpo_kernels` finds its own packages, and nothing of its tools or tests.
+KERNELS = ["elpo_kernels", "elpo_kernels.adapters", "elpo_kernels.attention"]
+KERNELS += ["elpo_kernels.linear", "elpo_kernels.logits"]
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -49,6 +55,41 @@ def rooms_imported(path: Path) -> set[str]:
             if parts[0] == "elpo_fast":
                 found.add(parts[1])
     return found
+
+
+def test_every_room_is_known_and_distributed() -> None:
+    entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
+    assert {name for name in entries if not name.startswith("__")} == set(MAY_IMPORT)
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    assert set(listed) == {".".join(path.relative_to(ROOT).parts) for path in folders}
+
+
+def test_the_kernels_wheel_holds_no_tools() -> None:
+    source = ROOT / "kernels" / "src"
+    folders = {path.parent for path in source.rglob("*.py")}
+    assert sorted(".".join(path.relative_to(source).parts) for path in folders) == KERNELS
+    assert all((folder / "__init__.py").exists() for folder in folders)
+    assert (source / "elpo_kernels" / "py.typed").exists()
+    assert not list(source.rglob("*test*")) and not list(source.rglob("aot*"))
+
+
+def test_no_file_is_long() -> None:
+    files = {*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "src").rglob("*.py")}
+    files.remove(PACKAGE / "config.py")
+    assert [path for path in files if len(path.read_text().splitlines()) > LONGEST] == []
+
+
+def test_what_a_gpu_runs_imports_nothing_of_the_guest_wing() -> None:
+    code = (
+        "import sys, elpo_kernels, elpo_fast.train.loop, elpo_fast.model.load;"
+        "import elpo_fast.rollout.local.engine, elpo_fast.rollout.sglang.engine;"
+        "print(*(name for name in sys.modules if name.startswith('elpo_fast.cpu') or"
+        " name == 'elpo_kernels.linear.cpu'))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() == ""
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.name)

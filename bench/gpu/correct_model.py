@@ -15,7 +15,7 @@ from bench.gpu.cases import error
 from bench.gpu.part import Part
 from bench.gpu.shapes import make_model, shape
 from elpo_fast.model.attention import attention_name
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train.step import PolicyOptimizer
 from elpo_fast.tree.pack import PackedBatch
 from elpo_fast.types import Sampling

@@ -12,7 +12,7 @@ import torch
 
 from bench.gpu.part import Part
 from bench.gpu.shapes import HEADS, SIZES, make_model
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.types import Sampling
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 16, 1000, 64

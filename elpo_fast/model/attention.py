@@ -28,8 +28,6 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from elpo_fast.model.path_attention import path_attention
-
 BACKENDS = ("auto", "sdpa", "path", "triton", "flex", "varlen")
 
 
@@ -85,7 +83,14 @@ def prepare(plan: TreePlan, config: PreTrainedConfig, dtype: torch.dtype) -> Non
         plan.blocks(tiles(plan.end.device, dtype, dim), reach or NO_WINDOW)
 
 
-register_attention("path", path_attention)
+def _path(*arguments: Any) -> torch.Tensor:
+    """The CPU's, imported when a CPU computes."""
+    from elpo_fast.cpu.path_attention import path_attention
+
+    return path_attention(*arguments)
+
+
+register_attention("path", _path)
 for _backend in BACKENDS:
     AttentionInterface.register(attention_name(_backend), partial(tree_attention, backend=_backend))
     AttentionMaskInterface.register(attention_name(_backend), ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.faults import enough_memory
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.types import Completion, Engine, EngineStats, Sampling
 
 

@@ -19,8 +19,8 @@ from elpo_kernels.attention.varlen import Kernel, flash_kernel
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from elpo_fast.cpu.path_attention import TILE
 from elpo_fast.model.attention import tree_attention
-from elpo_fast.model.path_attention import TILE
 
 SCALE = 0.3
 

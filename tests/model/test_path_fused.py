@@ -16,9 +16,10 @@ import torch
 from elpo_kernels import TreePlan
 from llvmlite.binding import get_host_cpu_features
 
-from elpo_fast.model import path_fused
-from elpo_fast.model.path_attention import path_attention
-from elpo_fast.model.path_cpu import BLOCK, PANEL
+from elpo_fast.cpu import path_layout
+from elpo_fast.cpu.path_attention import path_attention
+from elpo_fast.cpu.path_products import BLOCK
+from elpo_fast.cpu.vectors import PANEL
 
 SCALE = 0.2
 
@@ -168,10 +169,10 @@ from unittest.mock import patch
 import numba, torch
 numba.njit(lambda: 0)()  # Numba itself is told the truth
 with patch("llvmlite.binding.get_host_cpu_features", lambda: {{"avx512f": {flag}}}):
-    from elpo_fast.model.path_cpu import ROWS
+    from elpo_fast.cpu.vectors import TILE_ROWS
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_path_fused import BLOCK, check, trees
-assert ROWS == {14 if flag else 6}
+assert TILE_ROWS == {14 if flag else 6}
 check(trees(9, 3, 2 * BLOCK + 1), torch.float32, size=40)
 check(trees(9, 3, 100), torch.float32, window=20)
 """
@@ -184,7 +185,7 @@ check(trees(9, 3, 100), torch.float32, window=20)
 @pytest.mark.parametrize("shares", [1, 4, 1000])
 def test_layout(shares: int, window: int | None) -> None:
     tree, group = trees(10, 3, 700), 3
-    layout, longest = path_fused.make_layout(tree, group, shares, window)
+    layout, longest = path_layout.make_layout(tree, group, shares, window)
     assert longest == max(
         sum(-(-(part.stop - part.start) // PANEL) for part in run.path) for run in tree.runs
     )

@@ -32,7 +32,7 @@ from transformers import (
 
 from elpo_fast.config import RolloutConfig
 from elpo_fast.model.tokenizer import train_tokenizer
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.rollout.sglang.engine import SGLangEngine
 from elpo_fast.rollout.sglang.process import ServerProcess
 from elpo_fast.types import Completion

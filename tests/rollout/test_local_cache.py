@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elpo_fast.rollout.kv import ROOT, CacheFull, PrefixCache
+from elpo_fast.rollout.local.kv import ROOT, CacheFull, PrefixCache
 
 
 def walk(cache: PrefixCache, tokens: list[int]) -> tuple[np.ndarray, int]:

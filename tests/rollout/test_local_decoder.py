@@ -10,31 +10,28 @@ import pytest
 import torch
 from numba import njit
 
-from elpo_fast.rollout import decoder_cpu
-from elpo_fast.rollout.decoder import (
-    Decoder,
-    NodeBatch,
-    _CpuStep,
-    _Linear,
-    _TorchStep,
-    padded,
-)
-from elpo_fast.rollout.decoder_fused import FusedForward, as_numpy, elements, packed
+from elpo_fast.cpu.decoder import FusedForward, Step, as_numpy, elements, packed, padded
+from elpo_fast.cpu.decoder_attention import attend, head, query_heads
+from elpo_fast.cpu.decoder_products import DOTS
+from elpo_fast.cpu.decoder_step import COUNTER, multiply
+from elpo_fast.cpu.elements import exp, narrow
+from elpo_fast.cpu.vectors import PANEL, TILE_ROWS
+from elpo_fast.rollout.local.decoder import Decoder, NodeBatch, _Linear, _TorchStep
 
 SLOTS = 200
-needs_dots = pytest.mark.skipif(not decoder_cpu.DOTS, reason="needs a CPU with AVX-512 BF16")
+needs_dots = pytest.mark.skipif(not DOTS, reason="needs a CPU with AVX-512 BF16")
 
 
 @njit
 def _narrowed(values: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(values)):
-        out[i] = decoder_cpu.narrow(values[i], out)
+        out[i] = narrow(values[i], out)
 
 
 @njit(fastmath=True)
 def _exponentials(values: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(values)):
-        out[i] = decoder_cpu.exp(values[i])
+        out[i] = exp(values[i])
 
 
 def test_rounding_to_bfloat16_equals_pytorch() -> None:
@@ -92,7 +89,7 @@ def loaded(
 
 def plain_forward(decoder: Decoder, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("elpo_fast.rollout.decoder._CpuStep", _TorchStep)
+        patch.setattr(decoder, "_step", _TorchStep)
         return decoder.forward(batch, ends)
 
 
@@ -100,7 +97,7 @@ def plain_forward(decoder: Decoder, batch: NodeBatch, ends: np.ndarray) -> torch
 def test_cpu_kernels_equal_plain_operations(any_model: Any) -> None:
     batch = irregular_batch()
     outputs = []
-    for kind in (_TorchStep, _CpuStep):
+    for kind in (_TorchStep, Step):
         decoder = loaded(any_model, torch.bfloat16, fused=False)
         step = kind(decoder, batch)
         generator = torch.Generator().manual_seed(2)
@@ -145,10 +142,10 @@ def test_attention_of_every_head_size(group: int, width: int, dtype: torch.dtype
     keys, values = (torch.randn(40, kv_heads, width, generator=rng).to(dtype) for _ in range(2))
     paths = [torch.randperm(40, generator=rng)[:length] for length in lengths]
     out = np.full((len(lengths), kv_heads * group * width), np.nan, np.float32)
-    head = decoder_cpu.head(as_numpy(keys).dtype, width)
-    decoder_cpu.attend(
-        elements(query.flatten(1, 2).numpy(), decoder_cpu.query_heads(group, width)),
-        *(elements(as_numpy(store), head) for store in (keys, values)),
+    kind = head(as_numpy(keys).dtype, width)
+    attend(
+        elements(query.flatten(1, 2).numpy(), query_heads(group, width)),
+        *(elements(as_numpy(store), kind) for store in (keys, values)),
         torch.cat(paths).numpy(),
         np.cumsum([0, *lengths[:-1]]),
         np.array(lengths) - 1,
@@ -221,12 +218,12 @@ def multiplied(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T` by a fused step's product, into NaN."""
     rows, inputs = x.shape
     numbers = as_numpy(x)
-    padded_x = np.zeros((rows + decoder_cpu.TILE_ROWS, inputs + inputs % 2), numbers.dtype)
+    padded_x = np.zeros((rows + TILE_ROWS, inputs + inputs % 2), numbers.dtype)
     padded_x[:rows, :inputs] = numbers
     out = np.full((rows, len(weight)), np.nan, np.float32)
-    counters = np.zeros(decoder_cpu.COUNTER, np.int64)
-    bias = np.zeros(len(weight) + decoder_cpu.PANEL, np.float32)
-    decoder_cpu._multiply(counters, 0, 8, padded_x, rows, packed(weight), bias, out, 0)
+    counters = np.zeros(COUNTER, np.int64)
+    bias = np.zeros(len(weight) + PANEL, np.float32)
+    multiply(counters, 0, 8, padded_x, rows, packed(weight), bias, out, 0)
     return torch.from_numpy(out)
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from elpo_fast.model.tokenizer import train_tokenizer
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.types import Engine, Sampling
 
 

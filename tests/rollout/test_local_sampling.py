@@ -13,9 +13,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from elpo_fast.rollout.sampling import SamplingBatch, row_keys, sample, sample_fused, uniforms
+from elpo_fast.rollout.local.sampling import (
+    SamplingBatch,
+    row_keys,
+    sample,
+    sample_on_cpu,
+    uniforms,
+)
 
-RUNS = pytest.mark.parametrize("run", [sample, sample_fused], ids=["torch", "fused"])
+RUNS = pytest.mark.parametrize("run", [sample, sample_on_cpu], ids=["torch", "fused"])
 
 
 def batch_of(
@@ -65,7 +71,7 @@ def test_fused_equals_plain(vocab_size: int, dtype: torch.dtype) -> None:
     for seed, setting in enumerate(SETTINGS):
         logits = (torch.randn(6, vocab_size, generator=generator) * 4).to(dtype)
         batch = batch_of(6, seed=seed, **setting)
-        plain, fused = sample(logits, batch), sample_fused(logits, batch)
+        plain, fused = sample(logits, batch), sample_on_cpu(logits, batch)
         same = plain.tokens == fused.tokens
         assert same.sum() >= 5  # a uniform number on the edge between two may go either way
         for ours, theirs in zip(fused[1:], plain[1:], strict=True):
@@ -167,7 +173,7 @@ def test_the_ends_of_the_unit_interval_give_kept_tokens(run, uniform: float) -> 
 def test_not_a_number_shows() -> None:
     logits = torch.full((2, 300), torch.nan)
     for setting in ({}, {"top_p": 0.9}, {"top_k": 3}):
-        assert not np.isfinite(sample_fused(logits, batch_of(2, **setting))[1:]).any()
+        assert not np.isfinite(sample_on_cpu(logits, batch_of(2, **setting))[1:]).any()
 
 
 def test_uniform_numbers_depend_on_seed_row_and_step_alone() -> None:

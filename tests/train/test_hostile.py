@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from elpo_fast import cli
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.tools import _confine
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.model import load
 from elpo_fast.model.tokenizer import CHATML
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train import loop, parts
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run

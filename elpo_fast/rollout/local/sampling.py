@@ -7,7 +7,7 @@ distribution one with log-prob 0 and entropy 0, the full one is that of temperat
 
 Randomness is counter-based: token `t` of row `i` is drawn by inverting the cumulative distribution
 at a uniform number that depends on (seed, i, t) alone, so a completion does not depend on what else
-was in the batch. `sample` is the formulation for any device, `sample_fused` the CPU's.
+was in the batch. `sample` is the formulation for any device, `sample_on_cpu` the CPU's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-
-from elpo_fast.rollout import decoder_cpu
-from elpo_fast.rollout.decoder import as_numpy
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -114,22 +111,8 @@ def _entropy(logprobs: torch.Tensor) -> torch.Tensor:
     return -torch.where(p > 0, p * logprobs, 0.0).sum(-1)
 
 
-def sample_fused(logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
-    """`sample` in two passes over the logits (three where it cuts), without sorting the vocabulary;
-    CPU only."""
-    rows = len(batch.which)
-    tokens = np.empty(rows, np.int32)
-    cut, full = np.empty((2, rows), np.float32), np.empty((2, rows), np.float32)
-    decoder_cpu.sample(
-        as_numpy(logits),
-        batch.which,
-        batch.temperature,
-        batch.top_k,
-        batch.top_p,
-        batch.min_p,
-        batch.uniform,
-        tokens,
-        cut,
-        full,
-    )
-    return Drawn(tokens, *cut, *full)
+def sample_on_cpu(logits: torch.Tensor, batch: SamplingBatch) -> Drawn:
+    """`sample` by the CPU's kernel."""
+    from elpo_fast.cpu.sampling import sample as fast
+
+    return Drawn(*fast(logits, batch))

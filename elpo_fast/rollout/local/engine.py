@@ -26,10 +26,10 @@ import torch
 from transformers import PreTrainedModel
 
 from elpo_fast.faults import enough_memory
-from elpo_fast.rollout.batching import Batcher, Request
-from elpo_fast.rollout.decoder import Decoder
+from elpo_fast.rollout.local.batching import Batcher, Request
+from elpo_fast.rollout.local.decoder import Decoder
+from elpo_fast.rollout.local.stopping import StopStrings, TokenTexts
 from elpo_fast.rollout.request import check_request, check_tokens
-from elpo_fast.rollout.stopping import StopStrings, TokenTexts
 from elpo_fast.types import Completion, EngineStats, Sampling, whole
 
 _NUMBA_THREADS = numba.get_num_threads()  # before anyone lowers it: the most there can be

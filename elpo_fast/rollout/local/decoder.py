@@ -10,8 +10,7 @@ matrix products. Keys and values are kept in this dtype too. Residual stream, no
 embedding and softmax are fp32; so are the products of a bfloat16 decoder on CPUs that multiply
 bfloat16 no faster (`products_dtype`).
 
-On a CPU a step is one kernel, `FusedForward`, unless the processor multiplies bfloat16 with
-instructions that only oneDNN uses here; then it goes operation by operation as on other devices.
+On a CPU `cpu.decoder` computes a step.
 """
 
 from __future__ import annotations
@@ -21,20 +20,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 from elpo_kernels import widens_bfloat16
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from elpo_fast.rollout import decoder_cpu, decoder_torch
-from elpo_fast.rollout.decoder_fused import FusedForward, as_numpy, elements
+from elpo_fast.rollout.local import decoder_torch
 
 SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
-_AMX_ROWS = 64
-_WORTH_WAKING = 150_000  # numbers; waking a thread takes as long as making some of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,59 +57,23 @@ class _Linear:
         biases = [tensors[f"{n}.bias"].to(like) for n in self.names if f"{n}.bias" in tensors]
         assert len(biases) in (0, len(self.names))
         bias = torch.cat(biases).to(products) if biases else None
-        self.apply = _product(weight.to(products), bias)
+        weight = weight.to(products)
+        self.apply: Callable[[torch.Tensor], torch.Tensor]
+        if weight.device.type == "cpu":
+            from elpo_fast.cpu.decoder import packed_product
+
+            self.apply = packed_product(weight, bias)
+        else:
+            self.apply = partial(F.linear, weight=weight, bias=bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.apply(x)
-
-
-def _product(
-    weight: torch.Tensor, bias: torch.Tensor | None
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    packs = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if weight.dtype == torch.bfloat16:
-        packs = packs and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if packs:
-        # A plain weight would be repacked in every call: 1.2 times slower at 64 rows.
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 64)
-        linear = torch.ops.mkldnn._linear_pointwise.default
-
-        def product(x: torch.Tensor) -> torch.Tensor:
-            return linear(x, packed, bias, "none", [], "")
-
-        if weight.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            return partial(_in_equal_parts, product)
-        return product
-    return lambda x: F.linear(x, weight, bias)
-
-
-def _in_equal_parts(
-    product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
-    """`product` of always as many rows. With AMX, oneDNN has other kernels for few rows, which add
-    up in another order: a row's result would depend on how many are computed together."""
-    rows = len(x)
-    if rows == _AMX_ROWS:
-        return product(x)
-    full = F.pad(x, (0, 0, 0, -rows % _AMX_ROWS))
-    return torch.cat([product(part) for part in full.split(_AMX_ROWS)])[:rows]
 
 
 def products_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """In what to multiply for a decoder of `dtype`: float32 on CPUs that are faster in it."""
     widen = device.type == "cpu" and dtype == torch.bfloat16 and widens_bfloat16()
     return torch.float32 if widen else dtype
-
-
-def padded(rows: int) -> int:
-    """`rows` rounded up by at most an eighth, to few different numbers, and to two at least.
-
-    oneDNN compiles and keeps a kernel for every number of rows it meets. A row's result is the same
-    in all of them but in that for one row; and a run that resumes must not depend on what is
-    computed together.
-    """
-    step = 1 << max(0, rows.bit_length() - 4)
-    return max(2, -(-rows // step) * step)
 
 
 class _Layer:
@@ -190,18 +149,21 @@ class Decoder:
         shape = (len(self.layers), slots, self.kv_heads, self.width)
         self.keys = torch.empty(shape, dtype=dtype, device=self.device)
         self.values = torch.empty(shape, dtype=dtype, device=self.device)
-        fuses = self.device.type == "cpu" and decoder_cpu.multiplies(self.products)
-        self._fused = FusedForward(self) if fuses else None
+        self._step: Callable[..., Any] = _TorchStep
+        self._fused: Any = None
+        if self.device.type == "cpu":
+            from elpo_fast.cpu.decoder import FusedForward, Step
+            from elpo_fast.cpu.decoder_products import multiplies
+
+            self._step = Step
+            self._fused = FusedForward(self) if multiplies(self.products) else None
 
     @cached_property
     def cache_views(self) -> list[tuple[np.ndarray, ...]]:
         """Keys and values of every layer, as arrays of numbers and again of heads; CPU only."""
-        views = []
-        for layer in zip(self.keys, self.values, strict=True):
-            numbers = [as_numpy(store) for store in layer]
-            head = decoder_cpu.head(numbers[0].dtype, self.width)
-            views.append((*numbers, *(elements(store, head) for store in numbers)))
-        return views
+        from elpo_fast.cpu.decoder import cache_views
+
+        return cache_views(self)
 
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -220,8 +182,9 @@ class Decoder:
     def forward(self, batch: NodeBatch, ends: np.ndarray) -> torch.Tensor:
         """Compute the batch's keys and values; logits `[F, V]` of the nodes `ends` `int64 [F]`."""
         if self._fused:
-            return self._fused(batch, ends)
-        step = (_CpuStep if self.device.type == "cpu" else _TorchStep)(self, batch)
+            logits: torch.Tensor = self._fused(batch, ends)
+            return logits
+        step = self._step(self, batch)
         residual = F.embedding(step.tokens, self.embedding).float()
         delta = torch.zeros_like(residual, dtype=self.products)
         for index, layer in enumerate(self.layers):
@@ -290,83 +253,4 @@ class _TorchStep:
             batched = query[nodes].view(*positions.shape, d.heads, d.width)
             mean = decoder_torch.attend(batched, keys, values, paths, positions)
             out[nodes] = mean.flatten(0, 1).to(d.products)
-        return out
-
-
-class _CpuStep:
-    """The same by the fused CPU kernels.
-
-    Results have `padded` rows, zeros at the end, and are overwritten by later ones of their shape:
-    each is read by one product, before the next operation.
-    """
-
-    def __init__(self, decoder: Decoder, batch: NodeBatch) -> None:
-        self.decoder, self.batch = decoder, batch
-        self.tokens = torch.from_numpy(batch.tokens)
-        self.eps = np.float32(decoder.eps)
-        shape = (len(batch.tokens), decoder.heads, decoder.width)
-        self.queries = np.empty(shape, np.float32)
-        self.heads = elements(
-            self.queries, decoder_cpu.query_heads(decoder.heads // decoder.kv_heads, decoder.width)
-        )
-        self.cos, self.sin = decoder.cos.numpy(), decoder.sin.numpy()
-        self.threads = numba.get_num_threads()
-        self.results: dict[tuple[int, int], tuple[torch.Tensor, np.ndarray]] = {}
-
-    def _result(self, rows: int, width: int) -> tuple[torch.Tensor, np.ndarray]:
-        """`[padded(rows), width]`, and a view of its first `rows`."""
-        if (rows, width) not in self.results:
-            out = torch.zeros(padded(rows), width, dtype=self.decoder.products)
-            self.results[rows, width] = out, as_numpy(out[:rows])
-        return self.results[rows, width]
-
-    def _run(self, work: int, kernel: Callable[..., None], *arguments: Any) -> None:
-        """Call `kernel`, which makes `work` numbers, alone where waking others takes longer."""
-        if work < _WORTH_WAKING:
-            numba.set_num_threads(1)
-        kernel(*arguments)
-        numba.set_num_threads(self.threads)
-
-    def add_norm(
-        self, residual: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        out, view = self._result(*residual.shape)
-        arrays = residual.numpy(), as_numpy(delta), weight.numpy()
-        self._run(view.size, decoder_cpu.add_norm, *arrays, self.eps, view)
-        return out
-
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        out, view = self._result(len(self.queries), gate_up.shape[1] // 2)
-        self._run(view.size, decoder_cpu.silu_mul, as_numpy(gate_up), view)
-        return out
-
-    def attend(self, qkv: torch.Tensor, index: int) -> torch.Tensor:
-        d, b = self.decoder, self.batch
-        norm = d.layers[index].norm
-        keys, values, key_heads, value_heads = d.cache_views[index]
-        self._run(
-            self.queries.size,
-            decoder_cpu.rope_store,
-            as_numpy(qkv),
-            norm["query_norm"].numpy(),
-            norm["key_norm"].numpy(),
-            self.eps,
-            self.cos,
-            self.sin,
-            b.positions,
-            b.slots,
-            self.queries,
-            keys,
-            values,
-        )
-        out, view = self._result(len(self.queries), d.heads * d.width)
-        decoder_cpu.attend(
-            self.heads,
-            key_heads,
-            value_heads,
-            b.table,
-            b.first,
-            b.positions,
-            view,
-        )
         return out

@@ -1,7 +1,7 @@
 """Tree attention on CPUs: allowed pairs only, whatever lies between them in the row.
 
 A tree of `L` leaves is `L` runs of consecutive path tokens, and what a run sees besides itself is a
-few slices of earlier tokens. Memory is linear in the row. `path_fused` has kernels, which compute
+few slices of earlier tokens. Memory is linear in the row. `path_layout` has kernels, which compute
 in float32; float64 is plain PyTorch here.
 """
 
@@ -13,7 +13,7 @@ import torch
 from elpo_kernels.attention.plan import Run, TreePlan
 from torch import library
 
-from elpo_fast.model import path_fused
+from elpo_fast.cpu import path_layout
 
 TILE = 256  # queries at once
 _last: list[TreePlan] = []
@@ -51,7 +51,7 @@ def _path_op(
     """
     plan = _plan(end)
     if _has_kernels(query):
-        return path_fused.forward(query, key, value, plan, scale, window)
+        return path_layout.forward(query, key, value, plan, scale, window)
     output = _by_token(query)
     for tile in plan.pieces(TILE, window):
         own = slice(tile.start, tile.stop)
@@ -78,7 +78,9 @@ def _path_backward_op(
     """
     plan = _plan(end)
     if _has_kernels(query):
-        return path_fused.backward(query, key, value, plan, scale, window, output, statistics, grad)
+        return path_layout.backward(
+            query, key, value, plan, scale, window, output, statistics, grad
+        )
     heads, _, size = query.shape
     shared = (key.shape[0], -1, size)
     correction = (grad * output).sum(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The decoder's operations in plain PyTorch, for any device; the definition of `decoder_cpu`."""
+"""The decoder's operations in plain PyTorch, for any device; they define the CPU's kernels."""
 
 from __future__ import annotations
 

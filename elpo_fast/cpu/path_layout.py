@@ -1,21 +1,19 @@
-"""Attention along paths by the CPU's kernels, `path_cpu`: layout, threads, and packing."""
+"""Attention along paths by `path_kernels`: layout, threads, and packing."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from elpo_kernels import TreePlan
 
-from elpo_fast.model import path_cpu
-from elpo_fast.model.path_cpu import BLOCK, PANEL, Layout
+from elpo_fast.cpu import path_kernels
+from elpo_fast.cpu.path_kernels import Layout
+from elpo_fast.cpu.path_products import BLOCK
+from elpo_fast.cpu.threads import on_threads
+from elpo_fast.cpu.vectors import PANEL
 
 _SHARES = 2  # of the backward, for each thread
 _ALL = 1 << 40  # a window that hides nothing
@@ -43,9 +41,9 @@ def forward(
         _zeros(threads, parts, BLOCK, PANEL),
         _empty(threads, parts, BLOCK, PANEL),
     )
-    _spread(
+    on_threads(
         threads,
-        path_cpu.forward,
+        path_kernels.forward,
         layout,
         _by_token(query),
         key_columns,
@@ -85,9 +83,9 @@ def backward(
         *(_zeros(threads, parts, BLOCK, PANEL) for _ in range(2)),
         _empty(threads, parts, BLOCK, PANEL),
     )
-    _spread(
+    on_threads(
         threads,
-        path_cpu.backward,
+        path_kernels.backward,
         layout,
         _by_token(query),
         key_columns,
@@ -104,7 +102,7 @@ def backward(
     )
     grads = query_grad, *(torch.empty(tokens, kv_heads, size) for _ in sums)
     for total, part in zip(grads[1:], sums, strict=True):
-        _spread(threads, path_cpu.collect, layout, part.numpy(), total.numpy())
+        on_threads(threads, path_kernels.collect, layout, part.numpy(), total.numpy())
     query_grad, key_grad, value_grad = (x.transpose(0, 1).to(query.dtype) for x in grads)
     return query_grad, key_grad, value_grad
 
@@ -157,25 +155,6 @@ def make_layout(tree: TreePlan, group: int, shares: int, window: int | None) -> 
     return Layout(*(np.asarray(array, np.int64) for array in arrays)), longest
 
 
-def _spread(threads: int, kernel: Callable[..., None], *arguments: Any) -> None:
-    """`kernel` on all threads, each of which takes what work there is left.
-
-    Python's threads, because Numba's own may not be called by several at once everywhere.
-    """
-    counter = np.zeros(2, np.int64)
-    others = range(threads - 1)
-    calls = [_pool(os.getpid(), threads).submit(kernel, counter, *arguments) for _ in others]
-    kernel(counter, *arguments)
-    for call in calls:
-        call.result()
-
-
-@cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork: each process has its own."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="path-attention")
-
-
 def _by_token(x: torch.Tensor) -> np.ndarray:
     """`[heads, N, D]` -> float32 `[N, heads, D]`."""
     return x.transpose(0, 1).float().contiguous().numpy()
@@ -184,13 +163,13 @@ def _by_token(x: torch.Tensor) -> np.ndarray:
 def _packed(
     threads: int, layout: Layout, x: torch.Tensor, *, columns: bool = False, panels: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`[kv_heads, N, D]` in slots, as `path_cpu.pack` stores it."""
+    """`[kv_heads, N, D]` in slots, as `path_kernels.pack` stores it."""
     kv_heads, _, size = x.shape
     count = int(layout.reach[:, 1].max())
     parts = -(-size // PANEL)
     by_column = _zeros(kv_heads, count if columns else 0, parts * PANEL, PANEL)
     by_panel = _zeros(kv_heads, parts, PANEL * count if panels else 0, PANEL)
-    _spread(threads, path_cpu.pack, layout, _by_token(x), by_column, by_panel)
+    on_threads(threads, path_kernels.pack, layout, _by_token(x), by_column, by_panel)
     return by_column, by_panel
 
 

@@ -24,17 +24,17 @@ import numpy as np
 import torch
 
 from elpo_fast.regions import region
-from elpo_fast.rollout.decoder import Decoder, NodeBatch
-from elpo_fast.rollout.kv import ROOT, CacheFull, PrefixCache
-from elpo_fast.rollout.sampling import (
+from elpo_fast.rollout.local.decoder import Decoder, NodeBatch
+from elpo_fast.rollout.local.kv import ROOT, CacheFull, PrefixCache
+from elpo_fast.rollout.local.sampling import (
     Drawn,
     SamplingBatch,
     row_keys,
     sample,
-    sample_fused,
+    sample_on_cpu,
     uniforms,
 )
-from elpo_fast.rollout.stopping import StopStrings
+from elpo_fast.rollout.local.stopping import StopStrings
 from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 
@@ -251,7 +251,7 @@ class Batcher:
             min_p=np.array([x.min_p for x in s], np.float32),
             uniform=uniforms(keys, np.array([len(row.figures) for row in rows])),
         )
-        run = sample_fused if logits.device.type == "cpu" else sample
+        run = sample_on_cpu if logits.device.type == "cpu" else sample
         drawn = run(logits, batch)
         if not np.isfinite(drawn.logprobs).all():
             raise RunError(
