@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from elpo_fast.cpu import decoder_attention, decoder_elements
 from elpo_fast.cpu.decoder_attention import head, query_heads
-from elpo_fast.cpu.decoder_step import COUNTER, OPERATIONS, Buffers, Weights, forward
+from elpo_fast.cpu.decoder_step import COUNTER, OPERATIONS, Buffers, PackedWeights, forward
 from elpo_fast.cpu.vectors import PANEL, TILE_ROWS
 
 _WORTH_MULTIPLYING = 10_000_000  # multiplications; waking a thread takes as long
@@ -60,7 +60,7 @@ class FusedForward:
                 put(role, index, tensors.get(name, torch.empty(0)).float().numpy())
         last, bias = _projection(tensors, "lm_head", dtype)
         norm = tensors["model.norm.weight"].float().clone().numpy()
-        self._weights = Weights(
+        self._weights = PackedWeights(
             **stacks,
             norm=norm,
             head=packed(last),
@@ -252,7 +252,7 @@ def cache_views(decoder: Any) -> list[tuple[np.ndarray, ...]]:
 
 
 def packed(weight: torch.Tensor) -> np.ndarray:
-    """`weight` `[N, K]`, bfloat16 or float32, as `decoder_step.Weights` describes it."""
+    """`weight` `[N, K]`, bfloat16 or float32, as `decoder_step.PackedWeights` describes it."""
     rows = _filled(weight, PANEL)
     if rows.shape[1] % 2:
         rows = F.pad(rows, (0, 1))

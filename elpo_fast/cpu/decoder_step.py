@@ -33,9 +33,9 @@ _SPINS = 4096  # looks at a counter before other processes are let in
 _STORE, _ADD, _SILU = range(3)
 
 
-class Weights(
+class PackedWeights(
     namedtuple(
-        "Weights",
+        "PackedWeights",
         "before_attention query_norm key_norm qkv qkv_bias out out_bias "
         "before_mlp gate_up gate_up_bias down down_bias norm head head_bias",
     )

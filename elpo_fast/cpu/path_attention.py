@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from elpo_kernels.attention.plan import Run, TreePlan
+from elpo_kernels.attention.plan import Chain, TreePlan
 from torch import library
 
 from elpo_fast.cpu import path_layout
@@ -151,7 +151,7 @@ def _by_token(like: torch.Tensor) -> torch.Tensor:
 
 
 def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, tile: Run, scale: float, window: int | None
+    query: torch.Tensor, key: torch.Tensor, tile: Chain, scale: float, window: int | None
 ) -> torch.Tensor:
     """Softmax over a tile's path, `[kv_heads, G n, path]` for `n` queries."""
     keys = _gather(key, tile.path)

@@ -127,22 +127,22 @@ def make_layout(tree: TreePlan, group: int, shares: int, window: int | None) -> 
     blocks, costs, reach = [], [], []
     roots = iter(tree.spans)
     root_stop = 0
-    for index, run in enumerate(tree.runs):
-        count = run.stop - run.start
-        home[run.start] = panels
-        if run.start >= root_stop:
+    for index, chain in enumerate(tree.chains):
+        count = chain.stop - chain.start
+        home[chain.start] = panels
+        if chain.start >= root_stop:
             root_stop, root = next(roots)[1], panels
-        slots[run.start : run.stop] = PANEL * panels + np.arange(count)
+        slots[chain.start : chain.stop] = PANEL * panels + np.arange(count)
         panels += -(-count // PANEL)
         place = 0
-        for part in run.path:
+        for part in chain.path:
             slices.append((home[part.start], place, part.stop - part.start))
             place += part.stop - part.start
         longest = max(longest, sum(-(-length // PANEL) for *_, length in slices[first[-1] :]))
         first.append(len(slices))
         for start in range(0, count * group, BLOCK):
             stop = min(start + BLOCK, count * group)
-            blocks.append((index, run.start, place - count, start, stop))
+            blocks.append((index, chain.start, place - count, start, stop))
             seen = place - count + -(-stop // group)
             costs.append((stop - start) * min(seen, window or seen))
             reach.append((root, panels))

@@ -187,7 +187,7 @@ def test_layout(shares: int, window: int | None) -> None:
     tree, group = trees(10, 3, 700), 3
     layout, longest = path_layout.make_layout(tree, group, shares, window)
     assert longest == max(
-        sum(-(-(part.stop - part.start) // PANEL) for part in run.path) for run in tree.runs
+        sum(-(-(part.stop - part.start) // PANEL) for part in chain.path) for chain in tree.chains
     )
     assert len(np.unique(layout.slots)) == len(tree.end)
     rows: list[int] = []  # every query, once and in order

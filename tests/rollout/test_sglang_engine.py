@@ -73,7 +73,9 @@ def test_many_buckets_carry_the_same_weights_as_one(
     qwen3: Any, changed: Any, server: Any, use_sglang: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "elpo_fast.rollout.sglang.weights.Weights.buckets.__defaults__", (100_000,), raising=True
+        "elpo_fast.rollout.sglang.weights.ServedWeights.buckets.__defaults__",
+        (100_000,),
+        raising=True,
     )
 
     async def work(engine: SGLangEngine) -> int:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from elpo_fast.config import ConfigError
 from elpo_fast.rollout.sglang import process
 from elpo_fast.rollout.sglang.process import ServerProcess, find_python
-from elpo_fast.rollout.sglang.weights import Bucket, Weights, sync_tensors
+from elpo_fast.rollout.sglang.weights import Bucket, ServedWeights, sync_tensors
 
 
-def arrived(weights: Weights, limit: int = 30_000) -> dict[str, torch.Tensor]:
+def arrived(weights: ServedWeights, limit: int = 30_000) -> dict[str, torch.Tensor]:
     """What a server makes of the buckets."""
     found = {}
     for bucket in weights.buckets(limit):
@@ -44,7 +44,7 @@ def test_servers_get_what_was_taken_and_later_what_was_kept_of_it(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights = Weights(model, torch.bfloat16, first.items())
+    weights = ServedWeights(model, torch.bfloat16, first.items())
     assert same(arrived(weights), first)
     second = {name: tensor + 1 for name, tensor in first.items()}
     weights.take(second.items())
@@ -72,7 +72,7 @@ def test_weights_that_are_put_together_are_so_once_and_at_once(model: PreTrained
             return self.tensor
 
     own = {name: p.detach().clone() for name, p in model.named_parameters()}
-    weights = Weights(model, torch.bfloat16, own.items())
+    weights = ServedWeights(model, torch.bfloat16, own.items())
     new = {name: tensor - 1 for name, tensor in own.items()}
     name = next(iter(new))
     weights.take({**new, name: Merged(new[name])}.items())
@@ -97,7 +97,7 @@ def test_every_rank_of_a_server_gets_a_handle_of_its_own(
 
     made = iter(range(100))
     monkeypatch.setattr(Bucket, "_handle", lambda _: str(next(made)))
-    weights = Weights(model, torch.float32, model.named_parameters())
+    weights = ServedWeights(model, torch.float32, model.named_parameters())
     asyncio.run(sync_tensors(Server(), weights, 1))  # type: ignore[arg-type]
     assert sent == [["0", "1"]]
 

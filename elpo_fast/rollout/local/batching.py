@@ -39,7 +39,7 @@ from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 
 @dataclass(eq=False, slots=True)
-class Request:
+class Generation:
     """`n` completions of one prefix, `settle`d together, or with the error that prevents them.
 
     They come in the order of their keys, whichever ends first.
@@ -61,7 +61,7 @@ class Request:
 class Row:
     """One completion being made."""
 
-    def __init__(self, request: Request, number: int, key: np.uint64) -> None:
+    def __init__(self, request: Generation, number: int, key: np.uint64) -> None:
         self.request = request
         self.number = number
         self.key = key  # of its stream of uniform numbers

@@ -26,7 +26,7 @@ import torch
 from transformers import PreTrainedModel
 
 from elpo_fast.faults import enough_memory
-from elpo_fast.rollout.local.batching import Batcher, Request
+from elpo_fast.rollout.local.batching import Batcher, Generation
 from elpo_fast.rollout.local.decoder import Decoder
 from elpo_fast.rollout.local.stopping import StopStrings, TokenTexts
 from elpo_fast.rollout.request import check_request, check_tokens
@@ -91,7 +91,7 @@ class LocalEngine:
         self._stop_strings: dict[tuple[str, ...], StopStrings] = {}
         self._seeds = np.random.default_rng(seed)
         self._lock = threading.Lock()  # guards the three below
-        self._queue: deque[Request | _Exclusive] = deque()
+        self._queue: deque[Generation | _Exclusive] = deque()
         self._running = False
         self._closed = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-engine")
@@ -119,7 +119,7 @@ class LocalEngine:
             seed = int(self._seeds.integers(2**63))
         stops = self._stops(sampling.stop) if sampling.stop else None
         future, settle = _future()
-        self._submit(Request(prefix, n, sampling, seed, stops, settle, future.done))
+        self._submit(Generation(prefix, n, sampling, seed, stops, settle, future.done))
         return await future
 
     async def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
@@ -205,7 +205,7 @@ class LocalEngine:
             f"lower rollout.max_batch={batch} or rollout.cache_tokens={slots}",
         )
 
-    def _submit(self, item: Request | _Exclusive) -> None:
+    def _submit(self, item: Generation | _Exclusive) -> None:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed")

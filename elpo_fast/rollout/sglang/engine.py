@@ -36,9 +36,9 @@ from elpo_fast.config import ConfigError, RolloutConfig
 from elpo_fast.regions import region
 from elpo_fast.rollout.request import check_request, check_tokens
 from elpo_fast.rollout.sglang.process import ServerProcess, find_python
-from elpo_fast.rollout.sglang.server import Server, ServerFault
+from elpo_fast.rollout.sglang.server import ServerFault, SGLangServer
 from elpo_fast.rollout.sglang.stems import Stems
-from elpo_fast.rollout.sglang.weights import Broadcasts, Way, Weights, sync_disk, sync_tensors
+from elpo_fast.rollout.sglang.weights import Broadcasts, ServedWeights, Way, sync_disk, sync_tensors
 from elpo_fast.types import Completion, EngineStats, RunError, Sampling
 
 _ATTEMPTS = 3
@@ -72,7 +72,7 @@ class SGLangEngine:
         self._config, self._sglang = config, config.sglang
         self._vocab_size: int = model.config.vocab_size
         self._tokenizer = tokenizer
-        self._weights = Weights(model, dtype, weights or model.named_parameters())
+        self._weights = ServedWeights(model, dtype, weights or model.named_parameters())
         on_cpu = model.device.type == "cpu"
         own = not self._sglang.urls
         gpu = model.device.index or 0
@@ -120,10 +120,10 @@ class SGLangEngine:
             process = ServerProcess(
                 python, self._folder, log, args | self._sglang.args, on_cpu=on_cpu
             )
-            self._servers = [Server(self._sglang, process)]
+            self._servers = [SGLangServer(self._sglang, process)]
         else:
-            self._servers = [Server(self._sglang, url) for url in self._sglang.urls]
-        self._broadcasts: dict[Server, Broadcasts] = {}
+            self._servers = [SGLangServer(self._sglang, url) for url in self._sglang.urls]
+        self._broadcasts: dict[SGLangServer, Broadcasts] = {}
         self._stats = EngineStats()
         self._http: aiohttp.ClientSession | None = None
         self._closed = False
@@ -152,7 +152,7 @@ class SGLangEngine:
                     f"stop strings {sampling.stop} need a tokenizer; the engine was given none"
                 )
 
-            async def ask(server: Server) -> list[Completion]:
+            async def ask(server: SGLangServer) -> list[Completion]:
                 return await self._complete(server, prefix, n, sampling)
 
             with region("decode") as span:  # the server does not tell prefill apart
@@ -165,7 +165,7 @@ class SGLangEngine:
         tokens = check_tokens(token_ids, self._vocab_size)
         sampling = {"max_new_tokens": 0, "temperature": 1.0}
 
-        async def ask(server: Server) -> list[float]:
+        async def ask(server: SGLangServer) -> list[float]:
             (answer,) = await server.generate(
                 [tokens.tolist()], sampling, return_logprob=True, logprob_start_len=0
             )
@@ -240,7 +240,9 @@ class SGLangEngine:
             raise RuntimeError("the engine is closed")
 
     async def _try(
-        self, ask: Callable[[Server], Awaitable[_Answer]], pick: Server | Callable[[], Server]
+        self,
+        ask: Callable[[SGLangServer], Awaitable[_Answer]],
+        pick: SGLangServer | Callable[[], SGLangServer],
     ) -> _Answer:
         """What a server answers, after a few faults at most."""
         for attempt in range(_ATTEMPTS):
@@ -266,7 +268,7 @@ class SGLangEngine:
         if len(faults) == len(results):
             raise faults[0]
 
-    async def _ready(self, server: Server) -> None:
+    async def _ready(self, server: SGLangServer) -> None:
         """It is up and holds the current weights."""
         async with server.lock:
             if self._colocated and (self._asleep or not server.up):
@@ -287,7 +289,7 @@ class SGLangEngine:
                 await self._sync(server)
                 server.version = self.weight_version
 
-    async def _sync(self, server: Server) -> None:
+    async def _sync(self, server: SGLangServer) -> None:
         version = self.weight_version
         if self._asleep:
             await server.control("/resume_memory_occupation")
@@ -307,10 +309,10 @@ class SGLangEngine:
         await server.control("/continue_generation")
         server.stems = Stems()
 
-    async def _flush(self, server: Server) -> None:
+    async def _flush(self, server: SGLangServer) -> None:
         await server.control(f"/flush_cache?timeout={_FLUSH_TIMEOUT_S:g}")
 
-    def _nearest(self, prefix: np.ndarray) -> Server:
+    def _nearest(self, prefix: np.ndarray) -> SGLangServer:
         """The server that knows most of the prefix, or for a new one the one with least to do."""
         up = [server for server in self._servers if server.up] or self._servers
         known, best = max(
@@ -319,7 +321,7 @@ class SGLangEngine:
         return best if 2 * known > len(prefix) else min(up, key=lambda server: server.load)
 
     async def _complete(
-        self, server: Server, prefix: np.ndarray, n: int, sampling: Sampling
+        self, server: SGLangServer, prefix: np.ndarray, n: int, sampling: Sampling
     ) -> list[Completion]:
         ids = prefix.tolist()
         computed = 0

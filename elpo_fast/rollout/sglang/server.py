@@ -29,7 +29,7 @@ class ServerFault(Exception):
     """The server is dead, hangs or misbehaves; what it was asked may be asked again."""
 
 
-class Server:
+class SGLangServer:
     """A server at `url`, or the one that `process` starts."""
 
     def __init__(self, config: SGLangConfig, where: str | ServerProcess) -> None:

@@ -28,7 +28,7 @@ from torch import distributed
 from torch.distributed import distributed_c10d
 from transformers import PreTrainedModel
 
-from elpo_fast.rollout.sglang.server import Server
+from elpo_fast.rollout.sglang.server import SGLangServer
 from elpo_fast.types import whole
 
 Way = Literal["disk", "tensor", "distributed"]
@@ -37,7 +37,7 @@ _BUCKET_BYTES = 512 << 20
 _GROUP_TIMEOUT = timedelta(minutes=5)
 
 
-class Weights:
+class ServedWeights:
     """The policy's weights in the servers' dtype: the trainer's own tensors, from which servers get
     them on their device, and a copy on the host.
 
@@ -170,14 +170,14 @@ class Bucket:
         return base64.b64encode(buffer.getvalue()).decode()
 
 
-async def sync_disk(server: Server, folder: Path, version: int) -> None:
+async def sync_disk(server: SGLangServer, folder: Path, version: int) -> None:
     """The server reads `folder/model.safetensors`."""
     await server.control(
         "/update_weights_from_disk", model_path=str(folder), weight_version=str(version)
     )
 
 
-async def sync_tensors(server: Server, weights: Weights, version: int) -> None:
+async def sync_tensors(server: SGLangServer, weights: ServedWeights, version: int) -> None:
     """The server maps the memory of one bucket after another. On a GPU both processes must see the
     same devices, and ranks on other ones read it over NVLink or PCIe. Tested on a CPU, where memory
     is shared through files."""
@@ -201,7 +201,7 @@ class Broadcasts:
     def __init__(self) -> None:
         self._group: distributed.ProcessGroup | None = None
 
-    async def sync(self, server: Server, weights: Weights, version: int) -> None:
+    async def sync(self, server: SGLangServer, weights: ServedWeights, version: int) -> None:
         if self._group is None:
             await self._join(server, weights.device)
         await server.control("/begin_weight_update")
@@ -220,7 +220,7 @@ class Broadcasts:
             )
         await server.control("/end_weight_update")
 
-    async def _join(self, server: Server, device: torch.device) -> None:
+    async def _join(self, server: SGLangServer, device: torch.device) -> None:
         host = socket.gethostbyname(socket.gethostname())
         # Rank 0 keeps the store, so the port is bound before anyone is told of it.
         store = distributed.TCPStore(

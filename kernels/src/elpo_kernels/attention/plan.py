@@ -24,7 +24,7 @@ from elpo_kernels.attention.tiles import Tiles
 T = TypeVar("T")
 
 
-class Run(NamedTuple):
+class Chain(NamedTuple):
     """Queries `start:stop` that follow each other on a path, and the slices of what they see."""
 
     start: int
@@ -112,9 +112,9 @@ class TreePlan:
         return spans
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def chains(self) -> list[Chain]:
         """All queries, in order; token `t` goes on with the path of `t - 1` if `t < end[t - 1]`."""
-        end, runs = self.ends, []
+        end, chains = self.ends, []
         path: list[slice] = []
         start = 0
         for stop in (t for t in range(1, len(end) + 1) if t == len(end) or end[t - 1] <= t):
@@ -127,22 +127,22 @@ class TreePlan:
                     path.append(slice(last.start, above))
                     break
             path.append(slice(start, stop))
-            runs.append(Run(start, stop, list(path)))
+            chains.append(Chain(start, stop, list(path)))
             start = stop
-        return runs
+        return chains
 
-    def pieces(self, size: int, window: int | None) -> list[Run]:
+    def pieces(self, size: int, window: int | None) -> list[Chain]:
         """Runs cut to at most `size` queries, without keys that the window hides from all."""
 
-        def cut() -> list[Run]:
+        def cut() -> list[Chain]:
             pieces = []
-            for run in self.runs:
-                for start in range(run.start, run.stop, size):
-                    stop = min(start + size, run.stop)
-                    path = [*run.path[:-1], slice(run.start, stop)]
+            for chain in self.chains:
+                for start in range(chain.start, chain.stop, size):
+                    stop = min(start + size, chain.stop)
+                    path = [*chain.path[:-1], slice(chain.start, stop)]
                     if window is not None:
                         path = _last(path, stop - start + window - 1)
-                    pieces.append(Run(start, stop, path))
+                    pieces.append(Chain(start, stop, path))
             return pieces
 
         return self.kept(("pieces", size, window), cut)

@@ -53,12 +53,12 @@ def varlen_attention(
 
 def segments(plan: TreePlan, window: int | None) -> Segments:
     """The runs of a mask as segments, keys out of a window's reach left out."""
-    runs = plan.pieces(max(1, len(plan.end)), window)
+    chains = plan.pieces(max(1, len(plan.end)), window)
     device = plan.end.device
-    index = [torch.arange(part.start, part.stop) for run in runs for part in run.path]
-    sizes = torch.tensor([[run.stop - run.start, run.length] for run in runs]).view(-1, 2)
+    index = [torch.arange(part.start, part.stop) for chain in chains for part in chain.path]
+    sizes = torch.tensor([[chain.stop - chain.start, chain.length] for chain in chains]).view(-1, 2)
     starts = torch.cat([torch.zeros(1, 2, dtype=torch.long), sizes.cumsum(0)]).to(torch.int32)
-    longest = sizes.amax(0).tolist() if runs else [0, 0]
+    longest = sizes.amax(0).tolist() if chains else [0, 0]
     return Segments(
         torch.cat([torch.zeros(0, dtype=torch.long), *index]).to(device),
         starts[:, 0].contiguous().to(device),

@@ -1,6 +1,6 @@
 """Log-prob, entropy and policy loss from hidden states and a head, without `[T, V]` in memory.
 
-To be read from the bottom up: `engine` has the algebra, on the tiles of `torch_tiles` or, on GPUs,
+To be read from the bottom up: `passes` has the algebra, on the tiles of `torch_tiles` or, on GPUs,
 `triton_tiles`; `one_pass` the loss with its gradients; `ops` the operators; `functions` what is
 called.
 """

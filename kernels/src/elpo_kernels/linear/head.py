@@ -1,4 +1,4 @@
-"""The output layer and its tokens: as operators take them, as the engine sees them, and blocks of
+"""The output layer and its tokens: as operators take them, as the passes see them, and blocks of
 rows on their way through it."""
 
 from __future__ import annotations

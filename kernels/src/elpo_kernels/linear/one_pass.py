@@ -1,4 +1,4 @@
-"""The policy loss and its gradients in one pass over the vocabulary: see `engine` for the algebra.
+"""The policy loss and its gradients in one pass over the vocabulary: see `passes` for the algebra.
 
 Two passes are made where the weight's gradient is narrower than its sum, which would have to be
 kept from the first block of tokens to the last, and there is no room for it: see `Tiling`.
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elpo_kernels.linear.engine import (
+from elpo_kernels.linear.head import Head, Rows, anchored, column, guessed, subset
+from elpo_kernels.linear.passes import (
     ANCHOR_LIMIT,
     ROUNDED_ANCHOR_LIMIT,
     Gradients,
@@ -24,7 +25,6 @@ from elpo_kernels.linear.engine import (
     backward,
     forward,
 )
-from elpo_kernels.linear.head import Head, Rows, anchored, column, guessed, subset
 from elpo_kernels.policy import Clip, Surrogate, statistics, surrogate
 from elpo_kernels.rows import LN2, measured
 

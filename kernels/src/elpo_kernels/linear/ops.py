@@ -18,9 +18,9 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from elpo_kernels.backend import resolve_backend
 from elpo_kernels.checks import accumulation, chosen_tokens
-from elpo_kernels.linear.engine import Found, Problem, Tiles, backward, forward
 from elpo_kernels.linear.head import Head, HeadInputs
 from elpo_kernels.linear.one_pass import Objective, policy_loss
+from elpo_kernels.linear.passes import Found, Problem, Tiles, backward, forward
 from elpo_kernels.linear.tiling import Tiling
 from elpo_kernels.policy import Clip
 from elpo_kernels.schema import operator, taking

@@ -1,6 +1,6 @@
 r"""Log-prob, policy loss and their gradients from hidden states and head, never holding `[T, V]`.
 
-With logits l, anchor m ≈ log-sum-exp and t the target, the engine works with
+With logits l, anchor m ≈ log-sum-exp and t the target, the passes work with
 
     E_v = e^(l_v − m) for v ≠ t,   S = Σ_{v≠t} E_v,   Z = S + e^(l_t − m)
     log p_t = −log(1 + S e^(m − l_t)),   1 − p_t = S / Z,
