@@ -1,8 +1,8 @@
 """How a function of this wing becomes a kernel.
 
 Numba keeps compiled code on disk and looks at the file of a kernel's own, to see whether it has
-changed. Kernels here call helpers of other files, so theirs is kept for the whole wing: any change
-compiles it again.
+changed. Kernels here call helpers of other files, so their code is kept under a name that depends
+on all of the wing: any change compiles it again.
 """
 
 # Kernels are typed by their compilation.
@@ -14,7 +14,7 @@ import hashlib
 from pathlib import Path
 
 from numba import njit
-from numba.core.caching import NullCache
+from numba.core.caching import IndexDataCacheFile, NullCache
 
 SOURCES = hashlib.sha256(
     b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
@@ -34,9 +34,13 @@ def kernel(*, fast=False, parallel=False, inline="never"):
             parallel=parallel,
             inline=inline,
         )(function)
-        if not isinstance(made._cache, NullCache):
-            file = made._cache._cache_file
-            file._source_stamp = (*file._source_stamp, SOURCES)
+        cache = made._cache
+        if not isinstance(cache, NullCache):
+            cache._cache_file = IndexDataCacheFile(
+                cache_path=cache._cache_path,
+                filename_base=f"{cache._impl.filename_base}-{SOURCES[:8]}",
+                source_stamp=cache._impl.locator.get_source_stamp(),
+            )
         return made
 
     return compiled

@@ -73,8 +73,9 @@ def tree_attention(
 def prepare(plan: TreePlan, config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Make what a model's layers will ask of a plan, so that compiled ones find it there. `dtype`:
     of their queries."""
+    automatic = "path" if plan.end.device.type == "cpu" else "triton"
     name = config._attn_implementation
-    if plan.end.device.type == "cpu" or name not in (ATTENTION, attention_name("triton")):
+    if name != attention_name("triton") and (name != ATTENTION or automatic != "triton"):
         return
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     window = getattr(config, "sliding_window", None)

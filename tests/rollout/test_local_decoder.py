@@ -15,6 +15,7 @@ from elpo_fast.cpu.decoder_attention import attend, head, query_heads
 from elpo_fast.cpu.decoder_products import DOTS
 from elpo_fast.cpu.decoder_step import COUNTER, multiply
 from elpo_fast.cpu.elements import exp, narrow
+from elpo_fast.cpu.kernel import SOURCES
 from elpo_fast.cpu.vectors import PANEL, TILE_ROWS
 from elpo_fast.rollout.local.decoder import Decoder, NodeBatch, _Linear, _TorchStep
 
@@ -32,6 +33,11 @@ def _narrowed(values: np.ndarray, out: np.ndarray) -> None:
 def _exponentials(values: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(values)):
         out[i] = exp(values[i])
+
+
+def test_compiled_code_is_kept_for_the_wing_as_it_is() -> None:
+    """Under a name of all its files: a kernel's own says nothing of the helpers that it calls."""
+    assert SOURCES[:8] in multiply._cache._cache_file._index_name
 
 
 def test_rounding_to_bfloat16_equals_pytorch() -> None:
