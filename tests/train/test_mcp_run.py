@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from elpo_fast import cli
-from elpo_fast.rollout.local import LocalEngine
+from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io
 from elpo_fast.types import Completion, Sampling
