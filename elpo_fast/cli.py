@@ -32,8 +32,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fault(_first(group))
     except Exception as error:
         return _fault(error)
+
+
+@contextmanager
+def _lookups() -> Iterator[None]:
+    """What the user named and is not there is the user's fault; a key of ours is not."""
+    try:
+        yield
+    except LookupError as error:
+        if type(error) is not LookupError:
+            raise
+        raise UsageError(str(error.args[0])) from None
 
 
 def _fault(error: BaseException) -> int:
@@ -340,6 +351,7 @@ def _train(arguments: argparse.Namespace, *, sft_only: bool = False) -> int:
     return 0
 
 
+@_lookups()
 def _eval(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
     from rich.console import Console
@@ -350,18 +362,15 @@ def _eval(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("elpo eval runs in one process: start it without torchrun")
     console = Console()
-    try:
-        one = _evaluated(arguments.target, arguments, console)
-        console.print(table(one.name, one.figures))
-        where = one.folder / "trajectories.jsonl"
-        console.print(f"read them: elpo show {where}", highlight=False, soft_wrap=True)
-        if arguments.against is not None:
-            other = _evaluated(arguments.against, arguments, console)
-            console.print(table(other.name, other.figures))
-            said = compared(one.name, other.name, *compare(one, other))
-            console.print(said, highlight=False, soft_wrap=True)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    one = _evaluated(arguments.target, arguments, console)
+    console.print(table(one.name, one.figures))
+    where = one.folder / "trajectories.jsonl"
+    console.print(f"read them: elpo show {where}", highlight=False, soft_wrap=True)
+    if arguments.against is not None:
+        other = _evaluated(arguments.against, arguments, console)
+        console.print(table(other.name, other.figures))
+        said = compared(one.name, other.name, *compare(one, other))
+        console.print(said, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -425,6 +434,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+@_lookups()
 def _analyse(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.analyse import write_analysis
 
@@ -435,21 +445,18 @@ def _analyse(arguments: argparse.Namespace) -> int:
         if arguments.policies < 10:
             raise UsageError(f"--policies {arguments.policies}: give at least 10")
         found = SIMULATED[kind](arguments.policies)
-    try:
-        if kind in _OF_TREES:
-            from elpo_fast.report.saved import SAVED, forests_of
+    if kind in _OF_TREES:
+        from elpo_fast.report.saved import SAVED, forests_of
 
-            found = SAVED[kind](forests_of(Path(arguments.run_folder)))
-        if kind in _OF_POLICIES:
-            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
-            from elpo_fast.report.sampled import sampled
+        found = SAVED[kind](forests_of(Path(arguments.run_folder)))
+    if kind in _OF_POLICIES:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
+        from elpo_fast.report.sampled import sampled
 
-            run, samples = Path(arguments.run_folder), arguments.samples
-            if samples < 1:
-                raise UsageError(f"--samples {samples}: give at least 1")
-            found = sampled(kind, run, arguments.step, arguments.overrides, samples)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+        run, samples = Path(arguments.run_folder), arguments.samples
+        if samples < 1:
+            raise UsageError(f"--samples {samples}: give at least 1")
+        found = sampled(kind, run, arguments.step, arguments.overrides, samples)
     print(f"wrote {write_analysis(Path(arguments.out), kind, found)}")
     return 0
 
@@ -465,6 +472,7 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
+@_lookups()
 def _chats(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -472,32 +480,25 @@ def _chats(arguments: argparse.Namespace) -> int:
 
     file, console = Path(arguments.file), Console()
     chosen = {"failed": arguments.failed, "task": arguments.task, "step": arguments.step}
-    try:
-        with nullcontext(console) if arguments.no_pager else paged(console) as out:
-            show_chats(file, **chosen, console=out)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    with nullcontext(console) if arguments.no_pager else paged(console) as out:
+        show_chats(file, **chosen, console=out)
     return 0
 
 
+@_lookups()
 def _watch(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.watch import watch
 
-    try:
-        watch(Path(arguments.run_folder), once=arguments.once)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    watch(Path(arguments.run_folder), once=arguments.once)
     return 0
 
 
+@_lookups()
 def _report(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.run_page import write_report
 
     out = Path(arguments.out) if arguments.out else None
-    try:
-        page, *plots = write_report(Path(arguments.run_folder), out, plots=arguments.plots)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    page, *plots = write_report(Path(arguments.run_folder), out, plots=arguments.plots)
     print(f"wrote {page}" + f" and {len(plots)} plots beside it" * bool(plots))
     return 0
 
@@ -509,14 +510,12 @@ def _config(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@_lookups()
 def _export(arguments: argparse.Namespace) -> int:
     from elpo_fast.train.export import export_run
 
     run, out, alone = Path(arguments.run_folder), Path(arguments.out), arguments.adapters
-    try:
-        checkpoint = export_run(run, out, step=arguments.step, adapters_alone=alone)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    checkpoint = export_run(run, out, step=arguments.step, adapters_alone=alone)
     print(f"wrote {out}, the {'adapters' if alone else 'model'} of {checkpoint}")
     return 0
 
@@ -527,30 +526,27 @@ def _score(arguments: argparse.Namespace) -> int:
     return score_command(arguments.file, arguments.lam, arguments.json)
 
 
+@_lookups()
 def _show(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.show import show_run
 
-    try:
-        show_run(Path(arguments.run_folder), step=arguments.step, tree=arguments.tree)
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    show_run(Path(arguments.run_folder), step=arguments.step, tree=arguments.tree)
     return 0
 
 
+@_lookups()
 def _page(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.tree_page import write_tree_page
 
     out = Path(arguments.out) if arguments.out else None
-    try:
-        out, trees = write_tree_page(
-            Path(arguments.source), out, steps=arguments.steps, tokenizer=arguments.tokenizer
-        )
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    out, trees = write_tree_page(
+        Path(arguments.source), out, steps=arguments.steps, tokenizer=arguments.tokenizer
+    )
     print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")
     return 0
 
 
+@_lookups()
 def _profile(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -558,19 +554,16 @@ def _profile(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.profile_view import read_profile, show_comparison, show_profile
 
     console = Console()
-    try:
-        if arguments.compare is not None:
-            one, other = (read_profile(Path(path)) for path in arguments.compare)
-            show_comparison(one, other, console)
-            return 0
-        if arguments.config is None:
-            raise UsageError("elpo profile needs a CONFIG, a RUN that has a profile, or --compare")
-        path = Path(arguments.config)
-        if path.is_dir() or path.suffix == ".json":
-            show_profile(path, console)
-            return 0
-    except LookupError as error:
-        raise UsageError(str(error.args[0])) from None
+    if arguments.compare is not None:
+        one, other = (read_profile(Path(path)) for path in arguments.compare)
+        show_comparison(one, other, console)
+        return 0
+    if arguments.config is None:
+        raise UsageError("elpo profile needs a CONFIG, a RUN that has a profile, or --compare")
+    path = Path(arguments.config)
+    if path.is_dir() or path.suffix == ".json":
+        show_profile(path, console)
+        return 0
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps}: at least one step has to be profiled")
     last = arguments.steps + 1  # the first one compiles

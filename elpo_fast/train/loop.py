@@ -699,8 +699,8 @@ def release_memory() -> None:
 
 
 def _figures(values: Mapping[str, Any]) -> str:
-    found = values["failures_localized"]
-    localized = f"localized {found:.0%}  " if found else ""  # planners without a search have none
+    searched, found = values["searches"], values["failures_localized"]
+    localized = f"localized {found:.0%}  " if searched else ""
     return (
         f"success {values['success']:.0%}  {localized}"
         f"kl {values.get('approx_kl', 0):.4f}  grad {values.get('grad_norm', 0):.2f}  "

@@ -65,11 +65,10 @@ def print_summary(run: Path, console: Console) -> None:
         console.print(table)
     steps = [record for record in records if record["phase"] == "rl"]
     failures = sum(record["failures"] for record in steps)
-    if failures:
+    if failures and any(record["searches"] for record in steps):
         localized = sum(record["failures_localized"] * record["failures"] for record in steps)
-        if localized:
-            said = f"{localized / failures:.1%} of {failures}"
-            console.print(f"failed trajectories with a localized step: {said}", highlight=False)
+        said = f"{localized / failures:.1%} of {failures}"
+        console.print(f"failed trajectories with a localized step: {said}", highlight=False)
     console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
     console.print(f"the model: {run / 'model'}", highlight=False, soft_wrap=True)
     if any((run / "trees").glob("*.npz")):
