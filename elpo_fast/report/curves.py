@@ -76,7 +76,7 @@ def curve_of(run: Path, algorithm: str, seed: int, steps: int) -> Curve | None:
     spent, points = np.zeros(3), []
     for record in read_metrics(run):
         if record["phase"] == "rl":
-            seconds = record["seconds_collect"] + record["seconds_train"]
+            seconds = record["time/collect"] + record["time/train"]
             # Dynamic sampling samples more trajectories than a step trains on.
             rollouts = record.get("rollouts", record["trajectories"])
             spent += [rollouts, record["generated_tokens"], seconds]

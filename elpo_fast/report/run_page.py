@@ -34,6 +34,8 @@ _ENDS = {
     "length": ("a token limit", _BAD),
     "fault": ("a fault", "#5b2a86"),
 }
+_SUMS = {"time/step", "time/collect", "time/train", "time/tool_hidden", "time/other"}
+_REGIONS_SHOWN = 6
 _STYLE: Any = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": 9.0,
@@ -268,21 +270,22 @@ def _calls(steps: Records) -> _Plot:
 
 
 def _time(steps: Records) -> _Plot:
-    names = [name for name in steps[0] if name.startswith("seconds_")]
-    labels = [name.removeprefix("seconds_") for name in names]
+    """By region, the largest ones; what else a step took is the rest."""
+    found = {name for record in steps for name in record if name.startswith("time/")}
+    sums = {name: sum(r.get(name, 0.0) for r in steps) for name in found - _SUMS}
+    names = sorted(sums, key=lambda name: (-sums[name], name))[:_REGIONS_SHOWN]
+    whole = [r.get("time/step", 0.0) for r in steps]
+    columns = [[r.get(name, 0.0) for r in steps] for name in names]
+    columns.append([all_of - sum(row) for all_of, *row in zip(whole, *columns, strict=True)])
+    labels = [*(name.removeprefix("time/") for name in names), "the rest"]
 
     def draw(axes: Axes) -> None:
-        colours = [f"C{at}" for at in range(len(names))]
-        _stack(axes, steps, [[r.get(n, 0.0) for r in steps] for n in names], labels, colours)
+        _stack(axes, steps, columns, labels, [f"C{at}" for at in range(len(labels))])
         axes.set_ylabel("seconds")
 
-    sums = {
-        label: sum(r.get(n, 0.0) for r in steps) for label, n in zip(labels, names, strict=True)
-    }
-    total = sum(sums.values()) or 1.0
-    parts = ", ".join(
-        f"{label} {value:.0f} s ({value / total:.0%})" for label, value in sums.items()
-    )
+    total = sum(whole) or 1.0
+    shares = zip(labels, map(sum, columns), strict=True)
+    parts = ", ".join(f"{label} {value:.0f} s ({value / total:.0%})" for label, value in shares)
     return _Plot("time", "Time", f"Of {total:.0f} s in all: {parts}.", draw)
 
 

@@ -46,8 +46,8 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "approx_kl": ("KL to the sampler, nats", "{:.2g}".format),
     "mismatch_mean": ("engine against trainer, nats", "{:.2g}".format),
     "grad_norm": ("gradient norm", "{:.2g}".format),
-    "seconds_collect": ("collecting, s", "{:.1f}".format),
-    "seconds_train": ("training, s", "{:.1f}".format),
+    "time/collect": ("collecting, s", "{:.1f}".format),
+    "time/train": ("training, s", "{:.1f}".format),
     "generated_per_s": ("generated tokens a second", "{:,.0f}".format),
     "trained_tokens_per_s": ("trained tokens a second", "{:,.0f}".format),
 }
@@ -102,7 +102,7 @@ class _View:
         if not self.running:
             said.append("not running")
         elif steps and left:
-            recent = [r["seconds_collect"] + r["seconds_train"] for r in steps[-_RECENT:]]
+            recent = [r["time/collect"] + r["time/train"] for r in steps[-_RECENT:]]
             said.append(f"{timedelta(seconds=round(np.mean(recent) * left))} left")
         return Text(self.run.name, "bold").append(" · " + " · ".join(said), "not bold")
 

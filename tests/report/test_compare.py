@@ -241,8 +241,8 @@ def test_the_page_compares_seed_by_seed(tmp_path: Path) -> None:
 
 def test_a_curve_counts_what_was_spent_before_each_evaluation(tmp_path: Path) -> None:
     def rl(step: int) -> dict[str, Any]:
-        spent = {"trajectories": 8, "generated_tokens": 50, "seconds_collect": 2}
-        return {"phase": "rl", "step": step, "seconds_train": 1, **spent}
+        spent = {"trajectories": 8, "generated_tokens": 50, "time/collect": 2}
+        return {"phase": "rl", "step": step, "time/train": 1, **spent}
 
     def evaluated(name: str, step: int, success: float) -> dict[str, Any]:
         return {"phase": "eval", "name": name, "step": step, "success": success}

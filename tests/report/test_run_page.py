@@ -50,7 +50,7 @@ def test_a_report_tells_what_the_run_did(run: Path, capsys: pytest.CaptureFixtur
     searches = sum(len(forest.critical_node) for forest in forests)
     assert f"{found} of {searches}, {searches - found} searches were ended" in text
     assert "300 calls in all, 6 of them could not be read" in text
-    assert "Of 12 s in all: collect 9 s (75%), train 3 s (25%)." in text
+    assert "Of 12 s in all: decode 6 s (50%), backward 2 s (15%), tool 2 s (12%), " in text
     assert "<td>train.lr</td><td><code>3e-05</code></td>" in text
     assert "<td>train.steps</td>" in text and "<td>algo.n_total</td>" not in text
     assert not re.search(r"<script|<link|<img|src=|@import|<!DOCTYPE svg", text)
