@@ -30,7 +30,7 @@ sys.modules.setdefault("bench", ModuleType("bench")).__path__ = [str(ROOT / "ben
 forests, ratios = (importlib.import_module(f"bench.{name}") for name in ("forests", "ratios"))
 
 from elpo_fast.model.attention import ATTENTION  # noqa: E402
-from elpo_fast.rollout.local import LocalEngine  # noqa: E402
+from elpo_fast.rollout.local.engine import LocalEngine  # noqa: E402
 from elpo_fast.train.metrics import StepStats  # noqa: E402
 from elpo_fast.train.step import PolicyOptimizer  # noqa: E402
 from elpo_fast.tree.pack import PackedBatch  # noqa: E402

@@ -531,7 +531,7 @@ class _Run:
         computed = sum(update.tokens for update in updates)
         with region("trees"):
             if train.old_logprob == "rollout" and updates:
-                apart = mismatch(updates[0].gap)
+                apart |= mismatch(updates[0].gap)
             lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
             return {
                 **tree_metrics(forest),

@@ -397,10 +397,10 @@ def test_triton_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_interpreted", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: pytest.fail("looked again"))
     cpu = torch.device("cpu")
-    assert backend.resolvebackend("triton", cpu, torch.float32) == "triton"
+    assert backend.resolve_backend("triton", cpu, torch.float32) == "triton"
     monkeypatch.setattr(backend, "TRITON", False)
     with pytest.raises(RuntimeError, match="needs the triton package"):
-        backend.resolvebackend("triton", cpu, torch.float32)
+        backend.resolve_backend("triton", cpu, torch.float32)
 
 
 def test_gradients_are_bitwise_repeatable() -> None:

@@ -100,7 +100,7 @@ def rl(run: Path, step: int) -> dict:
     counts = {"tool_runs": 100, "tool_errors": 7, "malformed_calls": 2, "faults": 0, "updates": 4}
     figures = {"grad_norm": 1.0, "approx_kl": 0.01 * step, "mismatch_mean": 0.002}
     regions = {"decode": 2.0, "tool": 0.5, "forward": 0.4, "backward": 0.6}
-    sums = {"collect": 2.7, "train": 1.2, "step": 4.0, "tool_hidden": 9.0}
+    sums = {"collect": 2.8, "train": 1.2, "step": 4.0, "tool_hidden": 9.0}
     seconds = {f"time/{name}": value for name, value in (regions | sums).items()}
     return {"phase": "rl", "step": step, **tree_metrics(forest), **counts, **figures, **seconds}
 

@@ -328,7 +328,7 @@ BAD_PARAMETERS = schema("f", x={"type": "strnig"})
             "not an OpenAI function schema: 'type' is a required",
         ),
         ({"my_tools:weather": BAD_PARAMETERS}, "its parameters are no JSON schema: 'strnig'"),
-        ({"my_tools:weather": schema("f"), "my_tools:slow": schema("f")}, "not f, f"),
+        ({"my_tools:weather": schema("f"), "my_tools:slow": schema("f")}, "f is there twice"),
     ],
 )
 def test_unusable_functions_are_refused_at_once(make, functions, message: str) -> None:
