@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 
+from elpo_fast.algo.bel import suffix_count
 from elpo_fast.algo.planners import Request, RoundsPlanner, Trajectory
 
 
@@ -63,9 +64,8 @@ class EntropyPlanner(RoundsPlanner):
 
     def _learn(self, trajectory: Trajectory) -> None:
         if self.monitor is not None and self._full == 0:
-            contrast = trajectory.contrast if math.isfinite(trajectory.contrast) else 0.0
-            share = 0.5 * (1.0 - math.tanh(0.5 * self.monitor * contrast))
-            self._full = min(self.n_total, max(1, math.floor(self.n_total * share + 0.5)))
+            full = suffix_count(-trajectory.contrast, 0, self.n_total, self.monitor)
+            self._full = min(self.n_total, max(1, full))
         in_a_row = 0  # branched places right before
         for node, entropy in zip(trajectory.calls, trajectory.tool_entropy, strict=True):
             chance = self.alpha + self.beta * (entropy - trajectory.root_entropy)
