@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the typed configuration: python docs/generate.py
 
-What a key means is the comment beside it or above it in `elpo_fast/config.py`.
+What a key means is the comment beside it or above it in `elpo_fast/config/sections.py`.
 """
 
 from __future__ import annotations
