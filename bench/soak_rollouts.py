@@ -28,9 +28,9 @@ import psutil
 from elpo_fast.algo import make_planner
 from elpo_fast.config import Config, load_config
 from elpo_fast.tools.toolbox import Toolbox
-from elpo_fast.train.loop import release_memory
 from elpo_fast.train.parts import Parts, assembled
 from elpo_fast.train.sft import cold_start
+from elpo_fast.train.update import release_memory
 from elpo_fast.types import End, MalformedCall, ToolCall, ToolResult
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"

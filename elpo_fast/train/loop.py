@@ -14,28 +14,24 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import time
 from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from elpo_fast.algo import make_planner, score
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.eval.run import evaluate, held_out_tasks
 from elpo_fast.faults import enough_disk, enough_memory
-from elpo_fast.model.load import load_model
 from elpo_fast.model.lora import named_weights
-from elpo_fast.regions import CLOCK, Total, region
-from elpo_fast.train import limits
+from elpo_fast.regions import CLOCK, region
 from elpo_fast.train.advice import advice
 from elpo_fast.train.checkpoint import (
     RL,
@@ -47,25 +43,17 @@ from elpo_fast.train.checkpoint import (
 )
 from elpo_fast.train.display import Display, Phase
 from elpo_fast.train.export import export_adapters, export_model
-from elpo_fast.train.marks import CudaMarks
 from elpo_fast.train.metrics import (
     Counts,
     StepStats,
-    device_idle,
-    mean_stats,
-    region_metrics,
     sample_texts,
     staleness,
     totals,
-    trajectory_tokens,
     tree_metrics,
 )
-from elpo_fast.train.objective import Found, linearised, with_entropy
-from elpo_fast.train.offpolicy import Groups, mismatch, recompute
 from elpo_fast.train.parallel import Ranks, joined, threads
 from elpo_fast.train.parts import Parts, assembled, settled
 from elpo_fast.train.probe import check_engine
-from elpo_fast.train.profile import Profiler
 from elpo_fast.train.run import Follower, RunFolder
 from elpo_fast.train.sft import (
     Data,
@@ -78,13 +66,14 @@ from elpo_fast.train.sft import (
 from elpo_fast.train.step import (
     NonFiniteError,
     PolicyOptimizer,
-    micro_batches,
     schedule_of,
 )
 from elpo_fast.train.summary import DURING, print_summary, read_metrics
+from elpo_fast.train.times import StepTimes
+from elpo_fast.train.update import make_reference, release_memory, update_policy
 from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
-from elpo_fast.tree.pack import PackedBatch, Scored, active
+from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
 from elpo_fast.types import Message, RunError
 
@@ -193,8 +182,6 @@ class _Run:
     checkpoints: Checkpoints
     warned: Collection[str] = ()  # about the step before
     reference: PolicyOptimizer | None = None  # that `algo.kl_coef` keeps the policy near to
-    peak: float = 0.0  # operations a second of this process's device
-    profiler: Profiler = field(init=False)
 
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
@@ -236,7 +223,7 @@ class _Run:
             restored = None
         release_memory()
         if self.config.algo.kl_coef:
-            self.reference = self.make_reference(begins=restored is None)
+            self.reference = make_reference(self.parts, self.config, restored is None)
         start, ready = 0, None
         if restored is None:
             self.save(0)
@@ -245,37 +232,34 @@ class _Run:
             await self.push_weights(restored.weight_version)
             if restored.collected is not None:
                 ready = _Collected(restored.collected, **restored.extra["collected"])
-        device = policy.model.device
-        self.peak = limits.peak(device, policy.dtype)
-        CLOCK.device = CudaMarks() if device.type == "cuda" else None
-        self.profiler = Profiler(train.profile.steps, device)
-        CLOCK.take()
-        self.profiler.begin(start + 1)
+        await self.reinforce(start, ready)
+        await self.evaluate(f"after {self.algorithm}", train.steps)
+        self.save(train.steps)
+        self.finish()
+
+    async def reinforce(self, start: int, ready: _Collected | None) -> None:
+        """Reinforcement learning from step `start` on, whose trees may be `ready`."""
+        train, every = self.config.train, self.config.eval.every
+        times = StepTimes(self.parts, self.config, start + 1)
         with self.display.phase(self.algorithm, train.steps, start) as phase:
             for step in range(start, train.steps):
                 self.checkpoints.check()
                 collected = ready or await self.collect(step, phase)
                 values, ready = await self.train(step, collected, phase)
                 await self.push_weights(self.parts.engine.weight_version + 1)
-                seconds, totals = CLOCK.take()
-                self.profiler.end(step + 1, seconds, totals)
-                values |= self.figures(seconds, totals, collected.forest)
-                self.profiler.begin(step + 2)
+                values |= times.end(step + 1, collected.forest)
                 with region("saving"):
                     self.folder.log("rl", step + 1, values)
                     phase.advance(_figures(values))
                     self.comment(values, collected.forest)
-                if self.profiler.complete(step + 1, train.steps):
-                    await self.write_profile()
+                if await times.profiled(step + 1):
+                    self.display.say(f"profile: elpo profile {self.folder.path}")
                 if step + 1 == train.steps:
                     break
-                if self.config.eval.every and (step + 1) % self.config.eval.every == 0:
+                if every and (step + 1) % every == 0:
                     await self.evaluate(DURING, step + 1)
                 if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
                     self.save(step + 1, ready)
-        await self.evaluate(f"after {self.algorithm}", train.steps)
-        self.save(train.steps)
-        self.finish()
 
     def finish(self) -> None:
         """Wait for the last checkpoint, export its model, and sum up."""
@@ -442,136 +426,26 @@ class _Run:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
 
-    def make_reference(self, *, begins: bool) -> PolicyOptimizer:
-        """The policy as it was when reinforcement learning began, in the run folder `reference`:
-        now, or in the run that is resumed."""
-        config, loaded, ranks = self.config, self.parts.loaded, self.parts.ranks
-        path = self.folder.path / "reference"
-        if begins:
-            export_model(path, loaded.model, loaded.tokenizer, ranks)
-        elif not path.is_dir():
-            raise ConfigError(
-                f"algo.kl_coef={config.algo.kl_coef:g}: {path} is not there, because the run began "
-                "without it; set 0, or start a new run"
-            )
-        plain = {"name": str(path), "revision": None, "lora": None}
-        with enough_memory("loading the reference policy", "take a smaller model"):
-            model = load_model(config.model.model_copy(update=plain), seed=config.run.seed).model
-        policy = self.parts.policy
-        return PolicyOptimizer(model, lr=0.0, temperature=policy.temperature, dtype=policy.dtype)
-
-    def objective(
-        self, forest: Forest, scored: Scored, batches: list[PackedBatch], scale: float
-    ) -> tuple[list[PackedBatch], Found | None]:
-        """Batches of the configured objective, and its figures where they are not the update's."""
-        algo = self.config.algo
-        if algo.entropy_coef:
-            batches = with_entropy(forest, scored, batches, algo.entropy_coef * scale)
-        if algo.ratio == "token" and self.reference is None:
-            return batches, None
-        return linearised(
-            self.parts.policy,
-            forest,
-            scored,
-            batches,
-            ratio=algo.ratio,
-            scale=scale,
-            kl_coef=algo.kl_coef,
-            reference=self.reference.logprobs(batches) if self.reference else (),
-        )
-
     def update(self, step: int, collected: _Collected, phase: Phase) -> dict[str, Any]:
-        """`updates_per_step` updates of the policy on one step's trees; the step's metrics."""
-        train, forest, began = self.config.train, collected.forest, time.perf_counter()
-        algo, trees = self.config.algo, len(forest)
-        with region("scoring"):
-            scored = score(forest, algo)
-            skips = train.skip_uniform and not (algo.kl_coef or algo.entropy_coef)
-            useful = active(forest, scored) if skips else np.ones(trees, bool)
-        order = np.random.default_rng(self.stream(_SHUFFLE, step)).permutation(trees)
-        shares = np.array_split(order, train.updates_per_step)
-
-        def groups_of(importance: NDArray[np.float64] | None) -> Groups:
-            nonlocal scored
-            if importance is not None:
-                with region("scoring"):
-                    scored = score(forest, algo, importance)
-            with region("packing"):
-                return [
-                    micro_batches(
-                        forest,
-                        scored,
-                        share[useful[share]],
-                        budget_tokens=train.micro_batch_tokens,
-                        scale=1 / len(share),
-                    )
-                    for share in shares
-                ]
-
+        """Updates of the policy on one step's trees; the step's metrics."""
+        forest, began = collected.forest, time.perf_counter()
+        rng = np.random.default_rng(self.stream(_SHUFFLE, step))
         with self.saving_offenders(forest, f"rl_{step + 1:06d}"):
-            apart: dict[str, float] = {}
-            if train.old_logprob == "rollout":
-                groups = groups_of(None)
-            else:
-                groups, apart = recompute(self.parts.policy, forest, groups_of, train)
-            updates, divergence = [], []
-            for number, (share, batches) in enumerate(zip(shares, groups, strict=True)):
-                phase.detail(f"update {number + 1}/{len(groups)}")
-                if batches:
-                    with region("scoring"):
-                        batches, found = self.objective(forest, scored, batches, 1 / len(share))
-                    made = self.parts.policy.update(batches)
-                    updates.append(found.of(made) if found else made)
-                    divergence += [found.reference_kl] if found and algo.kl_coef else []
-                    with region("optimizer"):
-                        release_memory()
+            values = update_policy(
+                self.parts.policy, forest, self.config, rng, self.reference, phase.detail
+            )
         seconds = time.perf_counter() - began
-        if divergence:
-            apart["reference_kl"] = float(np.mean(divergence))
-        computed = sum(update.tokens for update in updates)
         with region("trees"):
-            if train.old_logprob == "rollout" and updates:
-                apart |= mismatch(updates[0].gap)
-            lengths = np.add.reduceat(trajectory_tokens(forest), forest.leaf_start[:-1])
             return {
                 **tree_metrics(forest),
-                **mean_stats(updates),
-                **apart,
+                **values,
                 **staleness(forest, self.parts.engine.weight_version),
                 **collected.counts,
-                "skipped_trees": int((~useful).sum()),
-                "computed_tokens": computed,
-                "sharing_computed": int(lengths[useful].sum()) / max(computed, 1),
                 "time/collect": collected.seconds,
                 "time/train": seconds,
                 "generated_per_s": int(forest.agent.sum()) / collected.seconds,
-                "trained_tokens_per_s": computed / seconds,
+                "trained_tokens_per_s": values["computed_tokens"] / seconds,
             }
-
-    async def write_profile(self) -> None:
-        """Beside what the machine can do, measured now; it is no part of a step."""
-        policy = self.parts.policy
-        found = await limits.measured(self.parts.toolbox, policy.model.device, policy.dtype)
-        if self.parts.ranks.leads:
-            run, name = self.folder.path, self.config.run.name
-            self.profiler.write(run, policy.costs, self.engine_width, found, name)
-            self.display.say(f"profile: elpo profile {run}")
-        CLOCK.take()
-
-    @property
-    def engine_width(self) -> int:
-        """Bytes of the numbers that the engine computes with."""
-        dtype: torch.dtype = getattr(torch, self.config.rollout.dtype or self.config.model.dtype)
-        return dtype.itemsize
-
-    def figures(self, seconds: float, totals: dict[str, Total], forest: Forest) -> dict[str, Any]:
-        """Where the time of a step went."""
-        policy = self.parts.policy
-        values = region_metrics(seconds, totals, policy.costs, self.engine_width, self.peak)
-        if policy.model.device.type != "cpu":
-            values["device_idle"] = device_idle(seconds, totals)
-        values["tokens_per_s"] = int(trajectory_tokens(forest).sum()) / seconds
-        return values
 
     @contextmanager
     def saving_offenders(self, forest: Forest, name: str) -> Iterator[None]:
@@ -605,17 +479,15 @@ class _Run:
 
     async def push_weights(self, version: int) -> None:
         """Give the engine the policy's present weights as `version`, and see that it has them."""
-        with region("weight_sync", passes=1):
-            await self.give_weights(version)
-
-    async def give_weights(self, version: int) -> None:
         parts, config = self.parts, self.config
-        await parts.engine.update_weights(named_weights(parts.loaded.model), version)
-        # Masters are float32 everywhere; a sharded model computes in another dtype all the same.
-        computed = {config.model.dtype, config.rollout.dtype or config.model.dtype}
-        dtype = torch.float32 if computed == {"float32"} else torch.bfloat16
-        score = None if parts.ranks.mesh is None else parts.policy.score
-        await check_engine(parts.engine, parts.policy.compute, dtype, score)
+        with region("weight_sync", passes=1):
+            await parts.engine.update_weights(named_weights(parts.loaded.model), version)
+            # Masters are float32 everywhere; a sharded model computes in another dtype all the
+            # same.
+            computed = {config.model.dtype, config.rollout.dtype or config.model.dtype}
+            dtype = torch.float32 if computed == {"float32"} else torch.bfloat16
+            score = None if parts.ranks.mesh is None else parts.policy.score
+            await check_engine(parts.engine, parts.policy.compute, dtype, score)
 
     async def evaluate(self, name: str, step: int) -> None:
         """Success on held-out tasks, if there are to be any, logged under `name`."""
@@ -689,13 +561,6 @@ class _Run:
         """Seed of an independent random stream for this purpose and step."""
         sequence = np.random.SeedSequence([self.config.run.seed, kind, step])
         return int(sequence.generate_state(1)[0])
-
-
-def release_memory() -> None:
-    """Give freed pages back to the system. glibc keeps them, scattered over its heap, and the
-    process grows by gigabytes over a few steps; elsewhere this does nothing."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _figures(values: Mapping[str, Any]) -> str:

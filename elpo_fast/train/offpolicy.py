@@ -15,58 +15,40 @@ so that both are exact on trees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elpo_fast.config import TrainConfig
-from elpo_fast.train.step import PolicyOptimizer
 from elpo_fast.tree import ops
 from elpo_fast.tree.pack import PackedBatch
 from elpo_fast.tree.store import Forest
 
-Groups = list[list[PackedBatch]]
-"""The micro-batches of each update of a step."""
+Floats = NDArray[np.floating]
 
 
-def recompute(
-    policy: PolicyOptimizer,
-    forest: Forest,
-    groups_of: Callable[[NDArray[np.float64] | None], Groups],
-    config: TrainConfig,
-) -> tuple[Groups, dict[str, float]]:
-    """Batches with the trainer's log-probs as old ones, corrected as configured, and `mismatch`.
-
-    `groups_of` makes the step's batches from a factor `[L]` on the weight of each trajectory, or
-    `None`; its tokens stand in the same order whatever the factor.
-    """
-    groups = groups_of(None)
-    batches = [batch for group in groups for batch in group]
-    current = policy.logprobs(batches)
-    gaps = [
+def log_ratios(batches: Sequence[PackedBatch], logprobs: Sequence[Floats]) -> list[Floats]:
+    """Of each batch, `log pi_old(t) / mu(t)` in nats, `[P]` in float64, from the trainer's
+    log-probs `[P]`; 0 on tokens that are not the agent's."""
+    return [
         np.where(batch.agent, new.astype(np.float64) - batch.old_logprob, 0.0)
-        for batch, new in zip(batches, current, strict=True)
+        for batch, new in zip(batches, logprobs, strict=True)
     ]
-    agent = [gap[batch.agent == 1] for batch, gap in zip(batches, gaps, strict=True)]
-    figures = mismatch(np.concatenate(agent)) if agent else {}
-    if config.importance_sampling == "sequence":
-        groups = groups_of(sequence_weights(forest, batches, gaps, config.importance_cap))
-    fresh = iter(zip(current, gaps, strict=True))
-
-    def corrected(batch: PackedBatch) -> PackedBatch:
-        logprob, gap = next(fresh)
-        batch = replace(batch, old_logprob=logprob)
-        if config.importance_sampling != "token":
-            return batch
-        weight = truncated(gap, config.importance_cap).astype(np.float32)
-        return replace(batch, pos_coef=batch.pos_coef * weight, neg_coef=batch.neg_coef * weight)
-
-    return [[corrected(batch) for batch in group] for group in groups], figures
 
 
-def mismatch(gap: NDArray[np.floating]) -> dict[str, float]:
+def corrected(batch: PackedBatch, logprob: Floats, gap: Floats, config: TrainConfig) -> PackedBatch:
+    """A batch with the trainer's log-probs as old ones, and with token-level weights if these are
+    configured."""
+    batch = replace(batch, old_logprob=logprob)
+    if config.importance_sampling != "token":
+        return batch
+    weight = truncated(gap, config.importance_cap).astype(np.float32)
+    return replace(batch, pos_coef=batch.pos_coef * weight, neg_coef=batch.neg_coef * weight)
+
+
+def mismatch(gap: Floats) -> dict[str, float]:
     """Of log-prob differences `[T]` (nats): mean and largest size, and the effective sample size
     `(sum r)^2 / (T sum r^2)` of the ratios `r = exp(gap)`, as a share in (0, 1]."""
     if not len(gap):
@@ -81,10 +63,7 @@ def mismatch(gap: NDArray[np.floating]) -> dict[str, float]:
 
 
 def sequence_weights(
-    forest: Forest,
-    batches: Sequence[PackedBatch],
-    gaps: Sequence[NDArray[np.float64]],
-    cap: float,
+    forest: Forest, batches: Sequence[PackedBatch], gaps: Sequence[Floats], cap: float
 ) -> NDArray[np.float64]:
     """Truncated product of the ratios along each trajectory, `[L]`; 1 for trees not in a batch."""
     of_node = np.zeros(len(forest.parent))
@@ -93,6 +72,6 @@ def sequence_weights(
     return truncated(ops.path_sum(forest.parent, of_node)[forest.leaf_node], cap)
 
 
-def truncated(gap: NDArray[np.float64], cap: float) -> NDArray[np.float64]:
+def truncated(gap: Floats, cap: float) -> NDArray[np.float64]:
     """`min(cap, exp(gap))` without overflow."""
     return np.exp(np.minimum(gap, np.log(cap)))

@@ -47,6 +47,11 @@ def wait(coroutine: Coroutine[Any, Any, Any]) -> Any:
         return thread.submit(asyncio.run, coroutine).result()
 
 
+@pytest.fixture(scope="module", params=SAFE)
+def isolation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="session", params=[*SAFE, "none"])
 def any_box(request: pytest.FixtureRequest) -> Iterator[Box]:
     """A shared sandbox; tests must leave it usable."""

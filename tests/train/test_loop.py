@@ -23,7 +23,7 @@ from elpo_fast.config import Config, ConfigError, load_config, parse_config
 from elpo_fast.model import load
 from elpo_fast.model.tokenizer import CHATML
 from elpo_fast.rollout.local.engine import LocalEngine
-from elpo_fast.train import loop, parts
+from elpo_fast.train import loop, parts, update
 from elpo_fast.train.checkpoint import latest
 from elpo_fast.train.export import export_run
 from elpo_fast.train.parts import settled
@@ -355,7 +355,7 @@ def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_we
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config(tmp_path, train={"updates_per_step": 1})
-    real = loop.score
+    real = update.score
 
     def poisoned(forest: Forest, *rest: Any) -> Any:
         scored = real(forest, *rest)
@@ -363,7 +363,7 @@ def test_step_that_is_not_finite_stops_with_its_trees_and_the_weights_as_they_we
         pos[forest.node_start[1] :] = np.inf
         return dataclasses.replace(scored, pos=pos)
 
-    monkeypatch.setattr(loop, "score", poisoned)
+    monkeypatch.setattr(update, "score", poisoned)
     with pytest.raises(NonFiniteError) as caught:
         loop.train(config, console=quiet())
     (saved,) = config.run_dir.glob("nonfinite_*.npz")

@@ -10,9 +10,11 @@ import pytest
 
 from elpo_fast.algo import score
 from elpo_fast.algo.weights import sequence_mean
-from elpo_fast.config import AlgoConfig, TrainConfig
-from elpo_fast.train.offpolicy import mismatch, recompute, truncated
+from elpo_fast.config import AlgoConfig, Config, TrainConfig
+from elpo_fast.train.metrics import StepStats
+from elpo_fast.train.offpolicy import mismatch, truncated
 from elpo_fast.train.step import micro_batches
+from elpo_fast.train.update import update_policy
 from elpo_fast.tree.pack import PackedBatch
 from elpo_fast.tree.store import Forest, Tree
 
@@ -53,19 +55,37 @@ class Shifted:
         return [np.where(b.agent, b.old_logprob + self.gap(b.token_ids), 0.0) for b in batches]
 
 
+class Stepped(Shifted):
+    """Its updates are kept, not made."""
+
+    def __init__(self) -> None:
+        self.updates: list[list[PackedBatch]] = []
+
+    def update(self, batches: list[PackedBatch]) -> StepStats:
+        self.updates.append(batches)
+        return StepStats(0.0, 0.0, 0.0, tokens=1, trained_tokens=1)
+
+
 def corrected(forest: Forest, algo: AlgoConfig, level: str) -> list[tuple[PackedBatch, Any]]:
-    """Every batch after `recompute`, beside the same one before."""
-
-    def groups_of(importance: np.ndarray | None) -> list[list[PackedBatch]]:
-        scored = score(forest, algo, importance)
-        return [micro_batches(forest, scored, [0, 2], 60), micro_batches(forest, scored, [1, 3], 9)]
-
-    config = TrainConfig(
-        old_logprob="recompute", importance_sampling=level, importance_cap=CAP, tasks_per_step=8
-    )
-    groups, _ = recompute(Shifted(), forest, groups_of, config)  # type: ignore[arg-type]
-    before = [batch for group in groups_of(None) for batch in group]
-    return list(zip((batch for group in groups for batch in group), before, strict=True))
+    """Every batch that a step trains on, of whole trees and of parts of them, beside the same one
+    before the correction."""
+    found: list[tuple[PackedBatch, Any]] = []
+    for budget in (60, 9):
+        train = TrainConfig(
+            importance_sampling=level,  # type: ignore[arg-type]
+            importance_cap=CAP,
+            old_logprob="recompute",
+            micro_batch_tokens=budget,
+            updates_per_step=2,
+            skip_uniform=False,
+        )
+        config = Config(algo=algo, train=train)
+        policy, drawn = Stepped(), np.random.default_rng(0).permutation(len(forest))
+        update_policy(policy, forest, config, np.random.default_rng(0))  # type: ignore[arg-type]
+        for made, share in zip(policy.updates, np.array_split(drawn, 2), strict=True):
+            before = micro_batches(forest, score(forest, algo), share, budget, scale=1 / len(share))
+            found += zip(made, before, strict=True)
+    return found
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS.values(), ids=ALGORITHMS)
@@ -107,8 +127,9 @@ def test_sequence_weights_belong_to_trajectories(forest: Forest, algo: AlgoConfi
             pos[at] += weight[leaf] * factor[leaf] * max(own, 0.0)
             neg[at] += weight[leaf] * factor[leaf] * min(own, 0.0)
     for batch, _ in corrected(forest, algo, "sequence"):
-        assert np.allclose(batch.pos_coef, pos[batch.node] * batch.agent, rtol=1e-5, atol=1e-8)
-        assert np.allclose(batch.neg_coef, neg[batch.node] * batch.agent, rtol=1e-5, atol=1e-8)
+        mine = batch.agent / 2  # an update has two trees
+        assert np.allclose(batch.pos_coef, pos[batch.node] * mine, rtol=1e-5, atol=1e-8)
+        assert np.allclose(batch.neg_coef, neg[batch.node] * mine, rtol=1e-5, atol=1e-8)
 
 
 def test_without_correction_only_the_old_log_probs_are_new(forest: Forest) -> None:
