@@ -5,9 +5,9 @@ entropy contrast (Eq. 4) becomes the reference, the buffer is cleared, and a bin
 tool calls samples suffixes: where any suffix of a prefix succeeds the error lies later, where all
 fail it lies there or earlier. Then the next round begins, until the budget is spent.
 
-What runs concurrently: the full trajectories that the buffer still lacks (Algorithm 1 needs at
-least that many, one after the other or not) and all suffixes of one anchor. There is never more
-than one request in flight, so that a tree does not depend on who finishes first.
+A round is all that runs concurrently: the full trajectories that the buffer still lacks (Algorithm
+1 needs at least that many, one after the other or not), or all suffixes of one anchor. So a tree
+does not depend on who finishes first.
 
 Choices where the paper is silent:
 - `X_m` is rounded to the nearest integer, and cut to what the budget still allows.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from elpo_fast.algo.planners import Critical, Request, Trajectory
+from elpo_fast.algo.planners import Critical, Request, RoundsPlanner, Trajectory
 
 
 class Search:
@@ -57,41 +57,28 @@ class Search:
             self.high = self.anchor
 
 
-class BelPlanner:
+class BelPlanner(RoundsPlanner):
     """The planner of ELPO; `done` when exactly `n_total` trajectories have been observed."""
 
     reads_entropy = True
 
     def __init__(self, n_total: int, b_max: int, x_min: int, x_max: int, beta: float) -> None:
-        if n_total < 1 or b_max < 1 or not 1 <= x_min <= x_max:
+        super().__init__(n_total)
+        if b_max < 1 or not 1 <= x_min <= x_max:
             raise ValueError(
-                f"n_total={n_total} and b_max={b_max} must be at least 1, "
-                f"and 1 <= x_min={x_min} <= x_max={x_max}"
+                f"b_max={b_max} must be at least 1, and 1 <= x_min={x_min} <= x_max={x_max}"
             )
-        self.n_total, self.b_max = n_total, b_max
-        self.x_min, self.x_max, self.beta = x_min, x_max, beta
-        self.spent = 0
-        self.critical: Sequence[Critical] = []
-        self._request: Request | None = None
-        self._pending = 0  # asked for, not yet observed
+        self.b_max, self.x_min, self.x_max, self.beta = b_max, x_min, x_max, beta
         self._buffer: list[Trajectory] = []
         self._search: Search | None = None
-        self._probes = 0  # requests of the search, of whose latest ...
+        self._probes = 0  # rounds of the search, of whose latest ...
         self._asked = self._successes = 0  # ... so many were asked for and succeeded
-        self._advance()
+        self._next = self._plan(n_total)
 
-    @property
-    def done(self) -> bool:
-        return self._pending == 0
+    def _round(self, left: int) -> list[Request]:
+        return self._next
 
-    def requests(self) -> list[Request]:
-        request, self._request = self._request, None
-        return [] if request is None else [request]
-
-    def observe(self, trajectory: Trajectory) -> None:
-        if self._pending == 0:
-            raise RuntimeError(f"leaf {trajectory.leaf} was not asked for; the budget is spent")
-        self._pending -= 1
+    def _learn(self, trajectory: Trajectory) -> None:
         if self._search is not None:
             self._successes += trajectory.correct
         elif not trajectory.correct:
@@ -99,30 +86,23 @@ class BelPlanner:
         if self._pending == 0:
             if self._search is not None:
                 self._search.learn(self._successes, self._asked - self._successes)
-            self._advance()
+            self._next = self._plan(self.n_total - self.spent)
 
-    def _advance(self) -> None:
-        """Go on until something has to be sampled or Algorithm 1 ends."""
-        while self._pending == 0:
-            left = self.n_total - self.spent
+    def _plan(self, left: int) -> list[Request]:
+        """What to sample next; nothing where Algorithm 1 ends."""
+        while True:
             if self._search is not None:
                 if left and not self._search.settled:
-                    self._probe(self._search, left)
-                else:
-                    self._conclude(self._search)
+                    return self._probe(self._search, left)
+                self._conclude(self._search)
             elif left and len(self._buffer) < self.b_max:
-                self._ask(0, min(left, self.b_max - len(self._buffer)))
+                return [Request(0, min(left, self.b_max - len(self._buffer)))]
             elif self._buffer:
                 reference = select_reference(self._buffer)
                 self._buffer.clear()
                 self._search, self._probes = self.search_in(reference), 0
             else:
-                return
-
-    def _ask(self, node: int, count: int) -> None:
-        self._request = Request(node, count)
-        self._pending = self._asked = count
-        self.spent += count
+                return []
 
     def search_in(self, reference: Trajectory) -> Search:
         """A search that begins."""
@@ -130,10 +110,10 @@ class BelPlanner:
         counts = [suffix_count(c, self.x_min, self.x_max, self.beta) for c in contrasts]
         return Search(reference, counts)
 
-    def _probe(self, search: Search, left: int) -> None:
+    def _probe(self, search: Search, left: int) -> list[Request]:
         anchor, count = search.next_probe()
-        self._probes, self._successes = self._probes + 1, 0
-        self._ask(search.reference.calls[anchor - 1], min(left, count))
+        self._probes, self._asked, self._successes = self._probes + 1, min(left, count), 0
+        return [Request(search.reference.calls[anchor - 1], self._asked)]
 
     def _conclude(self, search: Search) -> None:
         self._search = None

@@ -80,6 +80,8 @@ class RoundsPlanner(Planner):
     """Asks in rounds: all that a round asked for is observed before the next one begins."""
 
     def __init__(self, n_total: int) -> None:
+        if n_total < 1:
+            raise ValueError(f"n_total={n_total} must be at least 1")
         self.n_total, self.spent = n_total, 0
         self._pending = 0  # asked for, not yet observed
 

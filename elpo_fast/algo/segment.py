@@ -16,8 +16,6 @@ class SegmentPlanner(RoundsPlanner):
     reads_entropy = False
 
     def __init__(self, n_total: int, cuts: int, continuations: int) -> None:
-        if n_total < 1:
-            raise ValueError(f"n_total={n_total} must be at least 1")
         super().__init__(n_total)
         self.cuts, self.continuations = cuts, continuations
         self._cut: Trajectory | None = None  # to be cut next

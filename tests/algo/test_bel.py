@@ -111,36 +111,40 @@ def test_every_planted_step_is_found_in_log2_rounds(calls):
         assert critical.probes == leaf - 1 <= rounds
 
 
+def observe(planner: BelPlanner, trajectory: Trajectory) -> None:
+    planner.requests()
+    planner.observe(trajectory)
+
+
 def test_no_tool_call_gives_no_critical_step():
     planner = small(2)
-    planner.observe(failure(0, 0))
-    planner.observe(failure(1, 0))
+    observe(planner, failure(0, 0))
+    observe(planner, failure(1, 0))
     assert planner.done
-    assert planner.critical == []
+    assert planner.critical == ()
 
 
 def test_one_tool_call_needs_no_probe():
     planner = small(1)
-    planner.observe(failure(0, 1))
+    observe(planner, failure(0, 1))
     assert planner.critical == [Critical(node=1, leaf=0, localized=True, probes=0)]
 
 
 def test_budget_that_ends_during_a_search_is_said():
     planner = small(2)
-    planner.observe(failure(0, 8))
+    observe(planner, failure(0, 8))
     assert planner.requests() == [Request(4, 1)]
-    planner.observe(failure(1, 0, correct=True))
+    observe(planner, failure(1, 0, correct=True))
     assert planner.done
     assert planner.critical == [Critical(node=5, leaf=0, localized=False, probes=1)]
 
 
 def test_last_probe_is_cut_to_the_budget():
     planner = small(3, x_min=3, x_max=3)
-    planner.requests()
-    planner.observe(failure(0, 2))
+    observe(planner, failure(0, 2))
     assert planner.requests() == [Request(1, 2)]
-    planner.observe(failure(1, 0))
-    planner.observe(failure(2, 0))
+    observe(planner, failure(1, 0))
+    observe(planner, failure(2, 0))
     assert planner.done
     assert planner.critical == [Critical(node=1, leaf=0, localized=True, probes=1)]
 
@@ -156,21 +160,21 @@ def test_successes_are_replaced_until_the_buffer_is_full():
 
 def test_failed_suffixes_never_enter_the_buffer():
     planner = small(4, b_max=1)
-    planner.observe(failure(0, 2))
-    planner.observe(failure(1, 9, contrast=9.0))  # a suffix
+    observe(planner, failure(0, 2))
+    observe(planner, failure(1, 9, contrast=9.0))  # a suffix
     assert planner.critical[0].leaf == 0
     assert planner.requests() == [Request(0, 1)]
-    planner.observe(failure(2, 0, correct=True))
-    planner.observe(failure(3, 0, correct=True))
+    observe(planner, failure(2, 0, correct=True))
+    observe(planner, failure(3, 0, correct=True))
     assert len(planner.critical) == 1
 
 
 def test_only_successes_localize_nothing():
     planner = small(5, b_max=3)
     for leaf in range(5):
-        planner.observe(failure(leaf, 3, correct=True))
+        observe(planner, failure(leaf, 3, correct=True))
     assert planner.done
-    assert planner.critical == []
+    assert planner.critical == ()
 
 
 def test_reference_choice():
@@ -196,7 +200,7 @@ def test_suffix_count_is_rounded_to_nearest_and_bounded():
 
 def test_more_than_asked_for_is_refused():
     planner = small(1)
-    planner.observe(failure(0, 1))
+    observe(planner, failure(0, 1))
     with pytest.raises(RuntimeError, match="leaf 1 was not asked for"):
         planner.observe(failure(1, 1))
 

@@ -139,7 +139,7 @@ def test_star_asks_once_for_everything():
         leaf = tree.finish(node, reward=0, correct=False, end="answer")
         planner.observe(trajectory_of(tree, leaf))
     assert planner.done
-    assert (planner.spent, planner.critical) == (3, [])
+    assert (planner.spent, planner.critical) == (3, ())
     with pytest.raises(RuntimeError, match="the budget is spent"):
         planner.observe(trajectory_of(tree, 0))
     with pytest.raises(ValueError, match="n_total=0"):
