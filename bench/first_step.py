@@ -23,8 +23,8 @@ from elpo_fast.config import AlgoConfig, Config, load_config
 from elpo_fast.model.lora import named_weights
 from elpo_fast.train.checkpoint import latest, load_checkpoint
 from elpo_fast.train.parts import Parts, assembled, settled
-from elpo_fast.train.step import micro_batches, warmup_constant
-from elpo_fast.tree.pack import active
+from elpo_fast.train.step import warmup_constant
+from elpo_fast.tree.pack import active, micro_batches
 from elpo_fast.tree.store import Forest
 
 GROUP: dict[str, Any] = {"advantage": "group", "clip": {"eps_elc": 0.0}}

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from elpo_fast.train.step import micro_batches
-from elpo_fast.tree.pack import PackedBatch, Scored, Trie, concatenate, pack, section
+from elpo_fast.tree.pack import PackedBatch, Scored, Trie, concatenate, micro_batches, pack, section
 from elpo_fast.tree.store import Forest, Tree
 
 
