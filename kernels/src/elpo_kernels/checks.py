@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 Number = float | Tensor
+
+
+class SoftmaxOptions(TypedDict, total=False):
+    """What the distribution over logits may be, and who computes it."""
+
+    temperature: Number  # a number or [T], 1 by default
+    softcap: float | None
+    ignore_index: int  # target of tokens that have none, -100 by default
+    backend: str  # "auto", "triton" or "torch"
+
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 

@@ -18,7 +18,7 @@ loss 0, gradient 0 and enters no statistic. The log-ratio is held at ±40, so th
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -55,6 +55,22 @@ class PolicyLossOutput(NamedTuple):
     logprob: Tensor  # [T] float32, detached; 0 where the token was not computed
     entropy: Tensor | None  # [T] float32 in nats, detached; None unless asked for
     stats: PolicyStats
+
+
+class ClipOptions(TypedDict, total=False):
+    """What else decides about coefficients and bounds."""
+
+    advantages: Tensor | None  # [T], in the place of the coefficient pair
+    weights: Tensor | None  # [T], of the advantages
+    is_weight: Tensor | None  # [T], times the coefficients (truncated importance sampling)
+    ratio_cap: float  # bounds the ratio of negative advantages from above (dual clip)
+
+
+def split_options(options: Any) -> tuple[Any, Any]:
+    """A function's options: those of the clip, and the others."""
+    names = ("advantages", "weights", "is_weight", "ratio_cap")
+    clip = {name: options.pop(name) for name in names if name in options}
+    return clip, options
 
 
 def coefficients(
@@ -124,10 +140,10 @@ def make_clip(
     eps_low: Number,
     eps_high: Number,
     *,
-    advantages: Tensor | None,
-    weights: Tensor | None,
-    is_weight: Tensor | None,
-    ratio_cap: float,
+    advantages: Tensor | None = None,
+    weights: Tensor | None = None,
+    is_weight: Tensor | None = None,
+    ratio_cap: float = math.inf,
 ) -> Clip:
     """The public functions' arguments, one value for each row of `like`."""
     pos, neg = coefficients(pos_coef, neg_coef, advantages, weights, is_weight)
@@ -231,13 +247,10 @@ def policy_loss(
     eps_low: Number = 0.2,
     eps_high: Number = 0.2,
     *,
-    advantages: Tensor | None = None,
-    weights: Tensor | None = None,
-    is_weight: Tensor | None = None,
-    ratio_cap: float = math.inf,
     entropy: Tensor | None = None,
     entropy_coef: Number = 0.0,
     backend: str = "auto",
+    **options: Unpack[ClipOptions],
 ) -> PolicyLossOutput:
     """The loss of this module from log-probs `[T]` (float32 or float64) that are there already,
     differentiable with respect to `logprob` and `entropy`; arguments as in `linear_policy_loss`."""
@@ -245,10 +258,7 @@ def policy_loss(
         raise ValueError(
             f"logprob must be float32 or float64 [T], got {logprob.dtype} {list(logprob.shape)}"
         )
-    clip = make_clip(
-        logprob, old_logprob, pos_coef, neg_coef, eps_low, eps_high,
-        advantages=advantages, weights=weights, is_weight=is_weight, ratio_cap=ratio_cap,
-    )  # fmt: skip
+    clip = make_clip(logprob, old_logprob, pos_coef, neg_coef, eps_low, eps_high, **options)
     loss, _, stats = policy_loss_op(logprob, *clip, backend)
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)

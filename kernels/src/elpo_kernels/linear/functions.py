@@ -6,9 +6,8 @@ break, and so that autograd, autocast and checkpointing see a single step.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from elpo_kernels.checks import (
     Number,
+    SoftmaxOptions,
     check_device,
     check_dtype,
     check_softcap,
@@ -27,7 +27,15 @@ from elpo_kernels.gradients import with_gradients_op
 from elpo_kernels.linear.head import HeadInputs
 from elpo_kernels.linear.ops import linear_logprob_op, linear_policy_op
 from elpo_kernels.linear.shards import local_head
-from elpo_kernels.policy import Clip, PolicyLossOutput, PolicyStats, make_clip, policy_loss
+from elpo_kernels.policy import (
+    Clip,
+    ClipOptions,
+    PolicyLossOutput,
+    PolicyStats,
+    make_clip,
+    policy_loss,
+    split_options,
+)
 
 
 class LoRA(NamedTuple):
@@ -38,17 +46,17 @@ class LoRA(NamedTuple):
     scale: float = 1.0
 
 
-class HeadOptions(TypedDict, total=False):
-    """What a head may be beside its weight, and who computes it."""
+class HeadOptions(SoftmaxOptions, total=False):
+    """What a head may be beside its weight."""
 
     bias: Tensor | None  # [V]
-    temperature: Number  # a number or [T], 1 by default
-    softcap: float | None
     lora: LoRA | None
     vocab_group: dist.ProcessGroup | None  # of the shards of the vocabulary
     vocab_start: int  # first row of this shard
-    ignore_index: int  # target of tokens that have none, -100 by default
-    backend: str  # "auto", "triton" or "torch"
+
+
+class HeadAndClip(HeadOptions, ClipOptions, total=False):
+    """The options of a loss from a head."""
 
 
 def linear_logprob(
@@ -91,24 +99,19 @@ def linear_policy_loss(
     eps_low: Number = 0.2,
     eps_high: Number = 0.2,
     *,
-    advantages: Tensor | None = None,
-    weights: Tensor | None = None,
-    is_weight: Tensor | None = None,
-    ratio_cap: float = math.inf,
     entropy_coef: Number = 0.0,
     return_entropy: bool = False,
     logprob_for_all: bool = False,
     main_grad: Tensor | None = None,
-    **options: Unpack[HeadOptions],
+    **options: Unpack[HeadAndClip],
 ) -> PolicyLossOutput:
     """The clipped policy loss of `policy.py`, summed over tokens, gradients made in one pass.
 
-    Head and `options` as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`;
+    Head and its options as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`;
     `eps_low`, `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio
-    1, plain policy gradient). Instead of the coefficient pair, `advantages` and optionally
-    `weights` `[T]` may be given. `is_weight` `[T]` multiplies the coefficients (truncated
-    importance sampling). `ratio_cap` bounds the ratio of negative advantages from above (dual
-    clip). `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients
+    1, plain policy gradient). The other `options` are those of `ClipOptions`: `advantages` and
+    optionally `weights` in the place of the coefficient pair, `is_weight`, `ratio_cap`.
+    `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients
     carry all weights: nothing is divided by a number of tokens.
 
     Tokens without coefficient are never computed: their `logprob` and `entropy` are 0 unless
@@ -122,11 +125,9 @@ def linear_policy_loss(
     Raises `ValueError` for shapes, dtypes, devices, signs or targets that do not fit,
     `RuntimeError` for a backend that cannot run.
     """
-    head = _checked(hidden, weight, targets, **options)
-    clip = make_clip(
-        head.xs[0], old_logprob, pos_coef, neg_coef, eps_low, eps_high,
-        advantages=advantages, weights=weights, is_weight=is_weight, ratio_cap=ratio_cap,
-    )  # fmt: skip
+    clipping, others = split_options(options)
+    head = _checked(hidden, weight, targets, **others)
+    clip = make_clip(head.xs[0], old_logprob, pos_coef, neg_coef, eps_low, eps_high, **clipping)
     pull = entropy_coefficient(entropy_coef, head.xs[0])
     _check_main_grad(main_grad, head.weights[0])
     if head.softcap and pull is not None:

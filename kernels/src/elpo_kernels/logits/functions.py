@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from elpo_kernels.checks import (
     Number,
+    SoftmaxOptions,
     check_dtype,
     check_softcap,
     check_targets,
@@ -17,29 +18,34 @@ from elpo_kernels.checks import (
 )
 from elpo_kernels.gradients import with_gradients_op
 from elpo_kernels.logits.ops import Pulled, Softmax, gradient_of, logits_logprob_op
-from elpo_kernels.policy import PolicyLossOutput, PolicyStats, make_clip, policy_loss_op
+from elpo_kernels.policy import (
+    ClipOptions,
+    PolicyLossOutput,
+    PolicyStats,
+    make_clip,
+    policy_loss_op,
+    split_options,
+)
+
+
+class SoftmaxAndClip(SoftmaxOptions, ClipOptions, total=False):
+    """The options of a loss from logits."""
 
 
 def logprob_from_logits(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: Number = 1.0,
-    softcap: float | None = None,
     return_entropy: bool = False,
     in_place: bool = False,
-    ignore_index: int = -100,
-    backend: str = "auto",
+    **options: Unpack[SoftmaxOptions],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-prob of `targets` `[T]`, with `return_entropy` also the entropy, from logits `[T, V]`.
 
     As `linear_logprob` otherwise. `in_place` lets the backward write the gradient over the logits,
     which then are gone. Logits of −inf (masked vocabulary) are impossible tokens.
     """
-    softmax = _checked(
-        logits, targets,
-        temperature=temperature, softcap=softcap, ignore_index=ignore_index, backend=backend,
-    )  # fmt: skip
+    softmax = _checked(logits, targets, **options)
     logprob, entropy = logits_logprob_op(logits, *softmax, return_entropy, in_place)
     return (logprob, entropy) if return_entropy else logprob
 
@@ -53,31 +59,19 @@ def logits_policy_loss(
     eps_low: Number = 0.2,
     eps_high: Number = 0.2,
     *,
-    advantages: Tensor | None = None,
-    weights: Tensor | None = None,
-    is_weight: Tensor | None = None,
-    ratio_cap: float = math.inf,
     entropy_coef: Number = 0.0,
-    temperature: Number = 1.0,
-    softcap: float | None = None,
     return_entropy: bool = False,
     logprob_for_all: bool = False,
     in_place: bool = False,
-    ignore_index: int = -100,
-    backend: str = "auto",
+    **options: Unpack[SoftmaxAndClip],
 ) -> PolicyLossOutput:
     """`linear_policy_loss` from logits `[T, V]`, the gradient made in the forward.
 
     With `in_place` it is written over the logits at once; nothing may read them afterwards.
     """
-    softmax = _checked(
-        logits, targets,
-        temperature=temperature, softcap=softcap, ignore_index=ignore_index, backend=backend,
-    )  # fmt: skip
-    clip = make_clip(
-        logits, old_logprob, pos_coef, neg_coef, eps_low, eps_high,
-        advantages=advantages, weights=weights, is_weight=is_weight, ratio_cap=ratio_cap,
-    )  # fmt: skip
+    clipping, others = split_options(options)
+    softmax = _checked(logits, targets, **others)
+    clip = make_clip(logits, old_logprob, pos_coef, neg_coef, eps_low, eps_high, **clipping)
     pull = entropy_coefficient(entropy_coef, logits)
     valid = softmax.valid
     clip = clip.masked(valid)
@@ -86,11 +80,11 @@ def logits_policy_loss(
         pull = torch.where(valid, pull, 0)
         live = live | (pull != 0)
     if not logprob_for_all:
-        softmax = softmax._replace(targets=torch.where(live, targets, ignore_index))
+        softmax = softmax._replace(targets=torch.where(live, targets, softmax.ignore_index))
     plain = logits.detach()
     want_entropy = return_entropy or pull is not None
     logprob, entropy = logits_logprob_op(plain, *softmax, want_entropy, False)
-    loss, slope, stats = policy_loss_op(logprob, *clip, backend)
+    loss, slope, stats = policy_loss_op(logprob, *clip, softmax.backend)
     if pull is not None:
         loss = loss - (pull * entropy).sum()
     if torch.is_grad_enabled() and logits.requires_grad:
@@ -106,10 +100,10 @@ def _checked(
     logits: Tensor,
     targets: Tensor,
     *,
-    temperature: Number,
-    softcap: float | None,
-    ignore_index: int,
-    backend: str,
+    temperature: Number = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: str = "auto",
 ) -> Softmax:
     if logits.ndim != 2:
         raise ValueError(f"logits must be [T, V], got {list(logits.shape)}; flatten the batch")
