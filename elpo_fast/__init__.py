@@ -24,7 +24,7 @@ _PUBLIC = {
     "rollout.formats": "CallFormat",
     "rollout.imported": "read_trees",
     "tree.store": "Forest Tree",
-    "train.step": "micro_batches",
+    "tree.pack": "micro_batches",
     "model.lora": "named_weights",
     "eval.run": "evaluate",
 }

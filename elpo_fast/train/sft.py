@@ -31,8 +31,8 @@ from elpo_fast.tasks.conversations import (
 )
 from elpo_fast.tasks.records import Faults
 from elpo_fast.train.metrics import StepStats
-from elpo_fast.train.step import PolicyOptimizer, micro_batches, warmup_cosine
-from elpo_fast.tree.pack import Scored
+from elpo_fast.train.step import PolicyOptimizer, warmup_cosine
+from elpo_fast.tree.pack import Scored, micro_batches
 from elpo_fast.tree.store import Forest, Tree
 from elpo_fast.types import End
 

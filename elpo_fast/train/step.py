@@ -43,8 +43,7 @@ from elpo_fast.train.costs import Costs
 from elpo_fast.train.metrics import Part, StepStats, combined
 from elpo_fast.train.parallel import ALONE, Ranks, Sharded
 from elpo_fast.train.staging import Staged, stage, to_device, to_host
-from elpo_fast.tree.pack import LossRows, PackedBatch, Scored, concatenate, cut, pack, section
-from elpo_fast.tree.store import Forest
+from elpo_fast.tree.pack import LossRows, PackedBatch, section
 from elpo_fast.types import RunError
 
 Schedule = Callable[[int], float]
@@ -480,40 +479,6 @@ class PolicyOptimizer:
                 if not all(map(math.isfinite, (*(part.loss for part in parts), length))):
                     found.append(int(tree))
         return found or [int(tree) for batch in batches for tree in batch.trees]
-
-
-def micro_batches(
-    forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
-) -> list[PackedBatch]:
-    """Trees into batches of at most `budget_tokens` computed rows, the largest first, each into the
-    batch that shares most with it of those with room, and of these the first.
-
-    A larger tree is cut into parts that repeat what is above them (`tree.pack.cut`); a single path
-    above the budget is a batch of its own. `scale` as in `tree.pack.pack`.
-    """
-    packed = pack(forest, sorted(trees), scored, scale=scale)
-    parts = [part for index in range(len(trees)) for part in cut(packed, index, budget_tokens)]
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for number in sorted(range(len(parts)), key=lambda number: (-len(parts[number].trie), number)):
-        trie = parts[number].trie
-        shared = [max(_common(trie.trunk, parts[other].trie.trunk) for other in b) for b in bins]
-        fits = [i for i, free in enumerate(room) if len(trie) - shared[i] <= free]
-        if fits:
-            best = max(fits, key=lambda i: (shared[i], -i))
-            bins[best].append(number)
-            room[best] -= len(trie) - shared[best]
-        else:
-            bins.append([number])
-            room.append(budget_tokens - len(trie))
-    return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
-
-
-def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
-    """Number of tokens that both begin with."""
-    size = min(len(one), len(other))
-    differ = np.flatnonzero(one[:size] != other[:size])
-    return int(differ[0]) if len(differ) else size
 
 
 def _pairs(batch: PackedBatch) -> float:

@@ -19,8 +19,8 @@ from elpo_fast.train.metrics import mean_stats, trajectory_tokens
 from elpo_fast.train.objective import Found, linearised, with_entropy
 from elpo_fast.train.offpolicy import corrected, log_ratios, mismatch, sequence_weights
 from elpo_fast.train.parts import Parts
-from elpo_fast.train.step import PolicyOptimizer, micro_batches
-from elpo_fast.tree.pack import PackedBatch, Scored, active
+from elpo_fast.train.step import PolicyOptimizer
+from elpo_fast.tree.pack import PackedBatch, Scored, active, micro_batches
 from elpo_fast.tree.store import Forest
 
 

@@ -222,6 +222,40 @@ def pack(
     return PackedBatch(**columns, agent=agent, trees=chosen, tree_start=tree_start)
 
 
+def micro_batches(
+    forest: Forest, scored: Scored, trees: Sequence[int], budget_tokens: int, *, scale: float = 1.0
+) -> list[PackedBatch]:
+    """Trees into batches of at most `budget_tokens` computed rows, the largest first, each into the
+    batch that shares most with it of those with room, and of these the first.
+
+    A larger tree is cut into parts that repeat what is above them (`cut`); a single path
+    above the budget is a batch of its own. `scale` as in `pack`.
+    """
+    packed = pack(forest, sorted(trees), scored, scale=scale)
+    parts = [part for index in range(len(trees)) for part in cut(packed, index, budget_tokens)]
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for number in sorted(range(len(parts)), key=lambda number: (-len(parts[number].trie), number)):
+        trie = parts[number].trie
+        shared = [max(_common(trie.trunk, parts[other].trie.trunk) for other in b) for b in bins]
+        fits = [i for i, free in enumerate(room) if len(trie) - shared[i] <= free]
+        if fits:
+            best = max(fits, key=lambda i: (shared[i], -i))
+            bins[best].append(number)
+            room[best] -= len(trie) - shared[best]
+        else:
+            bins.append([number])
+            room.append(budget_tokens - len(trie))
+    return [concatenate([parts[number] for number in sorted(chosen)]) for chosen in bins]
+
+
+def _common(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
+    """Number of tokens that both begin with."""
+    size = min(len(one), len(other))
+    differ = np.flatnonzero(one[:size] != other[:size])
+    return int(differ[0]) if len(differ) else size
+
+
 def cut(batch: PackedBatch, index: int, budget: int) -> list[PackedBatch]:
     """Tree `index` of a batch, or parts of it of at most `budget` rows, that sum to the same.
 

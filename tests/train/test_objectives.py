@@ -20,9 +20,9 @@ from elpo_fast.config import AlgoConfig, ConfigError, TrainConfig, parse_config
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.train.loop import train
 from elpo_fast.train.objective import linearised, with_entropy
-from elpo_fast.train.step import PolicyOptimizer, micro_batches, schedule_of
+from elpo_fast.train.step import PolicyOptimizer, schedule_of
 from elpo_fast.train.summary import read_metrics
-from elpo_fast.tree.pack import PackedBatch, Scored
+from elpo_fast.tree.pack import PackedBatch, Scored, micro_batches
 from elpo_fast.tree.store import Forest, Tree
 
 VOCABULARY = 23

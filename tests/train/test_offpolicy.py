@@ -13,9 +13,8 @@ from elpo_fast.algo.weights import sequence_mean
 from elpo_fast.config import AlgoConfig, Config, TrainConfig
 from elpo_fast.train.metrics import StepStats
 from elpo_fast.train.offpolicy import mismatch, truncated
-from elpo_fast.train.step import micro_batches
 from elpo_fast.train.update import update_policy
-from elpo_fast.tree.pack import PackedBatch
+from elpo_fast.tree.pack import PackedBatch, micro_batches
 from elpo_fast.tree.store import Forest, Tree
 
 ALGORITHMS = {

@@ -35,9 +35,9 @@ from elpo_fast.train import loop
 from elpo_fast.train.checkpoint import Checkpoints, TrainState, checkpoint_of, load_checkpoint
 from elpo_fast.train.export import export_adapters, export_model, export_run
 from elpo_fast.train.parallel import ALONE, Ranks, joined
-from elpo_fast.train.step import WEIGHTS, NonFiniteError, PolicyOptimizer, micro_batches
+from elpo_fast.train.step import WEIGHTS, NonFiniteError, PolicyOptimizer
 from elpo_fast.train.summary import read_metrics
-from elpo_fast.tree.pack import PackedBatch, Scored
+from elpo_fast.tree.pack import PackedBatch, Scored, micro_batches
 from elpo_fast.tree.store import Forest, Tree
 
 VOCABULARY = 61

@@ -26,8 +26,8 @@ from elpo_fast.algo import score
 from elpo_fast.config import AlgoConfig, LoraConfig
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.lora import adapters, add_adapters, initialise
-from elpo_fast.train.step import PolicyOptimizer, micro_batches
-from elpo_fast.tree.pack import PackedBatch, Scored, pack
+from elpo_fast.train.step import PolicyOptimizer
+from elpo_fast.tree.pack import PackedBatch, Scored, micro_batches, pack
 from elpo_fast.tree.store import Forest, Tree
 
 VOCABULARY = 61

@@ -15,11 +15,10 @@ from elpo_fast.model.attention import ATTENTION
 from elpo_fast.train.step import (
     NonFiniteError,
     PolicyOptimizer,
-    micro_batches,
     warmup_constant,
     warmup_cosine,
 )
-from elpo_fast.tree.pack import PackedBatch, Scored, pack
+from elpo_fast.tree.pack import PackedBatch, Scored, micro_batches, pack
 from elpo_fast.tree.store import Forest, Tree
 
 VOCABULARY = 61
