@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,15 @@ def test_no_file_is_long() -> None:
     folders = (PACKAGE, ROOT / "kernels", ROOT / "bench", ROOT / "tests")
     files = [path for folder in folders for path in folder.rglob("*.py")]
     assert [path for path in files if len(path.read_text().splitlines()) > LONGEST] == []
+
+
+def test_the_ladder_in_contributing_leads_from_the_command_to_the_kernel() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    stations = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert stations[0][1] == "_train" and stations[-1][1] == "powers_kernel"
+    for (file, name), (_, following) in pairwise([*stations, stations[-1]]):
+        source = (ROOT / file).read_text()
+        assert f"def {name}(" in source and re.search(rf"\b{following}\b", source), file
 
 
 def test_what_a_gpu_runs_imports_nothing_of_the_guest_wing() -> None:
