@@ -55,10 +55,12 @@ async def evaluate(
     config: EvalConfig,
     *,
     seed: int,
+    tasks: list[Task] | None = None,
     on_tree: Callable[[Tree], None] | None = None,
 ) -> EvalResult:
-    """Sample `config.samples` trajectories for each of `held_out_tasks`."""
-    tasks = held_out_tasks(collector.source, config)
+    """Sample `config.samples` trajectories for each of `tasks`, by default `held_out_tasks`."""
+    if tasks is None:
+        tasks = held_out_tasks(collector.source, config)
     trees = await collector.collect(
         tasks,
         lambda: StarPlanner(config.samples),

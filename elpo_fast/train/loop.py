@@ -19,6 +19,7 @@ from collections.abc import Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ from elpo_fast.tree import io
 from elpo_fast.tree.merge import merge_equal_steps
 from elpo_fast.tree.pack import active
 from elpo_fast.tree.store import Forest, Tree
-from elpo_fast.types import Message, RunError
+from elpo_fast.types import Message, RunError, Task
 
 _COLLECT, _EVALUATE, _SHUFFLE, _SFT = 1, 2, 3, 4  # independent random streams of a run
 
@@ -489,10 +490,14 @@ class _Run:
             score = None if parts.ranks.mesh is None else parts.policy.score
             await check_engine(parts.engine, parts.policy.compute, dtype, score)
 
+    @cached_property
+    def held_out(self) -> list[Task]:
+        return held_out_tasks(self.parts.source, self.config.eval)
+
     async def evaluate(self, name: str, step: int) -> None:
         """Success on held-out tasks, if there are to be any, logged under `name`."""
         began = time.perf_counter()
-        if not (total := len(held_out_tasks(self.parts.source, self.config.eval))):
+        if not self.held_out:
             return
         grown: list[Tree] = []
 
@@ -500,11 +505,12 @@ class _Run:
             grown.append(tree)
             phase.advance(report=False)
 
-        with self.display.phase(f"eval {name}", total) as phase:
+        with self.display.phase(f"eval {name}", len(self.held_out)) as phase:
             result = await evaluate(
                 self.parts.collector,
                 self.config.eval,
                 seed=self.stream(_EVALUATE, 0),
+                tasks=self.held_out,
                 on_tree=on_tree,
             )
             low, high = result.interval
