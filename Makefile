@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart tiny test test-oldest check bubblewrap chromium sglang-cpu bench bench-compare clean
+.PHONY: quickstart tiny test test-oldest check bubblewrap chromium sglang-cpu bench bench-compare \
+	peers clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/elpo train configs/quickstart.yaml
@@ -56,6 +57,14 @@ bench-compare: $(VENV)/.installed
 	@mkdir -p build
 	$(BIN)/python -m bench.compare $(A) $(B) --above $(ABOVE) --plot build/bench_compare.png
 
+# TRL, for `python -m bench.peers`.
+peers: .venv-peers/.installed
+.venv-peers/.installed: constraints-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $< torch
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $< trl
+	touch $@
+
 # torch comes first and alone: with the pinned version there, nothing pulls another build of it.
 $(VENV)/.installed: constraints.txt pyproject.toml kernels/pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
@@ -86,4 +95,4 @@ chromium:
 		|| echo "Chromium is not installed: pages are not tested in a browser"
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .venv-sglang build *.egg-info kernels/*.egg-info kernels/src/*.egg-info
+	rm -rf $(VENV) $(OLDEST) .venv-sglang .venv-peers build *.egg-info kernels/*.egg-info kernels/src/*.egg-info
