@@ -19,6 +19,7 @@
     elpo profile CONFIG [--steps N] [section.key=value ...]
                                                            where the time of a step goes, and why
     elpo profile --compare A B                             two profiles side by side
+    elpo plan CONFIG --gpus N --gpu h100                   memory, seconds and settings of a step
     elpo doctor                                            what this machine offers
 
 Faults of the user end with one line on standard error and exit code 2, never a traceback. Torch is
@@ -28,7 +29,6 @@ imported only inside the commands that need it.
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 import sys
@@ -294,6 +294,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     profile.set_defaults(run=_profile)
 
+    plan = commands.add_parser("plan", help="memory, seconds and settings of a step on GPUs")
+    _add_config(plan)
+    plan.add_argument("--gpus", type=int, default=1, help="how many; default: 1")
+    plan.add_argument("--gpu", default="h100", help="h100, h200, a100 ... or cpu; default: h100")
+    names, usual = ("PROMPT", "TURNS", "SAID", "ANSWER"), (512, 8, 256, 64)
+    said = f"tokens of a trajectory's prompt, messages and answers; default: {usual}"
+    plan.add_argument("--lengths", type=int, nargs=4, metavar=names, default=usual, help=said)
+    plan.add_argument(
+        "--trees", metavar="FILE", type=Path, help="saved trees instead: RUN/trees/..."
+    )
+    plan.set_defaults(run=_plan)
+
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -408,11 +420,12 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     return run_evaluation(subject, Display(console).phase)
 
 
+@_lookups()
 def _compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from elpo_fast.config import load_config
-    from elpo_fast.report.compare import compare
+    from elpo_fast.report.compare import compare, seeds_of
 
     task = Path(arguments.config)
     overrides = [each for each in arguments.overrides if _is_override(each)]
@@ -426,7 +439,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         task,
         files,
         overrides,
-        seeds=_seeds(arguments.seeds),
+        seeds=seeds_of(arguments.seeds),
         jobs=arguments.jobs,
         out=Path(arguments.out) if arguments.out else folder,
         console=Console(),
@@ -459,17 +472,6 @@ def _analyse(arguments: argparse.Namespace) -> int:
         found = sampled(kind, run, arguments.step, arguments.overrides, samples)
     print(f"wrote {write_analysis(Path(arguments.out), kind, found)}")
     return 0
-
-
-def _seeds(text: str) -> list[int]:
-    """`0-4`, `1,5,7` or both."""
-    seeds: list[int] = []
-    for part in text.split(","):
-        if not (found := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
-            raise UsageError(f"--seeds {text}: give numbers such as 0-4 or 1,5,7")
-        first, last = int(found[1]), int(found[2] or found[1])
-        seeds += range(first, last + 1)
-    return list(dict.fromkeys(seeds))
 
 
 @_lookups()
@@ -550,8 +552,7 @@ def _page(arguments: argparse.Namespace) -> int:
 def _profile(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from elpo_fast.config import load_config
-    from elpo_fast.report.profile_view import read_profile, show_comparison, show_profile
+    from elpo_fast.report.profile_view import profiling, read_profile, show_comparison, show_profile
 
     console = Console()
     if arguments.compare is not None:
@@ -564,14 +565,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     if path.is_dir() or path.suffix == ".json":
         show_profile(path, console)
         return 0
-    if arguments.steps < 1:
-        raise UsageError(f"--steps {arguments.steps}: at least one step has to be profiled")
-    last = arguments.steps + 1  # the first one compiles
-    steps = [f"train.steps={last}", f"train.profile.steps={list(range(2, last + 1))}"]
-    own = ["eval.tasks=0", "eval.every=0", *arguments.overrides, *steps]
-    config = load_config(arguments.config, own, arguments.over)
-    run = config.run.model_copy(update={"name": _unused(config.run_dir, "profile")})
-    config = config.model_copy(update={"run": run})
+    config = profiling(path, arguments.overrides, arguments.over, arguments.steps)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
     from elpo_fast.train.loop import train
 
@@ -581,10 +575,14 @@ def _profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _unused(run: Path, suffix: str) -> str:
-    """A name for a run beside this one that there is not yet."""
-    names = (f"{run.name}-{suffix}{number or ''}" for number in itertools.count())
-    return next(name for name in names if not (run.parent / name).exists())
+@_lookups()
+def _plan(arguments: argparse.Namespace) -> int:
+    from elpo_fast.config import load_config
+    from elpo_fast.report.plan import plan
+
+    config = load_config(arguments.config, arguments.overrides, arguments.over)
+    plan(config, arguments.gpus, arguments.gpu, arguments.lengths, arguments.trees)
+    return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ from elpo_fast.model.compiled import BACKENDS as COMPILED
 from elpo_fast.model.compiled import has_compiler
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import add_adapters, initialise
-from elpo_fast.model.sharded import STORED, StoredWeights, empty_model, fill, holds
+from elpo_fast.model.sharded import STORED, StoredWeights, empty_like, empty_model, fill, holds
 from elpo_fast.model.smollm2 import find_smollm2, load_smollm2
 from elpo_fast.model.tokenizer import CHATML, train_tokenizer
 from elpo_fast.types import RunError
@@ -157,6 +157,26 @@ def load_model(
         check() if root is None else root(check)
     model.set_attn_implementation(attention_name(config.attention))
     return LoadedModel(model, found.tokenizer, config.name, root)
+
+
+def describe(config: ModelConfig) -> PreTrainedModel:
+    """The model that `config` names, with adapters where it has them, for its sizes alone: on the
+    meta device, of whatever dtype. Raises `ConfigError` for a name without a size."""
+    if config.name == SCRATCH:
+        raise ConfigError(
+            "model.name: the vocabulary of 'scratch' follows from the tasks and is not known yet; "
+            f"give a folder, a Hub id or {SMOLLM2!r}"
+        )
+    if config.name == SMOLLM2:
+        model = empty_like(_smollm2()().model)
+    else:
+        source, options = _locate(config)
+        if options:
+            source = snapshot_download(source, allow_patterns=["*config.json"], **options)
+        model = empty_model(Path(source))
+    if config.lora is not None:
+        add_adapters(model, config.lora)
+    return model
 
 
 def resolve_device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,17 @@ class Run:
     def curve(self) -> Curve | None:
         """Its evaluations, if the last one is there."""
         return curve_of(self.folder, self.algorithm, self.seed, self.config.train.steps)
+
+
+def seeds_of(text: str) -> list[int]:
+    """`0-4`, `1,5,7` or both. Raises `LookupError`."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        if not (found := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+            raise LookupError(f"--seeds {text}: give numbers such as 0-4 or 1,5,7")
+        first, last = int(found[1]), int(found[2] or found[1])
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def compare(

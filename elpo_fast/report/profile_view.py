@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elpo_fast.config import Config, load_config
 from elpo_fast.train.profile import FILE, FOLDER, TRACE, TURN
 
 Profile = Mapping[str, Any]
@@ -28,6 +30,20 @@ def read_profile(path: Path) -> Profile:
     """What `find_profile` finds."""
     found: Profile = json.loads(find_profile(path).read_text(encoding="utf-8"))
     return found
+
+
+def profiling(path: Path, overrides: Sequence[str], over: Sequence[str], steps: int) -> Config:
+    """The configuration of a run beside that of `path`, of which `steps` steps are profiled after
+    one that compiles. Raises `LookupError`."""
+    if steps < 1:
+        raise LookupError(f"--steps {steps}: at least one step has to be profiled")
+    last = steps + 1
+    wanted = [f"train.steps={last}", f"train.profile.steps={list(range(2, last + 1))}"]
+    config = load_config(path, ["eval.tasks=0", "eval.every=0", *overrides, *wanted], over)
+    run = config.run_dir
+    names = (f"{run.name}-profile{number or ''}" for number in itertools.count())
+    name = next(name for name in names if not (run.parent / name).exists())
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})
 
 
 def show_profile(path: Path, console: Console) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from elpo_fast.tools.toolbox import Toolbox
 
-_SHEETS = {  # operations a second in dense bfloat16 products
+SHEETS = {  # operations a second in dense bfloat16 products
     "B200": 2250e12,
     "H200": 989e12,
     "H100": 989e12,
@@ -40,7 +40,7 @@ def peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second that `mfu` is a share of."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for card, rate in _SHEETS.items():
+        for card, rate in SHEETS.items():
             if card in name:
                 return rate
     return products(device, dtype)

@@ -18,7 +18,7 @@ from scipy import stats
 from elpo_fast import cli
 from elpo_fast.config import ConfigError
 from elpo_fast.report import compare as module
-from elpo_fast.report.compare import Run, compare
+from elpo_fast.report.compare import Run, compare, seeds_of
 from elpo_fast.report.curves import Curve, Point, curve_of, estimate, write_page
 
 ALGORITHMS = Path(__file__).parents[2] / "configs" / "algorithms"
@@ -193,13 +193,13 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     ("text", "seeds"), [("0", [0]), ("0-2", [0, 1, 2]), ("5,1-2, 2", [5, 1, 2])]
 )
 def test_seeds(text: str, seeds: list[int]) -> None:
-    assert cli._seeds(text) == seeds
+    assert seeds_of(text) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1;2"])
 def test_faulty_seeds_are_one_line(text: str) -> None:
-    with pytest.raises(cli.UsageError, match="give numbers"):
-        cli._seeds(text)
+    with pytest.raises(LookupError, match="give numbers"):
+        seeds_of(text)
 
 
 def curve(algorithm: str, seed: int, *success: float) -> Curve:
