@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -18,6 +19,11 @@ sys.modules["bench"].__path__ = [str(ROOT / "bench")]
 
 from bench.gpu import __main__ as gpu  # noqa: E402
 from bench.gpu.part import Part  # noqa: E402
+
+
+def test_benchmarks_import_what_is_there() -> None:
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        importlib.import_module(f"bench.{path.stem}")
 
 
 def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:

@@ -189,17 +189,21 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                 turns.append(turn)
                 print(json.dumps(turn), flush=True)
+                write(options.out, job, turns, options.shape)
+    print(table(turns, job))
+
+
+def write(folder: Path, job: Job, turns: Turns, shape: list[int] | None) -> None:
+    """All that was measured so far, and the table of it."""
     said = {
-        **machine(torch.device(device)),
+        **machine(torch.device(job.device)),
         "threads": torch.get_num_threads(),
-        "shape": options.shape or "SmolLM2-135M",
+        "shape": shape or "SmolLM2-135M",
         "job": asdict(replace(job, model="", probe="")),
         "turns": turns,
     }
-    (options.out / "peers.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    text = table(turns, job)
-    (options.out / "peers.md").write_text(text + "\n", encoding="utf-8")
-    print(text)
+    (folder / "peers.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    (folder / "peers.md").write_text(table(turns, job) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
