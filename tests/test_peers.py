@@ -32,7 +32,7 @@ def test_both_sides_do_the_same_work(tmp_path: Path) -> None:
 def test_another_gradient_stops_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(side: str, job: Path, python: str) -> dict[str, object]:
         (job.parent / "probe.json").write_text('{"grad_norm": 1.0}')
-        step = {"seconds": 2.0, "rollout": 1.0}
+        step = {"seconds": 2.0, "cpu": 2.0, "rollout": 1.0}
         return {"side": side, "grad_norm": 1.01, "steps": [step], "peak_bytes": 1}
 
     monkeypatch.setattr(peers, "run", run)

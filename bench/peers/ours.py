@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Side:
         """Collect, update, give the engine the new weights."""
         device = self.job.device
         before = self.engine.stats().generated_tokens
-        began = settled(device, perf_counter)
+        began, cpu = settled(device, perf_counter), process_time()
         trees = await asyncio.gather(*map(self._grow, self.prompts))
         collected = settled(device, perf_counter)
         stats = self.policy.update(self._batches(trees, self.algo))
@@ -103,6 +103,7 @@ class Side:
         whole = sum(tree.path_length(leaf) for tree in trees for leaf in tree.leaves)
         return {
             "seconds": ended - began,
+            "cpu": process_time() - cpu,
             "rollout": collected - began,
             "sampled": self.engine.stats().generated_tokens - before,
             "computed": stats.tokens,

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Steps(TrainerCallback):
     def __init__(self, job: Job) -> None:
         self.job, self.steps = job, []
         self.trainer: Timed
-        self._began = 0.0
+        self._began = self._cpu = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         job, generation = self.job, self.trainer.generation_config
@@ -52,10 +52,11 @@ class Steps(TrainerCallback):
         generation.max_new_tokens = generation.min_new_tokens = tokens
         # What generate() is given beside it, which has the last word.
         self.trainer.generation_kwargs.update(max_new_tokens=tokens, min_new_tokens=tokens)
-        self._began = settled(job.device, perf_counter)
+        self._began, self._cpu = settled(job.device, perf_counter), process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         seconds = settled(self.job.device, perf_counter) - self._began
+        cpu = process_time() - self._cpu
         shape = tuple(self.trainer.last["completion_ids"].shape)
         warm = state.global_step == 1
         tokens = self.job.probe_tokens if warm else self.job.tokens
@@ -63,8 +64,8 @@ class Steps(TrainerCallback):
         assert self.trainer.last["completion_mask"].all() and self.trainer.last["prompt_mask"].all()
         if warm:
             return
-        rollout = self.trainer.generated
-        self.steps.append({"seconds": seconds, "rollout": rollout, "sampled": shape[0] * shape[1]})
+        figures = {"seconds": seconds, "cpu": cpu, "rollout": self.trainer.generated}
+        self.steps.append({**figures, "sampled": shape[0] * shape[1]})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
         if state.global_step == 1 and "grad_norm" in logs:

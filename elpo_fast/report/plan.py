@@ -133,6 +133,11 @@ class Model:
         )
 
     @property
+    def ends(self) -> int:
+        """Weights of embedding and head."""
+        return self.parameters - self.costs.weights
+
+    @property
     def width(self) -> int:
         """Numbers of a token in a layer, about."""
         return 4 * self.hidden + 3 * self.mlp
@@ -235,7 +240,8 @@ def packed(config: Config, trees: Trees, budget: int) -> tuple[Work, float]:
     ]
     total = Work(*(sum(column) for column in zip(*parts, strict=True)))
     # The last batch of so few trees is not full; those of a whole step are.
-    number = max(total.tokens / budget, 1 / config.train.tasks_per_step * len(forest))
+    train = config.train
+    number = max(total.tokens / budget, len(forest) * train.updates_per_step / train.tasks_per_step)
     return Work(*(x / number for x in total)), number / len(forest)
 
 
@@ -273,9 +279,8 @@ def update_seconds(
 def _sent(model: Model, setting: Setting) -> float:
     """Bytes that FSDP2 sends and receives for a micro-batch: blocks gathered twice in bfloat16,
     embedding and head in float32, gradients summed in float32."""
-    shard, replicate, head = setting.shard, setting.replicate, model.costs.head_weights
-    blocks = model.parameters - head
-    gathered = 2 * 2.0 * blocks + 4.0 * head
+    shard, replicate = setting.shard, setting.replicate
+    gathered = 2 * 2.0 * model.costs.weights + 4.0 * model.ends
     summed = 4.0 * model.costs.trained
     between = (gathered + summed) * (shard - 1) / shard
     return between + 2 * summed / shard * (replicate - 1) / replicate
@@ -296,8 +301,8 @@ def memory(
     if frozen := (model.parameters - costs.trained) / shard:
         found["frozen weights"] = number * frozen
     if setting.shard * setting.replicate > 1:
-        block = (model.parameters - costs.head_weights) / model.layers
-        found["gathered by FSDP2"] = 3 * number * block + 2 * 4.0 * costs.head_weights
+        block = costs.weights / model.layers
+        found["gathered by FSDP2"] = 3 * number * block + 2 * 4.0 * model.ends
     elif number == 2:
         found["bfloat16 copy"] = 2.0 * costs.trained
     layers = 1 if setting.checkpointing else model.layers
@@ -305,7 +310,8 @@ def memory(
     if setting.checkpointing:
         kept += number * model.hidden * model.layers * part_tokens
     found["activations"] = kept
-    found["head's gradient"] = 4.0 * costs.head_weights
+    if not frozen:
+        found["head's gradient"] = 4.0 * costs.head_weights
     return found
 
 
@@ -360,21 +366,20 @@ def estimate(
     computed = mine * (trees.unique - trees.sampled)
     seconds += costs.forward(computed, computed * trees.longest / 2) / (card.products * shares.body)
     tasks = train.tasks_per_step / train.updates_per_step
-    batches = max(1, ceil(per_tree * tasks / ranks))
-    full = Work(*(x * min(1.0, per_tree * tasks / ranks / batches) for x in work))
+    batches = ceil(round(per_tree * tasks, 6))
+    each = Work(*(x * per_tree * tasks / batches for x in work))
     passes = 3 + (train.old_logprob == "recompute")
-    update = update_seconds(
-        model, card, shares, itertools.repeat(full, batches), setting, passes=passes
-    )
+    mine_of_them = itertools.repeat(each, ceil(batches / ranks))
+    update = update_seconds(model, card, shares, mine_of_them, setting, passes=passes)
     return Estimate(
         setting, updating, sampling, train.updates_per_step * update, seconds, in_flight, cached
     )
 
 
-def settings(config: Config, gpus: int, longest: int) -> Iterator[Setting]:
-    """All that may be suggested; without checkpointing first."""
+def settings(gpus: int, longest: int) -> Iterator[Setting]:
+    """All that may be suggested."""
     for shard in (n for n in range(1, gpus + 1) if gpus % n == 0):
-        for checkpointing in sorted({config.model.gradient_checkpointing, True}):
+        for checkpointing in (False, True):
             for budget in BUDGETS:
                 if budget >= longest:
                     yield Setting(gpus // shard, shard, budget, checkpointing)
@@ -449,7 +454,7 @@ def plan(
         )
     tried = [
         estimate(config, model, card, trees, setting, compiled)
-        for setting in settings(config, gpus, trees.longest)
+        for setting in settings(gpus, trees.longest)
     ]
     found = best(tried, card)
     if found is not None:

@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from elpo_fast.cli import main
-from elpo_fast.config import AlgoConfig, Config
+from elpo_fast.config import AlgoConfig, Config, TrainConfig
 from elpo_fast.regions import COMPUTED
 from elpo_fast.report import plan
 from elpo_fast.report.plan import Card, Model, Setting, Work
@@ -258,6 +258,18 @@ def test_shared_prefixes_shorten_the_update() -> None:
     assert star.whole == tree.whole == 16 * (400 + 4 * 40 - 8)
     assert tree.unique < star.unique == 400 + 16 * (4 * 40 - 8)
     assert star.rows == 16 > tree.rows
+
+
+def test_too_few_micro_batches_leave_ranks_idle() -> None:
+    config = Config(train=TrainConfig(tasks_per_step=16))
+    trees = plan.grow(config, plan.Lengths(prompt=200, turns=4, said=64, answer=16))
+    update = {
+        budget: plan.estimate(
+            config, qwen("1.5b"), plan.CARDS["h100"], trees, Setting(8, 1, budget, False), True
+        ).update
+        for budget in (4096, 1 << 17)
+    }
+    assert update[1 << 17] > 3 * update[4096]
 
 
 @pytest.mark.parametrize(
