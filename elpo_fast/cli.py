@@ -20,7 +20,7 @@
                                                            where the time of a step goes, and why
     elpo profile --compare A B                             two profiles side by side
     elpo plan CONFIG --gpus N --gpu h100                   memory, seconds and settings of a step
-    elpo doctor                                            what this machine offers
+    elpo doctor [MODEL]                                    what this machine offers, what is missing
 
 Faults of the user end with one line on standard error and exit code 2, never a traceback. Torch is
 imported only inside the commands that need it.
@@ -306,7 +306,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(run=_plan)
 
-    doctor = commands.add_parser("doctor", help="what this machine offers")
+    doctor = commands.add_parser("doctor", help="what this machine offers, what is missing")
+    doctor.add_argument("model", nargs="?", metavar="MODEL", help="a model folder or Hub id, too")
     doctor.set_defaults(run=_doctor)
     return parser
 
@@ -585,10 +586,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from elpo_fast.report.doctor import doctor
 
-    return doctor()
+    return doctor(arguments.model)
 
 
 if __name__ == "__main__":

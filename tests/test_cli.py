@@ -105,7 +105,7 @@ def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) 
     assert main(["config", TINY, "--with", dapo, "train.steps=7", "algo.n_total=5"]) == 0
     shown = capsys.readouterr().out
     assert "steps: 7" in shown and "n_total: 5" in shown and "eps_high: 0.28" in shown
-    for wrong in (["config", TINY, "--with", dapo, "no-value"], ["doctor", "a=1"]):
+    for wrong in (["config", TINY, "--with", dapo, "no-value"], ["watch", "run", "a=1"]):
         with pytest.raises(SystemExit):
             main(wrong)
         assert "unrecognized arguments" in capsys.readouterr().err

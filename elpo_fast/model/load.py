@@ -129,11 +129,8 @@ def load_model(
                 found = read()
         except RunError:
             raise
-        except Exception as error:  # whatever a foreign folder provokes, a person reads one line
-            raise ConfigError(
-                f"model.name: {config.name!r} was found but cannot be loaded as a causal language "
-                f"model ({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
-            ) from error
+        except Exception as error:
+            raise _unusable(config.name, error) from error
         _check_complete(config.name, found.tokenizer, found.missing)
     if (template := resolve_template(config)) is not None:
         found.tokenizer.chat_template = CHATML if template == "chatml" else template
@@ -159,24 +156,44 @@ def load_model(
     return LoadedModel(model, found.tokenizer, config.name, root)
 
 
-def describe(config: ModelConfig) -> PreTrainedModel:
-    """The model that `config` names, with adapters where it has them, for its sizes alone: on the
-    meta device, of whatever dtype. Raises `ConfigError` for a name without a size."""
+def described(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `config` names, with adapters where it has them, its parameters on the meta
+    device and of whatever dtype, and its tokenizer; weights are not fetched. Raises `ConfigError`
+    as `load_model` does, and for a name without a size."""
     if config.name == SCRATCH:
         raise ConfigError(
-            "model.name: the vocabulary of 'scratch' follows from the tasks and is not known yet; "
-            f"give a folder, a Hub id or {SMOLLM2!r}"
+            f"model.name: the vocabulary of {SCRATCH!r} follows from the tasks and is not known "
+            f"yet; give a folder, a Hub id or {SMOLLM2!r}"
         )
-    if config.name == SMOLLM2:
-        model = empty_like(_smollm2()().model)
-    else:
-        source, options = _locate(config)
-        if options:
-            source = snapshot_download(source, allow_patterns=["*config.json"], **options)
-        model = empty_model(Path(source))
+    read = _smollm2() if config.name == SMOLLM2 else partial(_sketched, config)
+    try:
+        with quiet():
+            found = read()
+    except Exception as error:
+        raise _unusable(config.name, error) from error
+    _check_complete(config.name, found.tokenizer, ())
+    model = empty_like(found.model) if config.name == SMOLLM2 else found.model
     if config.lora is not None:
         add_adapters(model, config.lora)
-    return model
+    return model, found.tokenizer
+
+
+def _sketched(config: ModelConfig) -> _Read:
+    source, options = _locate(config)
+    if options:
+        small = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+        source = snapshot_download(source, allow_patterns=small, **options)
+    return _Read(empty_model(Path(source)), AutoTokenizer.from_pretrained(source))
+
+
+def _unusable(name: str, error: Exception) -> ConfigError:
+    """Whatever a foreign folder provokes, a person reads one line."""
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(
+        f"model.name: {name!r} was found but cannot be loaded as a causal language model "
+        f"({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
+    )
 
 
 def resolve_device(name: str) -> torch.device:

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from elpo_fast.algo import make_planner, score
 from elpo_fast.algo.planners import trajectory_of
 from elpo_fast.config import Config, ConfigError
-from elpo_fast.model.load import describe, quiet
+from elpo_fast.model.load import described, quiet
 from elpo_fast.regions import Total
 from elpo_fast.train import limits
 from elpo_fast.train.costs import Costs
@@ -426,7 +426,7 @@ def plan(
     card, console = find_card(gpu), Console()
     wide = config.model.dtype == "float32" or not card.link
     with quiet():
-        model = Model.of(describe(config.model), 4 if wide else 2)
+        model = Model.of(described(config.model)[0], 4 if wide else 2)
     trees = grow(config, Lengths(*lengths))
     if file is not None:
         trees = Trees.of(io.load(file), trees.rows)
