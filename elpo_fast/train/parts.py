@@ -101,6 +101,7 @@ async def assembled(
         source = make_source(
             config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
         )
+        toolbox.offer(source.tools)
         loaded = load_model(
             config.model,
             seed=config.run.seed,

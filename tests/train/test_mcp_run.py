@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from elpo_fast import cli
-from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io
-from elpo_fast.types import Completion, Sampling
 
 CITIES = {"Asia/Tokyo": "21:00", "Asia/Kathmandu": "17:45", "America/Lima": "07:00"}
 REWARD = """
@@ -28,33 +26,10 @@ def call(city: str) -> str:
     return f"<tool_call>{json.dumps({'name': 'convert_time', 'arguments': arguments})}</tool_call>"
 
 
-@pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that asks for a city's time, or answers with one."""
-    sayings = [*map(call, CITIES), *map(call, CITIES), *CITIES.values()]
-
-    async def generate(
-        self: LocalEngine, prefix_ids: Any, n: int, sampling: Sampling
-    ) -> list[Completion]:
-        rng = np.random.default_rng(sampling.seed)
-        completions = []
-        for text in rng.choice(sayings, n):
-            ids = self._tokenizer(str(text), add_special_tokens=False).input_ids
-            called = text.startswith("<tool_call>")
-            ids = np.array(ids if called else [*ids, self._tokenizer.eos_token_id], np.int32)
-            some = np.full(len(ids), -1, np.float32)
-            finish = "stop_string" if called else "stop_token"
-            completions.append(
-                Completion(ids, some, -some, finish, weight_version=self.weight_version)
-            )
-        return completions
-
-    monkeypatch.setattr(LocalEngine, "generate", generate)
-
-
 def test_two_steps_on_trees_with_a_published_server(
-    scripted: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: Callable[[Sequence[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    scripted([*map(call, CITIES), *map(call, CITIES), *CITIES.values()])
     rows = [{"prompt": f"Noon in {city}?", "answer": time} for city, time in CITIES.items()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "clock_reward.py").write_text(REWARD)
