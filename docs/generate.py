@@ -1,4 +1,5 @@
-"""Writes docs/configuration.md from the typed configuration: python docs/generate.py
+"""Writes docs/configuration.md from the typed configuration, and docs/api.md from docstrings:
+python docs/generate.py
 
 What a key means is the comment beside it or above it in `elpo_fast/config/sections.py`.
 """
@@ -9,8 +10,11 @@ import ast
 import inspect
 import io
 import json
+import textwrap
 import tokenize
 import types
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +25,7 @@ from pydantic.fields import FieldInfo
 from elpo_fast import config
 
 PAGE = Path(__file__).with_name("configuration.md")
+REFERENCE = Path(__file__).with_name("api.md")
 HEAD = """\
 # Every key
 
@@ -30,6 +35,19 @@ keys and values out of range are refused before anything is loaded.
 
 This page is made by `python docs/generate.py`.
 """
+
+REFERENCE_HEAD = """\
+# Reference
+
+What `elpo_fast` and `elpo_kernels` offer to a program; everything else may change without notice.
+How it goes together: [one's own things](own.md), and the `examples/` of the repository.
+
+This page is made by `python docs/generate.py`.
+"""
+LIBRARIES = ("elpo_fast", "elpo_kernels")
+WIDE = 96  # columns of a signature
+SELF = ("self", "cls")
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def comments(kind: type[BaseModel]) -> dict[str, str]:
@@ -125,5 +143,81 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def reference() -> str:
+    """The page of the libraries' public names."""
+    parts = [REFERENCE_HEAD]
+    for library in map(import_module, LIBRARIES):
+        parts.append(f"## {library.__name__}\n")
+        for name in sorted(library.__all__, key=str.lower):
+            parts += told(name, getattr(library, name))
+    return "\n".join(parts)
+
+
+def told(name: str, thing: Any) -> Iterator[str]:
+    """A class, with what is public in it, or a function."""
+    source = textwrap.dedent(inspect.getsource(thing))
+    (node,) = ast.parse(source).body
+    yield f"### {name}\n"
+    if isinstance(node, Function):
+        yield from function(node, name)
+        return
+    assert isinstance(node, ast.ClassDef)
+    if said := ast.get_docstring(node):
+        yield f"{said}\n"
+    if fields := textwrap.dedent("\n".join(fields_of(node, source.splitlines()))):
+        yield f"```python\n{fields}\n```\n"
+    for each in node.body:
+        if isinstance(each, Function):
+            called = name if each.name == "__init__" else f"{name}.{each.name}"
+            if not each.name.startswith("_") or called == name:
+                yield from function(each, called)
+
+
+def fields_of(node: ast.ClassDef, lines: list[str]) -> Iterator[str]:
+    """Lines of a class that say what it holds, with their comments."""
+    for each in node.body:
+        named = isinstance(each, (ast.Assign, ast.AnnAssign))
+        if named and not ast.unparse(each).startswith(("_", "model_config")):
+            first = each.lineno - 1
+            while lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            yield from lines[first : each.end_lineno]
+
+
+def function(node: Function, name: str) -> Iterator[str]:
+    """Its signature and what it says of itself."""
+    kinds = {ast.unparse(each) for each in node.decorator_list}
+    given = [part.replace(" ", "\0") for part in parameters(node.args)]
+    signature = name
+    if not kinds & {"property", "cached_property"}:
+        signature += f"({', '.join(given)})"
+    if node.returns is not None and node.name != "__init__":
+        signature += f" -> {ast.unparse(node.returns)}".replace(" ", "\0")
+    if isinstance(node, ast.AsyncFunctionDef):
+        signature = ("async with " if "asynccontextmanager" in kinds else "await ") + signature
+    wrapped = textwrap.wrap(signature, WIDE, subsequent_indent="    ", break_long_words=False)
+    yield "```python\n" + "\n".join(wrapped).replace("\0", " ") + "\n```\n"
+    if said := ast.get_docstring(node):
+        yield f"{said}\n"
+
+
+def parameters(given: ast.arguments) -> list[str]:
+    """Each as it stands in a signature, without the one that a method is called on."""
+    plain = [*given.posonlyargs, *given.args]
+    defaults = [None] * (len(plain) - len(given.defaults)) + [*given.defaults]
+    pairs = zip(plain, defaults, strict=True)
+    found = [parameter(*pair) for pair in pairs if pair[0].arg not in SELF]
+    if given.vararg is not None or given.kwonlyargs:
+        found.append("*" + (ast.unparse(given.vararg) if given.vararg is not None else ""))
+    found += map(parameter, given.kwonlyargs, given.kw_defaults)
+    return found + ([f"**{ast.unparse(given.kwarg)}"] if given.kwarg is not None else [])
+
+
+def parameter(name: ast.arg, default: ast.expr | None) -> str:
+    said = ast.unparse(name)
+    return said if default is None else f"{said} = {ast.unparse(default)}"
+
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    REFERENCE.write_text(reference())
