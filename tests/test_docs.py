@@ -11,10 +11,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from elpo_fast import cli
-from elpo_fast.config import Config, load_config
+from elpo_fast.config import Config, load_config, parse_config
 from elpo_fast.types import Task
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,14 @@ def test_commands_are_understood(page: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert all(map(cli._is_override, left)), words
         if parsed.run == cli._train and Path(parsed.config).is_file():
             load_config(parsed.config, [*parsed.overrides, *left], parsed.over)
+
+
+def test_recipes_are_configurations() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    blocks = re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        parse_config(yaml.safe_load(block))
 
 
 def test_there_are_commands_to_understand() -> None:
