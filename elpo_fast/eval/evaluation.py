@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +47,9 @@ from elpo_fast.eval.run import held_out_tasks
 from elpo_fast.eval.sampler import sampler
 from elpo_fast.eval.trajectories import Record, Trajectories, read_trajectories, record_of
 from elpo_fast.lock import Lock
-from elpo_fast.model.load import SCRATCH, LoadedModel, load_model
+from elpo_fast.model.load import LoadedModel, load_model
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.tasks import make_source
+from elpo_fast.tasks import make_source, tokenizer_texts
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import Task, TaskSource
 
@@ -64,12 +64,13 @@ _MAY_DIFFER = (*MECHANICS, "algo", "sft", "train", "eval.tasks", "eval.samples",
 class Subject:
     """What is evaluated, and how: `config`, with nothing left to the machine, names the model and,
     as run folder, that of the evaluation. `weights` differs where weights of the same name may;
-    `secret` draws the tasks."""
+    `load` is given texts to make the tokenizer of a scratch model from; `secret` draws the
+    tasks."""
 
     name: str
     config: Config
     weights: str
-    load: Callable[[TaskSource], LoadedModel]
+    load: Callable[[Iterable[str]], LoadedModel]
     secret: str | None = None
 
 
@@ -118,8 +119,7 @@ def of_model(name: str, config: Config) -> Subject:
     """The model called `name`, as `model.name` is."""
     model = config.model.model_copy(update={"name": name, "lora": None})
 
-    def load(source: TaskSource) -> LoadedModel:
-        texts = source.vocabulary_texts() if name == SCRATCH else None
+    def load(texts: Iterable[str]) -> LoadedModel:
         return load_model(model, seed=config.run.seed, tokenizer_texts=texts)
 
     folder = Path(name).expanduser()
@@ -213,13 +213,12 @@ async def _evaluate(
     toolbox, folder = Toolbox(config.tools), config.run_dir
     try:
         secret = _secret(folder, config, subject)
-        source = make_source(
-            config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
-        )
+        drawn = config.task, config.run.seed, toolbox.run_function
+        source = make_source(*drawn, secret, apart=toolbox.apart)
         toolbox.offer(source.tools)
         if _missing(source, config, trajectories):
             _say(folder, subject, None)
-            loaded = subject.load(source)
+            loaded = subject.load(tokenizer_texts(source, *drawn))
             async with sampler(config, toolbox, source, loaded) as collector:
                 missing = _missing(source, config, trajectories)  # of what has room to answer
                 total = len(held_out_tasks(source, config.eval)) * config.eval.samples

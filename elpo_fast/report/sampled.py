@@ -58,7 +58,7 @@ def sampled(
                 apart=toolbox.apart,
             )  # fmt: skip
             toolbox.offer(source.tools)
-            loaded = subject.load(source)
+            loaded = subject.load([])
             async with sampler(config, toolbox, source, loaded) as collector:
                 tasks = held_out_tasks(source, config.eval)
 

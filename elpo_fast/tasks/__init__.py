@@ -13,7 +13,8 @@ Invariants of every source
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from elpo_fast.config import TaskConfig
@@ -51,8 +52,8 @@ def make_source(
     from elpo_fast.tasks.reward import Rewarded
     from elpo_fast.types import TaskSource
 
-    path = own.target("tasks", _BUILT_IN.get(config.source, config.source))
-    kind, options = own.find("tasks", path, "task.source"), config.options
+    path, kind = _found(config)
+    options = config.options
     if not isinstance(kind, type):  # a function that gives rows
         kind, options = own.load(_BUILT_IN["file"]), {"path": path, **options}
     if config.system is not None and not own.takes(kind, "system"):
@@ -68,3 +69,24 @@ def make_source(
     if config.reward is None:
         return source
     return cast("TaskSource", Rewarded(source, config, apart))
+
+
+def tokenizer_texts(
+    source: TaskSource, config: TaskConfig, seed: int, run_function: RunFunction
+) -> Iterator[str]:
+    """Texts of `source` to make a small tokenizer from, the same for the same configuration: those
+    of generated tasks are not drawn with a run's secret."""
+    from elpo_fast import own
+
+    if config.seed is None and own.takes(_found(config)[1], "key"):
+        public = config.model_copy(update={"seed": 0, "reward_timeout_s": None})
+        source = make_source(public, seed, run_function)
+    yield from source.vocabulary_texts()
+
+
+def _found(config: TaskConfig) -> tuple[str, Any]:
+    """The name of the configured source, and what it stands for."""
+    from elpo_fast import own
+
+    path = own.target("tasks", _BUILT_IN.get(config.source, config.source))
+    return path, own.find("tasks", path, "task.source")

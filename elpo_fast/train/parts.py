@@ -28,7 +28,7 @@ from elpo_fast.model.load import (
     resolve_template,
 )
 from elpo_fast.rollout.collector import Collector
-from elpo_fast.tasks import make_source
+from elpo_fast.tasks import make_source, tokenizer_texts
 from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.train.parallel import ALONE, Ranks, SharedCollector
 from elpo_fast.train.step import PolicyOptimizer
@@ -98,14 +98,13 @@ async def assembled(
     check(config.algo)
     toolbox = Toolbox(config.tools)
     try:
-        source = make_source(
-            config.task, config.run.seed, toolbox.run_function, secret, apart=toolbox.apart
-        )
+        drawn = config.task, config.run.seed, toolbox.run_function
+        source = make_source(*drawn, secret, apart=toolbox.apart)
         toolbox.offer(source.tools)
         loaded = load_model(
             config.model,
             seed=config.run.seed,
-            tokenizer_texts=source.vocabulary_texts(),
+            tokenizer_texts=tokenizer_texts(source, *drawn),
             tokenizer=tokenizer,
             shard=ranks.shard(getattr(torch, config.model.dtype)),
             model=model,

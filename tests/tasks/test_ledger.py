@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from elpo_fast.config import ConfigError, TaskConfig
-from elpo_fast.tasks import make_source
+from elpo_fast.tasks import make_source, tokenizer_texts
 from elpo_fast.tasks.ledger import SYSTEM, Ledger, LedgerOptions
 from elpo_fast.tasks.operations import BY_NAME, KINDS, PARAPHRASES, Kind, draw, mistakes
 from elpo_fast.types import End, Task, Verdict
@@ -214,6 +214,13 @@ def test_tasks_are_drawn_with_the_runs_secret_unless_a_public_seed_is_asked_for(
     config = TaskConfig(seed=seed)
     one, two = (make_source(config, 0, run_function=None, secret=secret) for secret in secrets)
     assert (one.train(0) == two.train(0)) is (one.held_out(0) == two.held_out(0)) is equal
+
+
+def test_a_secret_of_a_run_does_not_change_its_tokenizer():
+    config = TaskConfig()
+    secrets = (make_source(config, 0, run_function=None, secret=secret) for secret in "ab")
+    one, two = (list(tokenizer_texts(source, config, 0, None)) for source in secrets)
+    assert one == two
 
 
 @pytest.mark.parametrize("steps", [2, 4])
