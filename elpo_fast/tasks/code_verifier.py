@@ -7,7 +7,9 @@ a program, which can do here whatever it likes, has no verdict to forge.
 
 from __future__ import annotations
 
+import atexit
 import base64
+import builtins
 import contextlib
 import importlib
 import itertools
@@ -22,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 STDOUT_BYTES = 64 << 20  # of what is printed, that much is kept
@@ -36,6 +39,7 @@ _PRELUDE = (
     "typing",
 )
 _RECURSION = 50_000  # its limit of recursion
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1}  # which no file stands for where there is no /proc
 
 
 def run(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +56,8 @@ def run(payload: Mapping[str, Any]) -> dict[str, Any]:
         try:
             with contextlib.suppress(SystemExit):
                 exec(compile(payload["code"], "<answer>", "exec"), program.__dict__)
+            if payload["main"]:
+                _end()
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"
         if not error:
@@ -74,6 +80,13 @@ def _prelude(namespace: dict[str, Any]) -> dict[str, Any]:
     namespace.update({name: importlib.import_module(name) for name in _PRELUDE})
     sys.setrecursionlimit(_RECURSION)
     return dict(namespace)
+
+
+def _end() -> None:
+    """As the interpreter ends a program: its threads are waited for, and what it has registered to
+    be called then is called."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
 
 
 @contextlib.contextmanager
@@ -104,6 +117,8 @@ def _descriptors(stdin: bytes) -> Iterator[bytearray]:
         open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False) as sink,
     ):
         vars(sys).update(stdin=source, __stdin__=source, stdout=sink, __stdout__=sink)
+        vars(builtins).update(open=partial(_open, open))
+        atexit._clear()  # what the server's own modules have registered
         try:
             yield printed
         finally:
@@ -112,6 +127,10 @@ def _descriptors(stdin: bytes) -> Iterator[bytearray]:
                     stream.flush()
             os.dup2(os.open(os.devnull, os.O_RDWR), 1)
             reader.join(0.5)  # ends at once, unless the program has copied the descriptor
+
+
+def _open(opened: Callable[..., Any], file: Any, *rest: Any, **named: Any) -> Any:
+    return opened(_STANDARD.get(file, file) if isinstance(file, str) else file, *rest, **named)
 
 
 # --- calls -------------------------------------------------------------------------------------

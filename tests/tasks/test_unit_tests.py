@@ -52,6 +52,13 @@ def verdict(sandbox: Sandbox, truth: Any, code: str, timeout_s: float = 5.0) -> 
         (STDIN, "import sys\nsys.__stdout__.write(str(sum(map(int, sys.__stdin__.readline()"
                 ".split()))))"),
         (STDIN, "print(sum(map(int, stdin.readline().split())))\nexit()"),
+        (STDIN, "import sys\nsys.stdin, sys.stdout = open('/dev/stdin'), open('/dev/stdout', 'w')\n"
+                "print(sum(map(int, input().split())))"),
+        (STDIN, "import threading, time\ndef main():\n    time.sleep(0.2)\n"
+                "    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()"),
+        (STDIN, "import atexit, io, sys\nsys.stdout = io.StringIO()\n"
+                "atexit.register(lambda: sys.__stdout__.write(sys.stdout.getvalue()))\n"
+                "print(sum(map(int, input().split())))"),
         ({"inputs": ["2"], "outputs": ["0.5"]}, "print(f'{1 / int(input()):.2f}')"),
         ({"inputs": ["2"], "outputs": ["yes\n1.0 2e1\n"]}, "print(' yes \\n1   20.000\\n\\n')"),
         ({"inputs": ["9" * 200_000], "outputs": ["9" * 200_000]}, "print(input())"),
