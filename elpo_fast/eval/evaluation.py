@@ -167,11 +167,14 @@ def run_evaluation(subject: Subject, phase: Phase) -> Evaluation:
 
 
 def _claim(folder: Path, config: Config, subject: Subject) -> None:
-    """Make the folder this evaluation's, or see that it is."""
-    saved = folder / "config.yaml"
-    if not is_evaluation(folder):
-        if any(file.name != ".lock" for file in folder.iterdir()):
-            raise ConfigError(f"{folder} holds something else; name another folder with --out")
+    """Make the folder this evaluation's, or see that it is. One that has sampled nothing, perhaps
+    because it could not begin, has no claim to it."""
+    saved, records = folder / "config.yaml", folder / TRAJECTORIES
+    begun = is_evaluation(folder)
+    if not begun and any(file.name != ".lock" for file in folder.iterdir()):
+        raise ConfigError(f"{folder} holds something else; name another folder with --out")
+    if not (begun and records.is_file() and records.stat().st_size):
+        (folder / _SECRET).unlink(missing_ok=True)
         _say(folder, subject, None)
         saved.write_text(dump_config(config), encoding="utf-8")
         return

@@ -139,6 +139,12 @@ def test_another_evaluation_does_not_go_into_the_folder(
     evaluate(make_config(tmp_path, eval={"tasks": 1}, **free))
 
 
+def test_what_could_not_begin_leaves_its_folder_to_the_mended_command(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lower it"):
+        evaluate(make_config(tmp_path, rollout={"max_tokens": 3000}, task={"seed": None}))
+    assert evaluate(make_config(tmp_path, task={"seed": None})).figures["tasks"] == 3
+
+
 def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     config.run_dir.mkdir()
