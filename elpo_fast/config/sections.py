@@ -235,7 +235,7 @@ class RolloutConfig(Section):
     min_p: Fraction = 0.0  # share of the likeliest token's probability; 0: off
     max_turns: Positive = 16  # assistant messages in a trajectory, unless the task says otherwise
     max_turn_tokens: Positive = 1024  # of one assistant message
-    max_tokens: Positive = 20480  # whole trajectory, prompt included
+    max_tokens: Positive = 8192  # whole trajectory, prompt included
     # None: 16, 64 and 65536 on a CPU; 128, 256 and 131072 on a GPU. What they are: see Sizes
     trees_in_flight: Positive | None = None
     max_batch: Positive | None = None  # rows decoded together
