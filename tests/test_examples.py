@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,29 @@ def test_train_on_trajectories_of_an_evaluation(
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "gradient 0.000" not in said[0]
     assert (tmp_path / "trained" / "model.safetensors").is_file()
+
+
+def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The page's files, written as it says, and its commands in their order."""
+    page = (EXAMPLES.parent / "docs" / "first_hour.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    files = dict(re.findall(r"^```\w+\n# (\S+)\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    assert list(files) == ["adding.py", "tally.py", "chats.py", "hour.yaml", "use.py"]
+    assert len(files["adding.py"].splitlines()) <= 20
+    for name, text in files.items():
+        Path(name).write_text(text)
+    runpy.run_path("chats.py")
+    small = [each for each in TINY if not each.startswith(("run.name", "sft"))]
+    said = {}
+    for line in re.findall(r"^elpo .*", page, re.MULTILINE):
+        _, *words = shlex.split(line, comments=True)
+        own = [*small, "sft.epochs=1", "sft.batch=16"] if "hour.yaml" in words else []
+        assert main([*words, *own]) == 0, line
+        said[words[0]] = capsys.readouterr().out
+    assert list(said) == ["sft", "train", "eval", "show", "tree"]
+    assert "held-out loss" in said["sft"] and "pass@8" in said["eval"]
+    phases = [record["phase"] for record in read_metrics(Path("runs/hour"))]
+    assert phases.count("rl") == 1 and {"sft", "eval"} <= set(phases)
+    runpy.run_path("use.py")
+    assert "<|im_start|>assistant" in capsys.readouterr().out
