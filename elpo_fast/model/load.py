@@ -131,7 +131,7 @@ def load_model(
             raise
         except Exception as error:
             raise _unusable(config.name, error) from error
-        _check_complete(config.name, found.tokenizer, found.missing)
+        check_complete(config.name, found.tokenizer, found.missing)
     if (template := resolve_template(config)) is not None:
         found.tokenizer.chat_template = CHATML if template == "chatml" else template
     model = found.model.eval()
@@ -158,8 +158,8 @@ def load_model(
 
 def described(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that `config` names, with adapters where it has them, its parameters on the meta
-    device and of whatever dtype, and its tokenizer; weights are not fetched. Raises `ConfigError`
-    as `load_model` does, and for a name without a size."""
+    device and of whatever dtype, and its tokenizer, which `check_complete` has not seen; weights
+    are not fetched. Raises `ConfigError` as `load_model` does, and for a name without a size."""
     if config.name == SCRATCH:
         raise ConfigError(
             f"model.name: the vocabulary of {SCRATCH!r} follows from the tasks and is not known "
@@ -171,7 +171,6 @@ def described(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             found = read()
     except Exception as error:
         raise _unusable(config.name, error) from error
-    _check_complete(config.name, found.tokenizer, ())
     model = empty_like(found.model) if config.name == SMOLLM2 else found.model
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -412,8 +411,8 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _check_complete(
-    name: str, tokenizer: PreTrainedTokenizerBase, missing: Collection[str]
+def check_complete(
+    name: str, tokenizer: PreTrainedTokenizerBase, missing: Collection[str] = ()
 ) -> None:
     """Where files are missing, transformers makes up random weights and an empty tokenizer."""
     if missing:

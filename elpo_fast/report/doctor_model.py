@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError, LoraConfig, ModelConfig, RolloutConfig
 from elpo_fast.faults import size
-from elpo_fast.model.load import described, resolve_device, resolve_dtype
+from elpo_fast.model.load import check_complete, described, resolve_device, resolve_dtype
 from elpo_fast.report.doctor import Part
 from elpo_fast.rollout.chat import Chat
 from elpo_fast.rollout.local.decoder import SUPPORTED
@@ -57,6 +57,7 @@ def examined(name: str) -> Iterator[Part]:
     config = ModelConfig(name=name)
     try:
         model, tokenizer = described(config)
+        check_complete(name, tokenizer)
     except ConfigError as error:
         yield Part("model", str(error), broken=True)
         return
