@@ -1,7 +1,7 @@
 """Products of a few rows with a packed weight, tile by tile in registers.
 
 Two bfloat16 numbers lie in a word and are widened by a shift and a mask, or, where the processor
-has instructions for it, multiplied as they are.
+has instructions for it, multiplied as they are. `decoder_step` says what they bring.
 """
 
 # mypy: ignore-errors

@@ -4,7 +4,9 @@ Scores, softmax and both products of a block stay in cache; the backward needs o
 five products a pair, and no sums but those of its gradients. All arithmetic is float32.
 
 What it brings: of a star tree of 1,332 tokens forward and backward take 23 ms, tile by tile in
-PyTorch 71, which was a third of an update (`bench_attention.py`, float32, two cores).
+PyTorch 71, which was a third of an update (`bench_attention.py`, float32, two cores). With
+PyTorch's flash attention along the same runs an update takes 1.15 times the CPU time on stars, 1.03
+to 1.09 times on recorded trees.
 """
 
 # mypy: ignore-errors
