@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import shutil
+import subprocess
 from pathlib import Path
+from threading import Lock
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,11 +64,24 @@ def run(task: Path, out: Path, files: list[Path] = FILES, **changed: Any) -> tup
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The comparison of two algorithms on two steps, run as a user does."""
+    """The comparison of two algorithms on two steps, run as a user does; but the runs after the
+    cold start in this process, where everything is imported."""
     folder = tmp_path_factory.mktemp("compare")
     task, out = task_file(folder), folder / "out"
+    one_by_one = Lock()
+
+    def process(command: list[str], **streams: Any) -> Any:
+        arguments = command[3:]
+        if arguments[0] == "sft":
+            return subprocess.run(command, **streams)
+        with one_by_one:
+            return subprocess.CompletedProcess(command, cli.main(arguments))
+
     options = ["--seeds", "3", "--jobs", "2", "--out", str(out), "train.lr=1e-3"]
-    code = cli.main(["compare", *map(str, [task, *FILES]), *options])
+    with pytest.MonkeyPatch.context() as patch:
+        processes = SimpleNamespace(run=process, DEVNULL=subprocess.DEVNULL)
+        patch.setattr(module, "subprocess", processes)
+        code = cli.main(["compare", *map(str, [task, *FILES]), *options])
     assert code == 0, [log.read_text() for log in (out / "logs").iterdir()]
     return task, out
 

@@ -19,70 +19,101 @@ from elpo_fast.tools.toolbox import Toolbox
 from elpo_fast.types import RunError, Task, ToolCall, ToolResult
 
 TASK = Task("t", (), "test")
-SERVER = '''
-import os, random, sys, time
+# By hand: what the SDK's server imports takes longer than all that is tested here.
+SERVER = """
+import json, os, random, sys, time
+
+seen = []
+
+def add(first, second):
+    "Adds two numbers."
+    return first + second
+
+def note(text):
+    "Keeps a note; all of them so far."
+    seen.append(text)
+    return " ".join(seen)
+
+def count():
+    "How many notes there are."
+    return len(seen)
+
+def dice():
+    "A number that nobody knows."
+    return random.random()
+
+def fail():
+    "Raises."
+    raise ValueError("nothing works, fail")
+
+def wait():
+    "Takes long."
+    time.sleep(60)
+
+def die():
+    "Ends the server, once where there is no file."
+    if not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
+        os._exit(1)
+    return "alive"
+
+def always_die():
+    "Ends the server."
+    os._exit(1)
+
+KINDS = {add: "integer", note: "string"}
+TOOLS = {tool.__name__: tool for tool in (add, note, count, dice, fail, wait, die, always_die)}
+
+def described(tool):
+    names = tool.__code__.co_varnames[: tool.__code__.co_argcount]
+    properties = {name: {"type": KINDS[tool]} for name in names}
+    schema = {"type": "object", "properties": properties, "required": list(names)}
+    return {"name": tool.__name__, "description": tool.__doc__, "inputSchema": schema}
+
+def answer(method, params):
+    if method == "initialize":
+        about = {"name": "test", "version": "1"}
+        version = params["protocolVersion"]
+        return {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": about}
+    if method == "tools/list":
+        return {"tools": [described(tool) for tool in TOOLS.values()]}
+    assert method == "tools/call"
+    try:
+        text, error = str(TOOLS[params["name"]](**params["arguments"])), False
+    except Exception as problem:
+        text, error = str(problem), True
+    return {"content": [{"type": "text", "text": text}], "isError": error}
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "id" not in asked:
+        continue
+    reply = {"jsonrpc": "2.0", "id": asked["id"]}
+    if asked["method"] in ("initialize", "tools/list", "tools/call"):
+        reply["result"] = answer(asked["method"], asked.get("params") or {})
+    else:
+        reply["error"] = {"code": -32601, "message": "there is no " + asked["method"]}
+    print(json.dumps(reply), flush=True)
+"""
+OVER_HTTP = '''
+import sys
 from mcp.server.mcpserver import MCPServer
 
 server = MCPServer("test")
-seen = []
 
 @server.tool()
 def add(first: int, second: int) -> int:
     """Adds two numbers."""
     return first + second
 
-@server.tool()
-def note(text: str) -> str:
-    """Keeps a note; all of them so far."""
-    seen.append(text)
-    return " ".join(seen)
-
-@server.tool()
-def count() -> str:
-    """How many notes there are."""
-    return str(len(seen))
-
-@server.tool()
-def dice() -> str:
-    """A number that nobody knows."""
-    return str(random.random())
-
-@server.tool()
-def fail() -> str:
-    """Raises."""
-    raise ValueError("nothing works")
-
-@server.tool()
-def wait() -> str:
-    """Takes long."""
-    time.sleep(60)
-    return ""
-
-@server.tool()
-def die() -> str:
-    """Ends the server, once where there is no file."""
-    if not os.path.exists(sys.argv[1]):
-        open(sys.argv[1], "w").close()
-        os._exit(1)
-    return "alive"
-
-@server.tool()
-def always_die() -> str:
-    """Ends the server."""
-    os._exit(1)
-
-if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        server.run("streamable-http", port=int(sys.argv[2]))
-    else:
-        server.run()
+server.run("streamable-http", port=int(sys.argv[1]))
 '''
 
 
 @pytest.fixture
 def command(tmp_path: Path) -> list[str]:
     (tmp_path / "server.py").write_text(SERVER)
-    return [sys.executable, str(tmp_path / "server.py"), str(tmp_path / "died")]
+    return [sys.executable, "-I", str(tmp_path / "server.py"), str(tmp_path / "died")]
 
 
 @pytest.fixture(autouse=True)
@@ -175,10 +206,10 @@ def test_a_server_that_does_not_repeat_itself_cannot_branch(command: list[str]) 
 
 @pytest.mark.parametrize("stateful", [False, True])
 def test_a_call_that_takes_too_long_leaves_the_state(command: list[str], stateful: bool) -> None:
-    box = box_of({"command": command, "stateful": stateful}, timeout_s=4.0)
+    box = box_of({"command": command, "stateful": stateful}, timeout_s=2.0)
     noted, waited, counted = calls(box, ("note", {"text": "a"}), ("wait", {}), ("count", {}))
     assert noted.content == "a"
-    assert (waited.content, waited.error) == ("timed out after 4 s", True)
+    assert (waited.content, waited.error) == ("timed out after 2 s", True)
     if stateful:  # the other one still sleeps
         assert waited.state == noted.state and counted.content == "1"
 
@@ -192,11 +223,12 @@ def test_a_server_that_dies_is_started_again_once(command: list[str], stateful: 
         calls(box_of(server), ("always_die", {}))
 
 
-def test_a_server_over_http(command: list[str]) -> None:
+def test_a_server_over_http(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(OVER_HTTP)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with subprocess.Popen([*command, str(port)]) as process:
+    with subprocess.Popen([sys.executable, str(tmp_path / "server.py"), str(port)]) as process:
         try:
             patience = time.monotonic() + 60
             while time.monotonic() < patience:
