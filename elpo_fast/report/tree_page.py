@@ -7,7 +7,6 @@ tokens, are compressed and read when they are looked at, so that thousands open 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -163,14 +162,14 @@ class _Drawn:
         columns = ("node_reward", "branch", "trajectory", "advantage", "pos", "neg", "eps_low")
         return {
             "parent": parent.tolist(),
-            **{name: [_short(v) for v in getattr(scored, name)[self.span]] for name in columns},
+            **{name: _short(getattr(scored, name)[self.span]) for name in columns},
             "eps_high": scored.eps_high,
             "version": forest.weight_version[self.span].tolist(),
             "written": [int(forest.agent[self._tokens(node)].sum()) for node in self.nodes],
             "heard": [int((forest.agent[self._tokens(n)] == 0).sum()) for n in self.nodes],
             "malformed": [n for n in range(len(self.nodes)) if self._malformed(n)],
             "leaf": (self.leaves - start).tolist(),
-            "reward": [_short(value) for value in forest.reward[self.leaves]],
+            "reward": _short(forest.reward[self.leaves]),
             "correct": (forest.correct[self.leaves] == 1).astype(int).tolist(),
             "end": forest.ends[leaves],
             "critical": [
@@ -213,7 +212,7 @@ class _Drawn:
         where nobody can read them, and no column whose every value is 0: it was not recorded."""
         whole = slice(*self.forest.token_start[[self.span.start, self.span.stop]])
         columns = [
-            values if values[whole].any() else None
+            _short(values[whole]) if values[whole].any() else None
             for values in (self.forest.logprob, self.forest.entropy)
         ]
         rows: list[Any] = []
@@ -224,8 +223,9 @@ class _Drawn:
                 rows.append(None)
                 continue
             said = self.pieces(self.forest.token_ids[span][agent])
+            places = (np.flatnonzero(agent) + span.start - whole.start).tolist()
             figures = (
-                None if values is None else [_short(value) for value in values[span][agent]]
+                None if values is None else [values[place] for place in places]
                 for values in columns
             )
             rows.append([said, *figures])
@@ -269,6 +269,11 @@ class Pieces:
         return found
 
 
-def _short(value: Any) -> float | None:
-    """Four digits of it, which is what a page shows; `None` for what is not finite."""
-    return float(f"{value:.4g}") + 0.0 if math.isfinite(value) else None
+def _short(values: NDArray[Any]) -> list[float | None]:
+    """Four digits of each, which is what a page shows; `None` for what is not finite."""
+    finite = np.isfinite(values)
+    numbers = np.where(finite, values, 0).astype(np.float64)
+    size = np.abs(np.where(numbers == 0, 1, numbers))
+    scale = 10.0 ** (3 - np.floor(np.log10(size)))
+    rounded = (np.round(numbers * scale) / scale + 0.0).tolist()
+    return [value if fine else None for value, fine in zip(rounded, finite.tolist(), strict=True)]
