@@ -19,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from elpo_fast.config import ConfigError, TaskConfig, parse_section
+from elpo_fast.config import ConfigError, TaskConfig, parse_config, parse_section
 from elpo_fast.tasks import make_source
 from elpo_fast.tasks.answers import Choice
 from elpo_fast.tasks.file import FileOptions, FileSource
@@ -264,8 +264,11 @@ def test_every_configuration_of_the_documentation_is_one() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert len(blocks) > 3
-    for block in blocks:
-        parse_section(FileOptions, TaskConfig(**yaml.safe_load(block)).options)
+    for data in map(yaml.safe_load, blocks):
+        if "task" in data:  # a whole configuration
+            parse_config(data)
+        else:
+            parse_section(FileOptions, TaskConfig(**data).options)
     table = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)))
     assert set(PRESETS) <= set(table)
 
