@@ -195,8 +195,8 @@ async def _sandbox() -> Protection | str:
 
 def _widens() -> bool:
     """`elpo_kernels.widens_bfloat16`, without PyTorch where Linux tells as much."""
-    told = Path("/proc/cpuinfo")
-    if platform.machine().lower() in ("x86_64", "amd64") and told.exists():
+    told, limited = Path("/proc/cpuinfo"), "ATEN_CPU_CAPABILITY" in os.environ
+    if platform.machine().lower() in ("x86_64", "amd64") and told.exists() and not limited:
         text = told.read_text(encoding="utf-8")
         flags = re.search(r"^flags\s*:.*$", text, re.MULTILINE)
         has = set(flags[0].split()) if flags else set()

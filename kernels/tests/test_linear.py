@@ -374,17 +374,19 @@ def test_cpu_memory_is_bounded(products: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "amx, avx512, vendor, widens",
+    "amx, avx512, vendor, limit, widens",
     [
-        (True, True, "GenuineIntel", False),
-        (False, True, "GenuineIntel", True),
-        (False, True, "AuthenticAMD", False),
-        (False, False, "AuthenticAMD", True),
+        (True, True, "GenuineIntel", "AVX512", False),
+        (False, True, "GenuineIntel", "AVX512", True),
+        (False, True, "AuthenticAMD", "AVX512", False),
+        (False, False, "AuthenticAMD", "AVX2", True),
+        (True, True, "GenuineIntel", "AVX2", True),
     ],
 )
 def test_bfloat16_is_widened_where_it_is_slow(
-    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, vendor: str, widens: bool
+    monkeypatch: pytest.MonkeyPatch, amx: bool, avx512: bool, vendor: str, limit: str, widens: bool
 ) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: limit)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)

@@ -52,12 +52,14 @@ def widens_bfloat16() -> bool:
     """Whether this CPU multiplies float32 matrices faster than bfloat16 ones.
 
     On x86 bfloat16 is fast with AMX, and with AVX-512 BF16 on AMD's processors alone: on Intel's
-    these instructions take twice as long as float32's. Others widen it in software. Decided by what
-    the processor says of itself, not by timing: all processes of a run must decide alike.
+    these instructions take twice as long as float32's. Others widen it in software, and so does one
+    that `ATEN_CPU_CAPABILITY` limits to AVX2. Decided by what the processor says of itself, not by
+    timing: all processes of a run must decide alike.
     """
     if platform.machine().lower() in ("x86_64", "amd64"):
-        fast = torch.cpu._is_amx_tile_supported() or (
-            torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in _processor()
+        fast = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2") and (
+            torch.cpu._is_amx_tile_supported()
+            or (torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in _processor())
         )
     else:
         fast = torch.backends.mkldnn.is_available() and bool(
