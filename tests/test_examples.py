@@ -213,7 +213,7 @@ def test_the_first_hour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         own = [*small, "sft.batch=16"] if "hour.yaml" in words else []
         assert main([*words, *own]) == 0, line
         said[words[0]] = capsys.readouterr().out
-    assert list(said) == ["sft", "train", "eval", "show", "tree"]
+    assert list(said) == ["sft", "train", "eval", "show", "tree", "report"]
     assert "held-out loss" in said["sft"] and "pass@8" in said["eval"]
     phases = [record["phase"] for record in read_metrics(Path("runs/hour"))]
     assert phases.count("rl") == 1 and {"sft", "eval"} <= set(phases)

@@ -198,7 +198,8 @@ class PolicyOptimizer:
 
     def policy_backward(self, batch: PackedBatch) -> Part | None:
         """Add one micro-batch's gradient to the masters' `.grad`; `None`: it has no coefficient.
-        Nothing here waits for the device."""
+        The loss makes its own gradients in its forward; the backward scales these and goes on
+        through the blocks. Nothing here waits for the device."""
         rows = batch.loss_rows
         entropy_coef: list[NDArray[Any]] = []
         if batch.entropy_coef is not None:  # of all that the agent wrote, each token by itself

@@ -105,6 +105,15 @@ def test_wrong_main_grad_raises(main_grad: Tensor) -> None:
         linear_policy_loss(*leaves.linear, *leaves.policy, main_grad=main_grad)
 
 
+def test_an_entropy_bonus_needs_the_entropy_of_each_token() -> None:
+    case = make_case()
+    logprob = torch.full((len(case.targets),), -1.0)
+    with pytest.raises(ValueError, match="needs the tokens' entropy"):
+        policy_loss(logprob, *case.policy, entropy_coef=0.1)
+    with pytest.raises(ValueError, match="entropy_coef"):
+        policy_loss(logprob, *case.policy, entropy=-logprob, entropy_coef=torch.ones(1))
+
+
 def test_second_backward_is_refused() -> None:
     leaves = make_case().leaves()
     loss = linear_policy_loss(*leaves.linear, *leaves.policy).loss

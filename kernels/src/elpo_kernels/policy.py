@@ -31,6 +31,7 @@ from elpo_kernels.checks import (
     check_per_token,
     check_ratio_cap,
     check_signs,
+    entropy_coefficient,
 )
 from elpo_kernels.schema import operator
 
@@ -38,8 +39,8 @@ LOG_RATIO_LIMIT = 40.0
 
 
 class PolicyStats(NamedTuple):
-    """Plain means over the unmasked tokens, as 0-dimensional tensors (no device synchronisation);
-    all of them 0 where no token is unmasked."""
+    """Plain means over the unmasked tokens, those with a coefficient other than 0, as 0-dimensional
+    tensors (no device synchronisation); all of them 0 where no token is unmasked."""
 
     tokens: Tensor  # number of unmasked tokens
     clipped_low: Tensor  # share whose c⁻ part has no gradient because ρ < 1 − ε_low
@@ -253,16 +254,21 @@ def policy_loss(
     **options: Unpack[ClipOptions],
 ) -> PolicyLossOutput:
     """The loss of this module from log-probs `[T]` (float32 or float64) that are there already,
-    differentiable with respect to `logprob` and `entropy`; arguments as in `linear_policy_loss`."""
+    differentiable with respect to `logprob` and `entropy`; `old_logprob`, coefficients, bounds and
+    options of the clip as in `linear_policy_loss`. A token is masked by coefficients of 0."""
     if logprob.ndim != 1 or logprob.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"logprob must be float32 or float64 [T], got {logprob.dtype} {list(logprob.shape)}"
         )
     clip = make_clip(logprob, old_logprob, pos_coef, neg_coef, eps_low, eps_high, **options)
     loss, _, stats = policy_loss_op(logprob, *clip, backend)
+    pull = entropy_coefficient(entropy_coef, logprob)
     if entropy is not None:
         check_per_token("entropy", entropy, logprob)
-        loss = loss - (entropy_coef * entropy).sum()
+    if pull is not None:
+        if entropy is None:
+            raise ValueError("entropy_coef needs the tokens' entropy=")
+        loss = loss - (pull * entropy).sum()
     return PolicyLossOutput(
         loss,
         logprob.detach(),

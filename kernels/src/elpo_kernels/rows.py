@@ -1,6 +1,6 @@
 """Arithmetic on rows of logits: a tile `[R, columns]` in plain PyTorch, mostly in place.
 
-`rows_triton` has the same as kernels.
+`rows_triton` has the same as kernels: `add_sums` is `sums_kernel`, `to_gradient` `gradient_kernel`.
 
 Tiles are in the accumulation dtype. A target column outside `0 … columns − 1` is not in the tile.
 """

@@ -1,4 +1,5 @@
-"""Triton kernels over rows of logits, one program a row: the arithmetic of `rows`.
+"""Triton kernels over rows of logits, one program a row: the arithmetic of `rows` and of
+`linear.torch_tiles`.
 
 A row's logits z arrive raw, in any floating dtype, and become base-2 levels in float32,
 

@@ -105,14 +105,24 @@ def linear_policy_loss(
     main_grad: Tensor | None = None,
     **options: Unpack[HeadAndClip],
 ) -> PolicyLossOutput:
-    """The clipped policy loss of `policy.py`, summed over tokens, gradients made in one pass.
+    """The clipped policy loss, summed over tokens, gradients made in one pass:
 
-    Head and its options as in `linear_logprob`; `old_logprob`, `pos_coef`, `neg_coef` `[T]`;
-    `eps_low`, `eps_high` numbers or `[T]`. `old_logprob=None` stands for the current policy (ratio
-    1, plain policy gradient). The other `options` are those of `ClipOptions`: `advantages` and
-    optionally `weights` in the place of the coefficient pair, `is_weight`, `ratio_cap`.
-    `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. The coefficients
-    carry all weights: nothing is divided by a number of tokens.
+        −Σ [pos_coef · min(ρ, clip ρ) + neg_coef · max(ρ, clip ρ)],  ρ = exp(logprob − old_logprob),
+
+    clip to `[1 − eps_low, 1 + eps_high]`. `old_logprob`, under the same temperature and soft cap,
+    `pos_coef` (≥ 0) and `neg_coef` (≤ 0) are `[T]`; the bounds numbers or `[T]`, ≥ 0 (not checked
+    in tensors), infinity for none. `old_logprob=None` stands for the current policy (ratio 1, plain
+    policy gradient). The coefficients carry all weights: nothing is divided by a number of tokens.
+
+    Options of the clip: `advantages` `[T]`, with `weights` `[T]` or without, in the place of the
+    coefficient pair; `is_weight` `[T]` times the coefficients (truncated importance sampling);
+    `ratio_cap`, at least 1, bounds the ratio of negative advantages (dual clip; infinity: none).
+    Options of the head, as in `linear_logprob`: `temperature`, `softcap`, `bias`, `lora`,
+    `vocab_group`, `vocab_start`, `ignore_index`, `backend`.
+
+    `entropy_coef` (number or `[T]`) subtracts Σ entropy_coef · entropy. A number counts for every
+    token that has a target, masked or not: give `[T]`, with 0 on those. With `softcap` as well the
+    loss is composed of `linear_logprob` and `policy_loss` (8THV), and `main_grad` is refused.
 
     Tokens without coefficient are never computed: their `logprob` and `entropy` are 0 unless
     `logprob_for_all`; what their `old_logprob` holds is of no account. `logprob`, `entropy` and
@@ -121,9 +131,10 @@ def linear_policy_loss(
     The weight's gradient is summed in float32 and returned in the weight's dtype. With `main_grad`
     (float32 `[V, H]`) it is added there instead, in this call, for an upstream gradient of 1: scale
     the coefficients rather than the loss, and keep the call out of gradient checkpointing.
+    Gradients go to `hidden`, `weight`, `bias` and `lora` alone, once: a second backward raises.
 
-    Raises `ValueError` for shapes, dtypes, devices, signs or targets that do not fit,
-    `RuntimeError` for a backend that cannot run.
+    Raises `ValueError` for shapes, dtypes (float16 among them), devices, signs or targets that do
+    not fit, `RuntimeError` for a backend that cannot run and `main_grad` under checkpointing.
     """
     clipping, others = split_options(options)
     head = _checked(hidden, weight, targets, **others)

@@ -111,7 +111,7 @@ class Rows:
     raw: Tensor  # [R] target's logit before bias, soft cap and temperature
     logit: Tensor  # [R] target's logit
     inv_temperature: float | Tensor  # Tensor: [R, 1]
-    anchor: Tensor | None  # [R, 1] added inside the product, in its dtype; None: 0 for all
+    anchor: Tensor | None  # [R, 1] added inside the product by `TorchTiles`; None: 0
     offset: Tensor  # [R]
     target: Tensor  # [R] L of the target, once `anchored`
 

@@ -1,7 +1,8 @@
 """The policy loss and its gradients in one pass over the vocabulary: see `passes` for the algebra.
 
 Two passes are made where the weight's gradient is narrower than its sum, which would have to be
-kept from the first block of tokens to the last, and there is no room for it: see `Tiling`.
+kept from the first block of tokens to the last, and there is no room for it: see `Tiling`. GPUs
+always make one.
 
 Tokens are dropped twice: those without a coefficient before they meet the head, those whose
 gradient turns out to be zero (clipped) before the backward products. The powers E of the remaining
@@ -60,7 +61,7 @@ class Result(NamedTuple):
     gradients: list[Tensor]
 
 
-def policy_loss(
+def loss_and_gradients(
     problem: Problem,
     objective: Objective,
     index: Tensor,
@@ -83,6 +84,7 @@ def policy_loss(
     log_ratio = torch.zeros_like(logprob)
     flags = torch.zeros(len(logprob), dtype=torch.int8, device=logprob.device)
     slope = torch.zeros_like(logprob)
+    # For the sum and the statistics; one pass has used its slopes already, in `_measure`.
     loss[index], slope[index], log_ratio[index], flags[index] = objective.surrogate(
         logprob[index], index
     )

@@ -1,9 +1,11 @@
-"""The two operators of a head, each with fake and autograd formula.
+"""The three operators of a head, each with fake and autograd formula.
 
 `elpo_kernels::linear_logprob` computes the logits once more in its backward.
 `elpo_kernels::linear_policy` makes the gradients in its forward, for an upstream gradient of one,
-and only scales them afterwards. Gradients are lists in the order xs, weights, bias; what was not
-asked for is an empty tensor, because operators cannot return `None`.
+and only scales them afterwards. Gradients come in the order xs, weights, bias, as a list or, from
+`linear_policy`, as tensors; what was not asked for is an empty tensor, because operators cannot
+return `None`. Operators take the fields of `HeadInputs` and `Clip` one by one; `schema.operator`
+puts the records together again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from elpo_kernels.backend import resolve_backend
 from elpo_kernels.checks import accumulation, chosen_tokens
 from elpo_kernels.linear.head import Head, HeadInputs
-from elpo_kernels.linear.one_pass import Objective, policy_loss
+from elpo_kernels.linear.one_pass import Objective, loss_and_gradients
 from elpo_kernels.linear.passes import Found, Problem, Tiles, backward, forward
 from elpo_kernels.linear.tiling import Tiling
 from elpo_kernels.policy import Clip
@@ -204,7 +206,7 @@ def linear_policy_op(
     size, chosen = _size(problem.head, valid.device), valid if all_tokens else live
     signs = clip.pos, clip.neg
     index = chosen_tokens(chosen, given.targets, size, given.ignore_index, *signs)
-    result = policy_loss(problem, objective, index, want_entropy, main_grad)
+    result = loss_and_gradients(problem, objective, index, want_entropy, main_grad)
     return *result[:4], *_five(result.gradients)
 
 

@@ -65,9 +65,11 @@ def logits_policy_loss(
     in_place: bool = False,
     **options: Unpack[SoftmaxAndClip],
 ) -> PolicyLossOutput:
-    """`linear_policy_loss` from logits `[T, V]`, the gradient made in the forward.
+    """`linear_policy_loss` from logits `[T, V]` before soft cap and temperature, contiguous along
+    the vocabulary; without `bias`, `lora`, `vocab_group`, `vocab_start` and `main_grad`.
 
-    With `in_place` it is written over the logits at once; nothing may read them afterwards.
+    The gradient is made in the forward. With `in_place` it is written over the logits at once;
+    nothing may read them afterwards.
     """
     clipping, others = split_options(options)
     softmax = _checked(logits, targets, **others)
