@@ -338,8 +338,9 @@ class _Growth:
             while not planner.done:
                 with region("planning"):
                     for request in planner.requests():
-                        work = self._sample(request.node, request.count)
-                        pending.add(asyncio.create_task(work))
+                        if request.count > 0:
+                            work = self._sample(request.node, request.count)
+                            pending.add(asyncio.create_task(work))
                 if not pending:
                     raise RunError(
                         f"{type(planner).__name__} is not done and asks for nothing; a planner has "
