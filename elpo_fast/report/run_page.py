@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elpo_fast import __version__
-from elpo_fast.config import Config, load_config, parse_config
+from elpo_fast.config import Config, flat, load_config, parse_config
 from elpo_fast.report import page
 from elpo_fast.report.plots import new_figure
 from elpo_fast.report.show import is_run, saved_steps
@@ -360,7 +360,7 @@ def _svg(figure: Figure) -> str:
 
 def _configuration(run: Path, config: Config) -> str:
     """What differs from the defaults, then all of it."""
-    theirs, ours = _flat(parse_config({}).model_dump()), _flat(config.model_dump())
+    theirs, ours = flat(parse_config({}).model_dump()), flat(config.model_dump())
     rows = "".join(
         f"<tr><td>{html.escape(key)}</td><td><code>{html.escape(str(value))}</code></td></tr>"
         for key, value in ours.items()
@@ -372,16 +372,6 @@ def _configuration(run: Path, config: Config) -> str:
         f"<table>{rows}</table><details><summary>all of it</summary><pre>{whole}</pre></details>"
         "</section>"
     )
-
-
-def _flat(section: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{above}{name}.")
-        else:
-            flat[above + name] = value
-    return flat
 
 
 def _phase(records: Records, phase: str) -> Records:

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from elpo_fast import cli
-from elpo_fast.train.summary import read_metrics
-from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest
 
 pytest.importorskip("verifiers")
@@ -41,38 +39,20 @@ def load_environment(**args):
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], list[Forest]]:
+def trained(tmp_path: Path, two_steps: Callable[..., Any]) -> Callable[..., list[Forest]]:
     """Trains two steps on an environment whose module has this text; the run's trees."""
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
 
     def train(module: str, text: str, args: str, planner: str) -> list[Forest]:
         (tmp_path / f"{module}.py").write_text(text)
         settings = {
-            "run.name": module,
-            "run.threads": 1,
-            "model.name": "scratch",
-            "model.dtype": "float32",
-            "model.scratch": "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, context: 4096}",
             "task.source": "verifiers",
             "task.options": f"{{env: {module}, args: {args}, held_out_fraction: 0.3}}",
             "tools.names": "[]",
-            "rollout.max_tokens": 4000,
             "algo.planner": planner,
-            "algo.n_total": 6,
-            "train.steps": 2,
-            "train.tasks_per_step": 2,
-            "train.lr": 1e-3,
-            "eval.tasks": 1,
         }
-        config = tmp_path / "run.yaml"
-        config.write_text("run: {name: run}\n")
-        pairs = [f"{name}={value}" for name, value in settings.items()]
-        assert cli.main(["train", str(config), *pairs]) == 0
-        steps = [each for each in read_metrics(Path("runs") / module) if each["phase"] == "rl"]
-        assert [step["trajectories"] for step in steps] == [12, 12]
-        assert all(step["faults"] == step["tool_errors"] == 0 < step["updates"] for step in steps)
-        return [io.load(path) for path in sorted(Path("runs", module, "trees").glob("*.npz"))]
+        steps, forests = two_steps(module, settings)
+        assert all(step["tool_errors"] == 0 for step in steps)
+        return list(forests)
 
     return train
 
