@@ -183,10 +183,10 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 a.store(
                     score, 6, types.float32, b.mul(loop.index, INDEX(room)), INDEX(part * lanes)
                 )
-                b.store(larger(b, b.load(highest[part]), score, FAST), highest[part])
+                b.store(larger(b, b.load(highest[part]), score), highest[part])
         top = [b.load(cell) for cell in highest]
         for x in turns(top[0]):
-            top[0] = larger(b, top[0], x, FAST)
+            top[0] = larger(b, top[0], x)
 
         # Weights, their sums and the weighted sum of the values.
         totals, sums = zeros(parts), zeros(group * per_head)

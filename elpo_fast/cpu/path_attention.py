@@ -1,128 +1,134 @@
 """Tree attention on CPUs: allowed pairs only, whatever lies between them in the row.
 
 A tree of `L` leaves is `L` runs of consecutive path tokens, and what a run sees besides itself is a
-few slices of earlier tokens. Memory is linear in the row. `path_layout` has kernels, which compute
-in float32; float64 is plain PyTorch here.
+few slices of earlier tokens. PyTorch's flash attention computes the run causally and what is above
+it in full; these parts `p` are joined by their log-sum-exps `l_p`,
+
+    o = sum_p e^(l_p - l) o_p,   l = log sum_p e^l_p,
+
+and its backward is given `o` and `l` of the whole. Where a window hides something a mask says what
+is seen. Memory is linear in the row; half precision is computed in float32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from elpo_kernels.attention.plan import Chain, TreePlan
-from torch import library
-
-from elpo_fast.cpu import path_layout
+from torch import Tensor, library
 
 TILE = 256  # queries at once
 _last: list[TreePlan] = []
 
+if hasattr(os, "register_at_fork"):
+    # A forked process lacks PyTorch's threads and would wait for them: it computes on its own.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 def path_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     plan: TreePlan,
     scale: float,
     window: int | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Arguments and result as of `elpo_kernels.tree_attention`."""
     by_head = (x.transpose(0, 1) for x in (query, key, value))
     output, _ = _path_op(*by_head, plan.end, scale, window)
     return output.transpose(0, 1)
 
 
+class _Part(NamedTuple):
+    """Of what a tile's queries see; keys are the `path`'s tokens."""
+
+    path: list[slice]
+    causal: bool  # as many keys as queries, each with those before it
+    mask: Tensor | None  # `[queries, keys]`, added to the scores
+
+
 @library.custom_op("elpo_fast::path_attention", mutates_args=())
 def _path_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    end: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`. One operator to a compiler, whatever
-    the trees: it knows them by their tensor.
-
-    Returns the kernels' statistics for the backward too, empty where there are none.
-
-    Heads that share a key head are stacked as further query rows of it: `[kv_heads, G n, D]`.
-    """
-    plan = _plan(end)
-    if _has_kernels(query):
-        return path_layout.forward(query, key, value, plan, scale, window)
-    output = _by_token(query)
-    for tile in plan.pieces(TILE, window):
+    query: Tensor, key: Tensor, value: Tensor, end: Tensor, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """`[heads, N, D]`, `[kv_heads, N, D]` -> `[heads, N, D]`, and the log-sum-exps `[heads, N]`.
+    One operator to a compiler, whatever the trees: it knows them by their tensor."""
+    dtype = query.dtype
+    query, key, value = (_wide(x) for x in (query, key, value))
+    output, log_sums = _by_token(query), query.new_empty(query.shape[:2])
+    q, o, sums = (x.unflatten(0, (len(key), -1)) for x in (query, output, log_sums))
+    k, v = (x[:, None].expand(*q.shape[:2], -1, -1) for x in (key, value))
+    for tile in _plan(end).pieces(TILE, window):
         own = slice(tile.start, tile.stop)
-        weights = _probabilities(query, key, tile, scale, window)
-        output[:, own] = torch.bmm(weights, _gather(value, tile.path)).view_as(output[:, own])
-    return output, query.new_empty(0)
+        found = [
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[:, :, own], _gather(k, path), _gather(v, path), 0.0, causal,
+                attn_mask=mask, scale=scale,
+            )
+            for path, causal, mask in _parts(tile, window, q.dtype)
+        ]  # fmt: skip
+        total, log_sum = found[0]
+        for other, log_other in found[1:]:
+            joint = torch.logaddexp(log_sum, log_other)
+            total = torch.lerp(total, other, (log_other - joint).exp_()[..., None])
+            log_sum = joint
+        o[:, :, own], sums[:, :, own] = total, log_sum
+    return output.to(dtype), log_sums
 
 
 @library.custom_op("elpo_fast::path_attention_backward", mutates_args=())
 def _path_backward_op(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    end: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    end: Tensor,
     scale: float,
     window: int | None,
-    output: torch.Tensor,
-    statistics: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value.
-
-    Probabilities are computed again, so that nothing quadratic is kept.
-    """
-    plan = _plan(end)
-    if _has_kernels(query):
-        return path_layout.backward(
-            query, key, value, plan, scale, window, output, statistics, grad
-        )
-    heads, _, size = query.shape
-    shared = (key.shape[0], -1, size)
-    correction = (grad * output).sum(-1, keepdim=True)
-    query_grad = _by_token(query)
-    key_grad, value_grad = (_by_token(key).zero_() for _ in range(2))
-    for tile in plan.pieces(TILE, window):
+    output: Tensor,
+    log_sums: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    dtype = query.dtype
+    query, key, value, output, grad = (_wide(x) for x in (query, key, value, output, grad))
+    grads = query_grad, key_grad, value_grad = [_by_token(x).zero_() for x in (query, key, value)]
+    given = grad, query, output, log_sums, query_grad
+    g, q, o, sums, dq = (x.unflatten(0, (len(key), -1)) for x in given)
+    k, v = (x[:, None].expand(*q.shape[:2], -1, -1) for x in (key, value))
+    for tile in _plan(end).pieces(TILE, window):
         own = slice(tile.start, tile.stop)
-        weights = _probabilities(query, key, tile, scale, window)
-        above = grad[:, own].reshape(shared)
-        part = torch.bmm(weights.transpose(1, 2), above)
-        _scatter_add(value_grad, part, tile.path)
-        score_grad = torch.bmm(above, _gather(value, tile.path).transpose(1, 2))
-        score_grad = score_grad - correction[:, own].reshape(key.shape[0], -1, 1)
-        score_grad = weights.mul_(score_grad).mul_(scale)
-        query_grad[:, own] = torch.bmm(score_grad, _gather(key, tile.path)).view(heads, -1, size)
-        part = torch.bmm(score_grad.transpose(1, 2), query[:, own].reshape(shared))
-        _scatter_add(key_grad, part, tile.path)
-    return query_grad, key_grad, value_grad
+        for path, causal, mask in _parts(tile, window, q.dtype):
+            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g[:, :, own], q[:, :, own], _gather(k, path), _gather(v, path),
+                o[:, :, own], sums[:, :, own], 0.0, causal, attn_mask=mask, scale=scale,
+            )  # fmt: skip
+            dq[:, :, own] += found[0]
+            _scatter_add(key_grad, found[1].sum(1), path)
+            _scatter_add(value_grad, found[2].sum(1), path)
+    return tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
 
 
 @_path_op.register_fake
-def _(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    heads, tokens, _ = query.shape
-    if _has_kernels(query):
-        return _by_token(query), query.new_empty(2, tokens, heads, dtype=torch.float32)
-    return _by_token(query), query.new_empty(0)
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _by_token(query), _wide(query).new_empty(query.shape[:2])
 
 
 @_path_backward_op.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Any:
     return _by_token(query), _by_token(key), _by_token(value)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.scale, ctx.window = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
-    *tensors, output, statistics = ctx.saved_tensors
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    *tensors, output, log_sums = ctx.saved_tensors
     found = torch.ops.elpo_fast.path_attention_backward(
-        *tensors, ctx.scale, ctx.window, output, statistics, grad
+        *tensors, ctx.scale, ctx.window, output, log_sums, grad
     )
     return *found, None, None, None
 
@@ -130,7 +136,23 @@ def _gradients(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]
 _path_op.register_autograd(_gradients, setup_context=_save)
 
 
-def _plan(end: torch.Tensor) -> TreePlan:
+def _parts(tile: Chain, window: int | None, dtype: torch.dtype) -> list[_Part]:
+    """Of what the tile's queries see, each pair in one of them."""
+    own = slice(tile.start, tile.stop)
+    if window is not None and tile.length > window:
+        place = torch.arange(tile.length)
+        distance = place[own.start - own.stop :, None] - place  # the path ends with the tile's own
+        hidden = (distance < 0) | (distance >= window)
+        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        return [_Part(tile.path, False, mask)]
+    *above, last = tile.path
+    if last.start < own.start:
+        above.append(slice(last.start, own.start))
+    parts = [_Part([own], True, None)]
+    return [*parts, _Part(above, False, None)] if above else parts
+
+
+def _plan(end: Tensor) -> TreePlan:
     """What is derived of these trees, once for all layers of a batch: an operator is given tensors
     alone. The last one is kept, so that its memory is at an address that no other's has."""
     plan = _last[0] if _last else None
@@ -140,40 +162,25 @@ def _plan(end: torch.Tensor) -> TreePlan:
     return plan
 
 
-def _has_kernels(query: torch.Tensor) -> bool:
-    return query.dtype != torch.float64 and query.numel() > 0
+def _wide(x: Tensor) -> Tensor:
+    """Its numbers as they are computed with, each head's side by side: the kernels look at no other
+    stride."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _by_token(like: torch.Tensor) -> torch.Tensor:
+def _by_token(like: Tensor) -> Tensor:
     """An empty tensor `[heads, N, D]` with memory order `[N, heads, D]`, as projections have it."""
     heads, tokens, size = like.shape
     return like.new_empty(tokens, heads, size).transpose(0, 1)
 
 
-def _probabilities(
-    query: torch.Tensor, key: torch.Tensor, tile: Chain, scale: float, window: int | None
-) -> torch.Tensor:
-    """Softmax over a tile's path, `[kv_heads, G n, path]` for `n` queries."""
-    keys = _gather(key, tile.path)
-    kv_heads, length, size = keys.shape
-    rows = tile.stop - tile.start
-    stacked = query[:, tile.start : tile.stop].reshape(kv_heads, -1, size)
-    scores = torch.bmm(stacked, keys.transpose(1, 2)).mul_(scale)
-    # The tile's own tokens are the path's last ones: row i stands at length - rows + i.
-    hidden = torch.ones(rows, length, dtype=torch.bool).triu_(length - rows + 1)
-    if window is not None:
-        hidden |= torch.ones_like(hidden).tril_(length - rows - window)
-    scores.view(kv_heads, -1, rows, length).masked_fill_(hidden, -torch.inf)
-    return torch.softmax(scores, dim=-1)
+def _gather(tensor: Tensor, path: list[slice]) -> Tensor:
+    """Its tokens `[..., path, D]`."""
+    return torch.cat([tensor[..., part, :] for part in path], dim=-2)
 
 
-def _gather(tensor: torch.Tensor, path: list[slice]) -> torch.Tensor:
-    return torch.cat([tensor[:, part] for part in path], dim=1)
-
-
-def _scatter_add(total: torch.Tensor, part: torch.Tensor, path: list[slice]) -> None:
-    offset = 0
-    for piece in path:
-        length = piece.stop - piece.start
-        total[:, piece] += part[:, offset : offset + length]
-        offset += length
+def _scatter_add(total: Tensor, part: Tensor, path: list[slice]) -> None:
+    sizes = [piece.stop - piece.start for piece in path]
+    for piece, some in zip(path, part.split(sizes, dim=1), strict=True):
+        total[:, piece] += some

@@ -58,7 +58,7 @@ def _survey(typing_context, line, stop):
         b.store(constant(0, bits), exponent)
         with cgutils.for_range(b, b.udiv(args[1], INDEX(LANES)), intp=INDEX) as loop:
             raw, x = _line_vectors(b, a, line.dtype, b.mul(loop.index, INDEX(LANES)))
-            b.store(larger(b, b.load(highest), x, FAST), highest)
+            b.store(larger(b, b.load(highest), x), highest)
             raw = b.and_(raw, constant(_EXPONENT, bits))
             seen = b.load(exponent)
             b.store(b.select(b.icmp_unsigned(">", raw, seen), raw, seen), exponent)

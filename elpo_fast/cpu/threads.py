@@ -1,4 +1,4 @@
-"""What threads share: counters in memory, and a pool of them that each process has for itself."""
+"""What threads share: counters in memory."""
 
 # mypy: ignore-errors
 
@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import os
 import platform
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
-import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
@@ -67,23 +64,3 @@ def give_way(typing_context):
         return context.get_dummy_value()
 
     return types.void(), generate
-
-
-def on_threads(threads, kernel, *arguments):
-    """`kernel(counter, *arguments)` on so many threads at once, each of which takes what work there
-    is left, by `counter`, zeros `[2]`.
-
-    Python's threads, because Numba's own may not be called by several at once everywhere.
-    """
-    counter = np.zeros(2, np.int64)
-    others = range(threads - 1)
-    calls = [_pool(os.getpid(), threads).submit(kernel, counter, *arguments) for _ in others]
-    kernel(counter, *arguments)
-    for call in calls:
-        call.result()
-
-
-@cache
-def _pool(process, threads):
-    """Threads do not survive a fork: each process has its own."""
-    return ThreadPoolExecutor(threads - 1, thread_name_prefix="elpo-cpu")

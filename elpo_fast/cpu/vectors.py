@@ -21,13 +21,9 @@ FEATURES = get_host_cpu_features()
 TILE_ROWS, PANEL = (14, 32) if FEATURES.get("avx512f") else (6, 16)
 TILE_SIZES = tuple(sorted(size for size in {2, 4, 8, TILE_ROWS} if size <= TILE_ROWS))
 
-FLOAT, WORD, INDEX, BIT = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.IntType(1)
-ADDRESS = ir.PointerType()
-VECTOR, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)
+FLOAT, WORD, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 FAST = ("fast",)
 LOWEST = np.float32(-3e38)  # where no infinities are expected
-_LOG2E = 1.4426950408889634
-_ROUNDER = 1.5 * 2**23  # added to a small float32, leaves its nearest integer in the low bits
 _POLYNOMIAL = (1.5353359e-4, 1.3398875e-3, 9.6184374e-3, 5.5503323e-2, 2.4022648e-1, 0.6931472, 1.0)
 
 
@@ -36,7 +32,7 @@ def single(value):
     return float(np.float32(value))
 
 
-def constant(value, kind=VECTOR):
+def constant(value, kind):
     """`value` in every lane."""
     if kind.element == FLOAT:
         value = single(value)
@@ -49,26 +45,20 @@ def declared(builder, name, result, *arguments):
     return cgutils.get_or_insert_function(builder.module, kind, name)
 
 
-def fma(builder, x, y, z):
-    """x · y + z, rounded once."""
-    function = declared(builder, f"llvm.fma.v{LANES}f32", VECTOR, *[VECTOR] * 3)
-    return builder.call(function, [x, y, z])
-
-
 def permuted(builder, x, lanes, other=None):
     """Lane `i` becomes lane `lanes[i]` of `x` followed by `other`."""
     mask = ir.Constant(ir.VectorType(WORD, len(lanes)), list(lanes))
     return builder.shuffle_vector(x, x if other is None else other, mask)
 
 
-def broadcast(builder, number, kind=VECTOR):
+def broadcast(builder, number, kind):
     """A vector of `kind` with `number` in every lane."""
     first = builder.insert_element(constant(0, kind), number, WORD(0))
     return permuted(builder, first, [0] * kind.count)
 
 
-def larger(builder, x, y, flags=()):
-    return builder.select(builder.fcmp_ordered(">", x, y, flags=flags), x, y)
+def larger(builder, x, y):
+    return builder.select(builder.fcmp_ordered(">", x, y, flags=FAST), x, y)
 
 
 def reduced(builder, name, x, *start, flags=()):
@@ -78,42 +68,6 @@ def reduced(builder, name, x, *start, flags=()):
     kinds = [*(element for _ in start), x.type]
     function = declared(builder, f"llvm.vector.reduce.{name}.{suffix}", element, *kinds)
     return builder.call(function, [*start, x], fastmath=flags)
-
-
-def at(builder, pointer, offset, kind=FLOAT):
-    """`pointer`, `offset` numbers on."""
-    offset = INDEX(offset) if isinstance(offset, int) else offset
-    return builder.gep(pointer, [offset], source_etype=kind)
-
-
-def load(builder, pointer, offset):
-    return builder.load(at(builder, pointer, offset), typ=VECTOR, align=4)
-
-
-def load_broadcast(builder, pointer, offset):
-    """One number of memory in all lanes."""
-    return broadcast(builder, builder.load(at(builder, pointer, offset), typ=FLOAT, align=4))
-
-
-def store(builder, x, pointer, offset):
-    pointer = builder.bitcast(at(builder, pointer, offset), VECTOR.as_pointer())
-    builder.store(x, pointer, align=4)
-
-
-def exponential(builder, z):
-    """e^z for z up to 80, by a minimax polynomial, to 1e-7; 0 below -87. NaN shows."""
-    b = builder
-    shifted = fma(b, z, constant(_LOG2E), constant(_ROUNDER))
-    nearest = b.fsub(shifted, constant(_ROUNDER))
-    rest = fma(b, z, constant(_LOG2E), b.fneg(nearest))
-    rest = fma(b, z, constant(_LOG2E - single(_LOG2E)), rest)
-    p = constant(_POLYNOMIAL[0])
-    for coefficient in _POLYNOMIAL[1:]:
-        p = fma(b, p, rest, constant(coefficient))
-    power = b.shl(b.bitcast(shifted, WORDS), constant(23, WORDS))
-    power = b.bitcast(b.add(power, constant(127 << 23, WORDS)), VECTOR)
-    tiny = b.fcmp_ordered("<", z, constant(-87.0))
-    return b.select(tiny, constant(0.0), b.fmul(p, power))
 
 
 def fast_exponential(builder, z):
@@ -164,10 +118,6 @@ class Arrays:
             for kind, value in zip(signature.args, args, strict=True)
         ]
 
-    def data(self, *which):
-        """Addresses of the numbers of some."""
-        return [self.arrays[i].data for i in which]
-
     def size(self, array: int, axis: int):
         return self.builder.extract_value(self.arrays[array].shape, axis)
 
@@ -178,7 +128,7 @@ class Arrays:
 
     def pointer(self, array: int, kind, *index):
         offset = index[0] if len(index) == 1 else self.builder.add(*index)
-        return at(self.builder, self.arrays[array].data, offset, kind)
+        return self.builder.gep(self.arrays[array].data, [offset], source_etype=kind)
 
     def scalar(self, array: int, kind, index):
         return self.builder.load(self.pointer(array, kind, index), typ=kind)

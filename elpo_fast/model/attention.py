@@ -4,7 +4,7 @@ All compute the same function of packed trees, equal up to rounding; `elpo_kerne
 chooses between them:
 
     sdpa    a dense mask per tree; any device, the reference
-    path    allowed pairs only, by kernels in Numba; the fast one on CPUs
+    path    allowed pairs only, by PyTorch's flash attention; the fast one on CPUs
     triton  the project's own kernels; the fast one on CUDA
     flex    PyTorch's FlexAttention, compiled on CUDA
     varlen  flash attention over gathered paths, CUDA only

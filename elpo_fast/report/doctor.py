@@ -151,7 +151,7 @@ def _choices(gpu: bool) -> Iterator[Part]:
     else:
         dtype, why = ("float32", "faster") if _widens() else ("bfloat16", "as fast or faster")
         yield Part("model.dtype", f"auto is {dtype}, in which this CPU multiplies {why}")
-        yield Part("model.attention", "auto is path, Numba kernels for CPUs; triton needs a GPU")
+        yield Part("model.attention", "auto is path, PyTorch's flash attention; triton needs a GPU")
         yield Part("loss", "in PyTorch; Triton needs a GPU")
         yield Part("model.compile", "auto is false: it pays on GPUs")
     yield _rollouts(gpu)

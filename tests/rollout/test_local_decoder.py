@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from llvmlite.binding import get_host_cpu_features
 from numba import njit
 
 from elpo_fast.cpu.decoder import FusedForward, Step, as_numpy, elements, packed, padded
@@ -253,6 +258,29 @@ def test_products_add_up_in_fp32_and_a_row_does_not_depend_on_the_others(
     assert (together - exact).abs().max() <= 1e-6 * exact.abs().max() * size[0] ** 0.5
     for count in (1, 2, 3, 5, 8, 13, 14, 15, 28, 31, 64):
         assert torch.equal(multiplied(rows[:count], weight), together[:count]), count
+
+
+def test_the_other_tile_of_products(tmp_path: Path) -> None:
+    """What processors with other vectors than this one's compute."""
+    flag = not get_host_cpu_features().get("avx512f")
+    code = f"""
+import sys
+from unittest.mock import patch
+import numba, torch
+numba.njit(lambda: 0)()  # Numba itself is told the truth
+with patch("llvmlite.binding.get_host_cpu_features", lambda: {{"avx512f": {flag}}}):
+    from elpo_fast.cpu.vectors import TILE_ROWS
+assert TILE_ROWS == {14 if flag else 6}
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_local_decoder as tests
+for dtype in (torch.float32, torch.bfloat16):
+    tests.test_products_add_up_in_fp32_and_a_row_does_not_depend_on_the_others(
+        (193, 1001), torch.float32, dtype
+    )
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}  # it does not know of our lie
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 def test_views_of_bfloat16_share_memory() -> None:
