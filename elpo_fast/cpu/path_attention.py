@@ -1,30 +1,27 @@
-"""Tree attention on CPUs: allowed pairs only, whatever lies between them in the row.
+"""Tree attention on CPUs: allowed pairs only, by PyTorch's flash attention.
 
-A tree of `L` leaves is `L` runs of consecutive path tokens, and what a run sees besides itself is a
-few slices of earlier tokens. PyTorch's flash attention computes the run causally and what is above
-it in full; these parts `p` are joined by their log-sum-exps `l_p`,
+Tokens in a row with the same `end` are a segment of the tree: what sees its last token sees all of
+it. So a segment `a:b` with end `e` is two calls on slices, causal for the queries `a:b` and in full
+for `b:e`. What the parts `p` give to a query is joined by their log-sum-exps `l_p`,
 
     o = sum_p e^(l_p - l) o_p,   l = log sum_p e^l_p,
 
-and its backward is given `o` and `l` of the whole. Where a window hides something a mask says what
-is seen. Memory is linear in the row; half precision is computed in float32.
+and the backward of each part is given `o` and `l` of the whole. Under a window that hides something
+a part is a tile of queries with their path, and a mask says what is seen. Memory is linear in the
+row; half precision is computed in float32.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from elpo_kernels.attention.plan import Chain, TreePlan
 from torch import Tensor, library
 
-TILE = 256  # queries at once
+TILE = 256  # queries at once under a window
 _last: list[TreePlan] = []
-
-if hasattr(os, "register_at_fork"):
-    # A forked process lacks PyTorch's threads and would wait for them: it computes on its own.
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def path_attention(
@@ -42,11 +39,12 @@ def path_attention(
 
 
 class _Part(NamedTuple):
-    """Of what a tile's queries see; keys are the `path`'s tokens."""
+    """Queries, and keys that all of them see."""
 
-    path: list[slice]
-    causal: bool  # as many keys as queries, each with those before it
-    mask: Tensor | None  # `[queries, keys]`, added to the scores
+    queries: slice
+    keys: list[slice]
+    causal: bool = False  # as many keys as queries: of these each those up to its own
+    mask: Tensor | None = None  # `[queries, keys]`, added to the scores
 
 
 @library.custom_op("elpo_fast::path_attention", mutates_args=())
@@ -57,24 +55,17 @@ def _path_op(
     One operator to a compiler, whatever the trees: it knows them by their tensor."""
     dtype = query.dtype
     query, key, value = (_wide(x) for x in (query, key, value))
-    output, log_sums = _by_token(query), query.new_empty(query.shape[:2])
+    output = _by_token(query).zero_()
+    log_sums = query.new_full(query.shape[:2], -torch.inf)
     q, o, sums = (x.unflatten(0, (len(key), -1)) for x in (query, output, log_sums))
-    k, v = (x[:, None].expand(*q.shape[:2], -1, -1) for x in (key, value))
-    for tile in _plan(end).pieces(TILE, window):
-        own = slice(tile.start, tile.stop)
-        found = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, own], _gather(k, path), _gather(v, path), 0.0, causal,
-                attn_mask=mask, scale=scale,
-            )
-            for path, causal, mask in _parts(tile, window, q.dtype)
-        ]  # fmt: skip
-        total, log_sum = found[0]
-        for other, log_other in found[1:]:
-            joint = torch.logaddexp(log_sum, log_other)
-            total = torch.lerp(total, other, (log_other - joint).exp_()[..., None])
-            log_sum = joint
-        o[:, :, own], sums[:, :, own] = total, log_sum
+    for own, path, causal, mask in _parts(_plan(end), window, q.dtype):
+        k, v = (_shared(x, path, q) for x in (key, value))
+        found, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, :, own], k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        joint = torch.logaddexp(sums[:, :, own], log_sum)
+        o[:, :, own].lerp_(found, (log_sum - joint).exp_()[..., None])
+        sums[:, :, own] = joint
     return output.to(dtype), log_sums
 
 
@@ -93,21 +84,23 @@ def _path_backward_op(
     """Gradients of query, key and value."""
     dtype = query.dtype
     query, key, value, output, grad = (_wide(x) for x in (query, key, value, output, grad))
-    grads = query_grad, key_grad, value_grad = [_by_token(x).zero_() for x in (query, key, value)]
-    given = grad, query, output, log_sums, query_grad
-    g, q, o, sums, dq = (x.unflatten(0, (len(key), -1)) for x in given)
-    k, v = (x[:, None].expand(*q.shape[:2], -1, -1) for x in (key, value))
-    for tile in _plan(end).pieces(TILE, window):
-        own = slice(tile.start, tile.stop)
-        for path, causal, mask in _parts(tile, window, q.dtype):
-            found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g[:, :, own], q[:, :, own], _gather(k, path), _gather(v, path),
-                o[:, :, own], sums[:, :, own], 0.0, causal, attn_mask=mask, scale=scale,
-            )  # fmt: skip
-            dq[:, :, own] += found[0]
-            _scatter_add(key_grad, found[1].sum(1), path)
-            _scatter_add(value_grad, found[2].sum(1), path)
-    return tuple(x.to(dtype) for x in grads)  # type: ignore[return-value]
+    query_grad, key_grad, value_grad = (_by_token(x).zero_() for x in (query, key, value))
+    by_query = (query, output, log_sums, grad, query_grad)
+    q, o, sums, g, dq = (x.unflatten(0, (len(key), -1)) for x in by_query)
+    for own, path, causal, mask in _parts(_plan(end), window, q.dtype):
+        k, v = (_shared(x, path, q) for x in (key, value))
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(g[:, :, own], q[:, :, own], k, v, o[:, :, own], sums[:, :, own]),
+            *(0.0, causal),
+            attn_mask=mask,
+            scale=scale,
+        )
+        dq[:, :, own] += found[0]
+        sizes = [keys.stop - keys.start for keys in path]
+        for total, part in ((key_grad, found[1].sum(1)), (value_grad, found[2].sum(1))):
+            for keys, some in zip(path, part.split(sizes, dim=1), strict=True):
+                total[:, keys] += some
+    return query_grad.to(dtype), key_grad.to(dtype), value_grad.to(dtype)
 
 
 @_path_op.register_fake
@@ -136,20 +129,28 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 _path_op.register_autograd(_gradients, setup_context=_save)
 
 
-def _parts(tile: Chain, window: int | None, dtype: torch.dtype) -> list[_Part]:
-    """Of what the tile's queries see, each pair in one of them."""
-    own = slice(tile.start, tile.stop)
-    if window is not None and tile.length > window:
-        place = torch.arange(tile.length)
-        distance = place[own.start - own.stop :, None] - place  # the path ends with the tile's own
-        hidden = (distance < 0) | (distance >= window)
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        return [_Part(tile.path, False, mask)]
-    *above, last = tile.path
-    if last.start < own.start:
-        above.append(slice(last.start, own.start))
-    parts = [_Part([own], True, None)]
-    return [*parts, _Part(above, False, None)] if above else parts
+def _parts(plan: TreePlan, window: int | None, dtype: torch.dtype) -> Iterator[_Part]:
+    """Each allowed pair in one of them."""
+    if window is not None and any(chain.length > window for chain in plan.chains):
+        for tile in plan.pieces(TILE, window):
+            yield _Part(slice(tile.start, tile.stop), tile.path, mask=_mask(tile, window, dtype))
+        return
+    ends, start = plan.ends, 0
+    for stop in range(1, len(ends) + 1):
+        if stop == len(ends) or ends[stop] != ends[start]:
+            segment = slice(start, stop)
+            yield _Part(segment, [segment], causal=True)
+            if stop < ends[start]:
+                yield _Part(slice(stop, ends[start]), [segment])
+            start = stop
+
+
+def _mask(tile: Chain, window: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores `[queries, keys]` of a tile."""
+    place = torch.arange(tile.length)
+    distance = place[tile.start - tile.stop :, None] - place  # the path ends with the tile's own
+    hidden = (distance < 0) | (distance >= window)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
 def _plan(end: Tensor) -> TreePlan:
@@ -163,8 +164,8 @@ def _plan(end: Tensor) -> TreePlan:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Its numbers as they are computed with, each head's side by side: the kernels look at no other
-    stride."""
+    """Its numbers as they are computed with, each head's side by side: PyTorch's kernels look at
+    no other stride."""
     x = x if x.dtype == torch.float64 else x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -175,12 +176,8 @@ def _by_token(like: Tensor) -> Tensor:
     return like.new_empty(tokens, heads, size).transpose(0, 1)
 
 
-def _gather(tensor: Tensor, path: list[slice]) -> Tensor:
-    """Its tokens `[..., path, D]`."""
-    return torch.cat([tensor[..., part, :] for part in path], dim=-2)
-
-
-def _scatter_add(total: Tensor, part: Tensor, path: list[slice]) -> None:
-    sizes = [piece.stop - piece.start for piece in path]
-    for piece, some in zip(path, part.split(sizes, dim=1), strict=True):
-        total[:, piece] += some
+def _shared(tensor: Tensor, path: list[slice], like: Tensor) -> Tensor:
+    """The path's tokens `[kv_heads, heads / kv_heads, path, D]`, each head's again for all that
+    share it; `like` has as many."""
+    tokens = torch.cat([tensor[:, part] for part in path], dim=1)
+    return tokens[:, None].expand(-1, like.shape[1], -1, -1)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,15 +13,6 @@ from elpo_kernels import TreePlan
 from elpo_fast.cpu.path_attention import TILE, _parts, path_attention
 
 SCALE = 0.2
-
-
-@pytest.fixture(params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """More than there are cores, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def trees(seed: int, count: int, tokens: int, branches: float = 0.03) -> TreePlan:
@@ -95,25 +81,25 @@ def check(tree: TreePlan, dtype: torch.dtype, **options: object) -> None:
             assert ours.abs().max() <= tolerance
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (9, 3), (16, 2)])
-@pytest.mark.parametrize("count, tokens", [(1, 1), (1, 32), (1, 2 * TILE + 1), (5, 70)])
-def test_equals_float64(heads: int, kv_heads: int, count: int, tokens: int, threads: int) -> None:
+@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (9, 3), (16, 2)])
+@pytest.mark.parametrize("count, tokens", [(1, 1), (1, 32), (2, 513), (5, 70)])
+def test_equals_float64(heads: int, kv_heads: int, count: int, tokens: int) -> None:
     check(trees(tokens, count, tokens), torch.float32, heads=heads, kv_heads=kv_heads)
 
 
-@pytest.mark.parametrize("size", [8, 20, 32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("size", [1, 20, 64, 80, 256])
 def test_heads_of_any_size(size: int) -> None:
     check(trees(1, 2, 150), torch.float32, size=size)
 
 
-@pytest.mark.parametrize("window", [1, 7, 32, TILE, 100, 10_000])
-def test_windows(window: int, threads: int) -> None:
+@pytest.mark.parametrize("window", [1, 7, 100, TILE, 10_000])
+def test_windows(window: int) -> None:
     check(trees(2, 2, 300), torch.float32, window=window)
 
 
 @pytest.mark.parametrize("branches", [0.0, 0.5, 1.0])
 def test_chains_and_bushes(branches: float) -> None:
-    check(trees(3, 3, 200, branches), torch.float32)
+    check(trees(3, 3, 60, branches), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -162,26 +148,22 @@ def test_parts_cover_each_allowed_pair_once(window: int | None) -> None:
     """A mask has a tile's rows, and as many columns as these see: none under a window that hides
     nothing, so that memory is linear in the row."""
     tree = trees(10, 3, 700)
-    queries: list[int] = []
-    seen = torch.zeros(2100, 2100, dtype=torch.int)
-    for tile in tree.pieces(TILE, window):
-        queries += range(tile.start, tile.stop)
-        for path, causal, mask in _parts(tile, window, torch.float32):
-            keys = torch.cat([torch.arange(part.start, part.stop) for part in path])
-            pairs = torch.ones(tile.stop - tile.start, len(keys), dtype=torch.int)
-            if causal:
-                assert pairs.shape[0] == pairs.shape[1]
-                pairs.tril_()
-            if mask is not None:
-                assert window is not None and mask.shape == pairs.shape
-                assert len(keys) < TILE + window < 700
-                pairs *= mask == 0
-            seen[tile.start : tile.stop, keys] += pairs
-    assert queries == list(range(2100))
-    assert torch.equal(seen, tree.allowed(window or 0).int())
+    pairs = torch.zeros(2100, 2100, dtype=torch.int)
+    for queries, path, causal, mask in _parts(tree, window, torch.float32):
+        keys = torch.cat([torch.arange(part.start, part.stop) for part in path])
+        seen = torch.ones(queries.stop - queries.start, len(keys), dtype=torch.int)
+        if causal:
+            assert queries.stop - queries.start == len(keys)
+            seen.tril_()
+        if mask is not None:
+            assert window is not None and mask.shape == seen.shape
+            assert len(keys) < TILE + window < 700
+            seen *= mask == 0
+        pairs[queries, keys] += seen
+    assert torch.equal(pairs, tree.allowed(window or 0).int())
 
 
-def test_again_gives_the_same_bits(threads: int) -> None:
+def test_again_gives_the_same_bits() -> None:
     first, second = (results(trees(7, 2, 400), torch.float32) for _ in range(2))
     for ours, theirs in zip(first, second, strict=True):
         assert torch.equal(ours, theirs)
@@ -191,47 +173,7 @@ def test_callers_do_not_disturb_each_other() -> None:
     forest = [trees(seed, 1, 300) for seed in range(4)]
     alone = [results(tree, torch.float32) for tree in forest]
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(5):
+        for _ in range(2):
             together = pool.map(lambda tree: results(tree, torch.float32), forest)
             for ours, theirs in zip(together, alone, strict=True):
                 assert all(map(torch.equal, ours, theirs))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-@pytest.mark.parametrize("threads", [2], indirect=True)
-def test_a_forked_process_computes_on_its_own(threads: int) -> None:
-    """The threads PyTorch has are not copied, and to wait for them would be forever."""
-    tree, number = trees(8, 1, 300), torch.ones(300, 4, 8)
-    expected = path_attention(number, number, number, tree, SCALE)
-    context = multiprocessing.get_context("fork")
-    receive, send = context.Pipe(duplex=False)
-
-    def attend() -> None:
-        send.send(path_attention(number, number, number, tree, SCALE).tolist())
-
-    child = context.Process(target=attend)
-    child.start()
-    try:
-        assert receive.poll(60), "the forked process hangs"
-        assert receive.recv() == expected.tolist()
-    finally:
-        child.kill()
-        child.join()
-
-
-def test_processors_with_other_vectors() -> None:
-    """What one without this one's widest computes."""
-    other = "avx2" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "default"
-    code = f"""
-import sys
-import torch
-assert torch.backends.cpu.get_cpu_capability() == {other.upper()!r}
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_path_attention import TILE, check, trees
-check(trees(9, 3, TILE + 1), torch.float32, size=40)
-check(trees(9, 3, 100), torch.float32, window=20)
-"""
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": other}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
