@@ -14,8 +14,6 @@ from torch import Tensor
 from elpo_kernels.linear.tiling import Tiling
 from elpo_kernels.rows import LN2, LOG2E, cut
 
-LOOSE_LIMIT = 32.0  # powers of two, of anchors that float32 can do without
-
 
 class HeadInputs(NamedTuple):
     """A head and its tokens, checked: the first fields of every operator's schema.
@@ -111,7 +109,7 @@ class Rows:
     raw: Tensor  # [R] target's logit before bias, soft cap and temperature
     logit: Tensor  # [R] target's logit
     inv_temperature: float | Tensor  # Tensor: [R, 1]
-    anchor: Tensor | None  # [R, 1] added inside the product by `TorchTiles`; None: 0
+    anchor: Tensor  # [R, 1] added inside the product by `TorchTiles`
     offset: Tensor  # [R]
     target: Tensor  # [R] L of the target, once `anchored`
 
@@ -121,27 +119,16 @@ def guessed(rows: Rows, logprob: Tensor) -> Tensor:
     return LOG2E * rows.logit - LOG2E * logprob
 
 
-def anchored(head: Head, rows: Rows, log_sum: Tensor, *, loose: bool = False) -> Rows:
-    """The same rows anchored where log2 Σ e^l is thought to be, `log_sum` [R]. `loose`: where
-    products are not rounded and every anchor is small, none is added, which saves a sweep over the
-    tile."""
+def anchored(head: Head, rows: Rows, log_sum: Tensor) -> Rows:
+    """The same rows anchored where log2 Σ e^l is thought to be, `log_sum` [R]."""
     level, offset = LOG2E * rows.logit, -log_sum
-    anchor: Tensor | None
     if head.plain:
         anchor = offset.to(head.dtype)
-        if loose and anchor.dtype == offset.dtype and not (anchor.abs() > LOOSE_LIMIT).any():
-            anchor, offset = None, torch.zeros_like(offset)
-        else:
-            offset = anchor.to(offset.dtype)
+        offset = anchor.to(offset.dtype)
     else:
         anchor = LN2 * (level + offset) / column(rows.inv_temperature) - rows.raw
         anchor = anchor.to(head.dtype)
-    return replace(
-        rows,
-        anchor=None if anchor is None else anchor[:, None],
-        offset=offset,
-        target=level + offset,
-    )
+    return replace(rows, anchor=anchor[:, None], offset=offset, target=level + offset)
 
 
 def subset(rows: Rows, index: Tensor | slice) -> Rows:
@@ -153,7 +140,7 @@ def subset(rows: Rows, index: Tensor | slice) -> Rows:
         rows.raw[index],
         rows.logit[index],
         scale[index] if isinstance(scale, Tensor) else scale,
-        None if rows.anchor is None else rows.anchor[index],
+        rows.anchor[index],
         rows.offset[index],
         rows.target[index],
     )

@@ -153,9 +153,7 @@ class _OnePass:
         `place`, but for a factor: these rows and their factors. The device is waited for once."""
         head, tiles = self.problem.head, self.problem.tiles
         rows = self.problem.rows(block)
-        # With anchors far from the log-sum-exp the entropy's sums would cancel.
-        loose = not self.want_entropy
-        rows = anchored(head, rows, guessed(rows, self.objective.guess(block)), loose=loose)
+        rows = anchored(head, rows, guessed(rows, self.objective.guess(block)))
         sums = self._powers(rows, place, None)
         found = self._measure(rows, sums, block)
         limit = ROUNDED_ANCHOR_LIMIT if tiles.rounds_logits else ANCHOR_LIMIT

@@ -85,7 +85,7 @@ class Problem:
         raw, logit = head.all_reduce(both)
         if head.softcap:
             logit = head.softcap * torch.tanh(logit / head.softcap)
-        return Rows(xs, mine, raw, logit * column(scale), scale, None, raw, raw)
+        return Rows(xs, mine, raw, logit * column(scale), scale, raw[:, None], raw, raw)
 
 
 class Found(NamedTuple):
@@ -202,7 +202,7 @@ def forward(problem: Problem, index: Tensor, want_entropy: bool) -> Found:
         # off.
         rounded = head.dtype != tiles.acc
         origin = LOG2E * rows.logit if rounded else torch.zeros_like(rows.logit)
-        rows = anchored(head, rows, origin, loose=True)
+        rows = anchored(head, rows, origin)
         values = found(rows)
         if tiles.rounds_logits:
             far = (values[0].abs() > ROUNDED_ANCHOR_LIMIT * LN2).nonzero()[:, 0]
@@ -231,7 +231,7 @@ def backward(
     rows = problem.rows(index)
     logprob, entropy, g = found.logprob[index], found.entropy[index], grad_logprob[index]
     g, log_sum = g.to(tiles.acc), found.log_sum[index]
-    rows = anchored(head, rows, log_sum, loose=grad_entropy is None)
+    rows = anchored(head, rows, log_sum)
     # What the anchor left between ln 2^L and ln p. The log-prob is no measure of it: rounded, one
     # near −88 would give all of its row's gradient an error of up to 1e-5.
     off = LN2 * (log_sum + rows.offset)

@@ -124,9 +124,8 @@ class TorchTiles:
         head = self.head
         factor = LOG2E * float(rows.inv_temperature) if head.plain else 1.0
         for i, x in enumerate(rows.xs):
-            before = rows.anchor.expand_as(out) if i == 0 and rows.anchor is not None else out
-            beta = 0 if i == 0 and rows.anchor is None else 1
-            torch.addmm(before, x, self.weight(i, strip).t(), beta=beta, alpha=factor, out=out)
+            before = out if i else rows.anchor.expand_as(out)
+            torch.addmm(before, x, self.weight(i, strip).t(), alpha=factor, out=out)
         tile = (
             out
             if out.dtype == self.acc
@@ -134,7 +133,6 @@ class TorchTiles:
         )
         if head.plain:
             return tile, None
-        assert rows.anchor is not None  # these rows are never loose
         tile.sub_(rows.anchor.to(self.acc))
         scale = (LOG2E * column(rows.inv_temperature)) * torch.ones_like(rows.raw)
         bias = None if head.bias is None else head.bias[strip]
