@@ -61,15 +61,6 @@ def larger(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, y, flags=FAST), x, y)
 
 
-def reduced(builder, name, x, *start, flags=()):
-    """One number from all lanes, from `start` on."""
-    element = x.type.element
-    suffix = f"v{x.type.count}{'f32' if element == FLOAT else 'i32'}"
-    kinds = [*(element for _ in start), x.type]
-    function = declared(builder, f"llvm.vector.reduce.{name}.{suffix}", element, *kinds)
-    return builder.call(function, [*start, x], fastmath=flags)
-
-
 def fast_exponential(builder, z):
     """e^z for z <= 0, of a number or a vector; relative error 1e-7 (1 + |z|)."""
     kind = z.type
