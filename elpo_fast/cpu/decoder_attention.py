@@ -34,8 +34,6 @@ from elpo_fast.cpu.vectors import (
     permuted,
 )
 
-_AHEAD = 2  # blocks of tokens between prefetching and use
-
 
 @cache
 def head(dtype: np.dtype, width: int) -> np.dtype:
@@ -133,19 +131,6 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
                 turned.append(permuted(b, x, mask))
             return turned
 
-        fetch = cgutils.get_or_insert_function(
-            b.module,
-            ir.FunctionType(ir.VoidType(), [ir.PointerType(), *[ir.IntType(32)] * 3]),
-            "llvm.prefetch.p0",
-        )
-
-        def prefetch(array, slot):
-            bits = 16 if dtype == types.uint16 else 32
-            start = a.element(array, slot, head, width)
-            for i in range(0, width, 64 * 8 // bits):
-                pointer = a.pointer(array, ir.IntType(bits), start, INDEX(i))
-                b.call(fetch, [pointer, *map(ir.IntType(32), (0, 3, 1))])
-
         def slots(block):
             start = b.mul(block, INDEX(tokens))
             for j in range(tokens):
@@ -160,10 +145,6 @@ def _attend(typing_context, queries, row, head, keys, values, path, scores, out,
         for cell in highest:
             b.store(constant(LOWEST, vector), cell)
         with cgutils.for_range(b, blocks, intp=INDEX) as loop:
-            # Few keys and values are in any cache; their addresses are known early.
-            for slot in slots(b.add(loop.index, INDEX(_AHEAD))):
-                prefetch(3, slot)
-                prefetch(4, slot)
             products = []
             for slot in slots(loop.index):
                 key = a.vectors(3, a.element(3, slot, head, width), width, lanes, dtype)
