@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
@@ -66,15 +66,6 @@ class Total:
     pairs: float = 0  # of a token and one that it attends to
     rows: float = 0  # multiplied with the head, or sampled from
     passes: float = 0  # over all weights
-
-    def minus(self, other: Total) -> Total:
-        return Total(*(getattr(self, x) - getattr(other, x) for x in _FIELDS))
-
-    def copy(self) -> Total:
-        return Total(*(getattr(self, x) for x in _FIELDS))
-
-
-_FIELDS = tuple(field.name for field in fields(Total))
 
 
 class Event(NamedTuple):
@@ -128,12 +119,11 @@ class Span:
         with clock._lock:
             now = self.began = perf_counter()
             clock._spans[rank][self] = None
-            clock._open |= 1 << rank
-            top = clock._top
-            if top is None or rank >= top.rank:
-                if top is not None:
-                    top.seconds += now - clock._since
-                clock._since, clock._top = now, self
+            current = clock._current
+            if current is None or rank >= current.rank:
+                if current is not None:
+                    current.seconds += now - clock._since
+                clock._since, clock._current = now, self
             if self._track == TOOLS:
                 clock._cover(self.name, now, 1)
         if clock.device and self._track == TRAINER:
@@ -141,18 +131,15 @@ class Span:
         return self
 
     def __exit__(self, *_: object) -> None:
-        clock, rank = self._clock, self.rank
+        clock = self._clock
         with clock._lock:
             now = perf_counter()
-            spans = clock._spans[rank]
-            del spans[self]
-            if not spans:
-                clock._open ^= 1 << rank
-            if clock._top is self:
+            del clock._spans[self.rank][self]
+            if clock._current is self:
                 self.seconds += now - clock._since
                 clock._since = now
-                left = clock._open
-                clock._top = next(reversed(clock._spans[left.bit_length() - 1])) if left else None
+                highest = next(filter(None, reversed(clock._spans)), {})
+                clock._current = next(reversed(highest), None)
             if self._track == TOOLS:
                 clock._cover(self.name, now, -1)
             if self.parts is None:
@@ -178,13 +165,11 @@ class Clock:
         self.device: Device | None = None
         self._lock = threading.Lock()
         self._totals = {name: Total() for name in REGIONS}
-        self._before = {name: Total() for name in REGIONS}
         # Open calls of tools and graders, and since when there are any.
         self._calls = {name: (0, 0.0) for name, kind in REGIONS.items() if kind.track == TOOLS}
-        # By rank, in the order in which they were opened; and a bit for each rank that has any.
+        # By rank, in the order in which they were opened.
         self._spans: list[dict[Span, None]] = [{} for _ in range(7)]
-        self._open = 0
-        self._top: Span | None = None
+        self._current: Span | None = None  # whose the present moment is
         self._since = self.began = perf_counter()
 
     def span(self, name: str, detail: str = "", /, **counts: float) -> Span:
@@ -202,14 +187,13 @@ class Clock:
         with self._lock:
             now = perf_counter()
             passed, self.began = now - self.began, now
-            taken = {name: total.minus(self._before[name]) for name, total in self._totals.items()}
-            self._before = {name: total.copy() for name, total in self._totals.items()}
+            taken, self._totals = self._totals, {name: Total() for name in REGIONS}
         _divide(taken, device)
         return passed, {name: total for name, total in taken.items() if total.calls}
 
     def _turned(self, device: Device) -> None:
-        top = self._top
-        device.turn(top.name if top and top.name in COMPUTED else None)
+        current = self._current
+        device.turn(current.name if current and current.name in COMPUTED else None)
 
     def _cover(self, name: str, now: float, change: int) -> None:
         count, since = self._calls[name]
