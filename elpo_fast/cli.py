@@ -1,26 +1,4 @@
-"""The `elpo` command.
-
-    elpo train CONFIG [section.key=value ...] [--resume [--allow-change]]
-                                                           train; the run folder is run.dir/run.name
-    elpo sft CONFIG [section.key=value ...] [--resume [--allow-change]]
-                                                           fine-tune on conversations (sft.data)
-    elpo eval MODEL|RUN [CONFIG] [section.key=value ...]   success, pass@k ... on held-out tasks
-    elpo eval A --against B                                paired comparison of two evaluations
-    elpo show RUN|FILE [--failed] [--task ID] [--step N]   read trajectories as chats
-    elpo watch RUN [--once]                                a run as it goes, in the terminal
-    elpo report RUN [--out FILE] [--plots png|svg]         what a run did, as one page
-    elpo compare CONFIG ALGORITHM ... [--seeds 0-4]        algorithms on the same tasks and budget
-    elpo analyse KIND [RUN] [--out FOLDER]                 a question about searches, answered
-    elpo config CONFIG [section.key=value ...]             print the resolved configuration
-    elpo export RUN [--step N] [--adapters] OUT            a checkpoint as a Hugging Face folder
-    elpo tree show RUN [--step N] [--tree N]               draw a rollout tree of a run
-    elpo tree html RUN|FILE [--steps A-B] [--out FILE]     rollout trees as a page for a browser
-    elpo tree score FILE [--lambda 0.5] [--json]           score a tree file
-    elpo profile CONFIG [--steps N] [section.key=value ...]
-                                                           where the time of a step goes, and why
-    elpo profile --compare A B                             two profiles side by side
-    elpo plan CONFIG --gpus N --gpu h100                   memory, seconds and settings of a step
-    elpo doctor [MODEL]                                    what this machine offers, what is missing
+"""The `elpo` command: `elpo --help` lists what it does.
 
 Faults of the user end with one line on standard error and exit code 2, never a traceback. Torch is
 imported only inside the commands that need it.
@@ -32,8 +10,8 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +55,8 @@ _OF_POLICIES = {
 }
 
 
-class UsageError(ValueError):
-    """The command line asks for something that is not there; one line, exit code 2."""
+Handler = Callable[[argparse.Namespace], int | None]
+"""Runs a command; its exit code, where that is not 0."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,13 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         overrides += left
+    # Torch, Numba and the sandbox share the cores: threads that spin at barriers while another
+    # process has their core make a 0.5 ms matrix product take ten times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
-        return parsed.run(parsed)
+        return parsed.run(parsed) or 0
     except BrokenPipeError:  # the reader, `head` perhaps, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
-        again = "--resume" if parsed.run in (_train, _sft) else "the same command"
+        again = "--resume" if parsed.run is _train else "the same command"
         print(f"interrupted; continue with {again}", file=sys.stderr)
         return 130
     except BaseExceptionGroup as group:
@@ -106,24 +87,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fault(error)
 
 
-@contextmanager
-def _lookups() -> Iterator[None]:
-    """What the user named and is not there is the user's fault; a key of ours is not."""
-    try:
-        yield
-    except LookupError as error:
-        if type(error) is not LookupError:
-            raise
-        raise UsageError(str(error.args[0])) from None
-
-
 def _fault(error: BaseException) -> int:
-    """Print a known fault as one line; anything else is our own and keeps its traceback."""
+    """Print a known fault as one line; anything else is our own and keeps its traceback. What the
+    command line names and is not there is a `LookupError`; a key or an index of ours is not."""
     from elpo_fast.config import ConfigError
     from elpo_fast.tree.store import TreeError
     from elpo_fast.types import RunError
 
-    if not isinstance(error, (ConfigError, TreeError, UsageError, RunError)):
+    if not (isinstance(error, ConfigError | TreeError | RunError) or type(error) is LookupError):
         raise error
     print(f"error: {error}", file=sys.stderr)
     return 1 if isinstance(error, RunError) else 2
@@ -145,21 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"elpo-fast {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train from a configuration file")
-    _add_training(train)
-    train.set_defaults(run=_train)
+    def command(name: str, handler: Handler, said: str, **options: Any) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=said, **options)
+        made.set_defaults(run=handler, sft_only=False)
+        return made
 
-    sft = commands.add_parser(
+    _add_training(command("train", _train, "train from a configuration file"))
+
+    sft = command(
         "sft",
-        help="fine-tune on conversations",
+        _train,
+        "fine-tune on conversations",
         description="Supervised fine-tuning on conversations, without reinforcement learning.",
         epilog=_SFT_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_training(sft)
-    sft.set_defaults(run=_sft)
+    sft.set_defaults(sft_only=True)
 
-    evaluate = commands.add_parser("eval", help="evaluate a model, or a run, on held-out tasks")
+    evaluate = command("eval", _eval, "evaluate a model, or a run, on held-out tasks")
     evaluate.add_argument(
         "target",
         metavar="MODEL|RUN",
@@ -171,11 +146,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--against", metavar="B", help="compare with another evaluation, MODEL or RUN"
     )
-    evaluate.set_defaults(run=_eval)
 
-    comparison = commands.add_parser(
+    comparison = command(
         "compare",
-        help="algorithms on the same tasks and budget, over seeds",
+        _compare,
+        "algorithms on the same tasks and budget, over seeds",
         description="Train with each algorithm file and seed. The same command goes on after a "
         "stop, and leaves alone what is finished.",
     )
@@ -192,7 +167,6 @@ def _parser() -> argparse.ArgumentParser:
         "--jobs", type=int, default=1, help="runs at once; 0: only write the page of what is there"
     )
     comparison.add_argument("--out", help="folder of the comparison; default: run.dir/compare/...")
-    comparison.set_defaults(run=_compare)
 
     analysis = commands.add_parser(
         "analyse", help="questions about searches, each answered by a table and a plot"
@@ -200,22 +174,20 @@ def _parser() -> argparse.ArgumentParser:
     for kind, said in _OF_TREES.items():
         one = analysis.add_parser(kind, help=said)
         one.add_argument("run_folder", metavar="RUN", help="run folder, or a file of trees")
-        one.set_defaults(run=_analyse, kind=kind)
     for kind, said in _OF_SCRIPTS.items():
         one = analysis.add_parser(kind, help=f"{said}, among scripted policies")
         one.add_argument("--policies", type=int, default=1000, help="how many; default: 1000")
-        one.set_defaults(run=_analyse, kind=kind)
     for kind, (said, samples) in _OF_POLICIES.items():
         one = analysis.add_parser(kind, help=f"{said}, sampled with a run's policy")
-        one.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+        _add_run(one)
         one.add_argument("overrides", nargs="*", metavar="section.key=value")
         one.add_argument("--step", type=int, help="training step; default: the latest")
         one.add_argument("--samples", type=int, default=samples, help=f"default: {samples}")
+    for kind, one in analysis.choices.items():
         one.set_defaults(run=_analyse, kind=kind)
-    for one in analysis.choices.values():
         one.add_argument("--out", default="analyses", help="folder to write to; default: analyses")
 
-    chats = commands.add_parser("show", help="read trajectories as chats")
+    chats = command("show", _chats, "read trajectories as chats")
     chats.add_argument(
         "file", metavar="RUN|FILE", help="folder of a run or of an evaluation, or JSON lines"
     )
@@ -223,39 +195,33 @@ def _parser() -> argparse.ArgumentParser:
     chats.add_argument("--task", metavar="ID", help="only tasks whose id contains this")
     chats.add_argument("--step", type=int, help="training step of a RUN; default: the latest")
     chats.add_argument("--no-pager", action="store_true", help="print all at once")
-    chats.set_defaults(run=_chats)
 
-    watch = commands.add_parser("watch", help="a run as it goes, in the terminal")
-    watch.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    watch = command("watch", _watch, "a run as it goes, in the terminal")
+    _add_run(watch)
     watch.add_argument("--once", action="store_true", help="print how it stands and end")
-    watch.set_defaults(run=_watch)
 
-    report = commands.add_parser("report", help="what a run did, as one page for a browser")
-    report.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
-    report.add_argument("--out", metavar="FILE", help="the page; default: RUN/report.html")
+    report = command("report", _report, "what a run did, as one page for a browser")
+    _add_run(report)
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
     report.add_argument(
         "--plots", choices=("png", "svg"), help="also write each plot as a file beside the page"
     )
-    report.set_defaults(run=_report)
 
-    config = commands.add_parser("config", help="print the resolved configuration")
-    _add_config(config)
-    config.set_defaults(run=_config)
+    _add_config(command("config", _config, "print the resolved configuration"))
 
-    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
-    export.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    export = command("export", _export, "write a checkpoint as a Hugging Face folder")
+    _add_run(export)
     export.add_argument("out", metavar="OUT", help="folder to write, which must not exist")
     export.add_argument("--step", type=int, help="training step; default: the latest checkpoint")
     export.add_argument(
         "--adapters", action="store_true", help="LoRA adapters alone; default: merged"
     )
-    export.set_defaults(run=_export)
 
     tree = commands.add_parser("tree", help="look at rollout trees").add_subparsers(
         required=True, metavar="COMMAND"
     )
     show = tree.add_parser("show", help="draw one tree of a run")
-    show.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
+    _add_run(show)
     show.add_argument("--step", type=int, help="training step; default: the latest")
     show.add_argument(
         "--tree", type=int, help="which tree; default: the first with a critical step"
@@ -269,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--tokenizer", metavar="MODEL", help="of a FILE outside a run: a model folder or Hub id"
     )
-    page.add_argument("--out", metavar="FILE", help="the page; default: RUN/trees.html")
+    page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/trees.html")
     page.set_defaults(run=_page)
     score = tree.add_parser("score", help="rewards and advantages of a tree file")
     score.add_argument("file", metavar="FILE", help="JSON tree or saved .npz")
@@ -277,9 +243,10 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--json", action="store_true", help="full precision, machine readable")
     score.set_defaults(run=_score)
 
-    profile = commands.add_parser(
+    profile = command(
         "profile",
-        help="where the time of a step goes",
+        _profile,
+        "where the time of a step goes",
         description="Train a few steps in a run folder of their own and profile them, or show a "
         "profile that is there.",
     )
@@ -292,9 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--compare", nargs=2, metavar=("A", "B"), help="two runs that have profiles"
     )
-    profile.set_defaults(run=_profile)
 
-    plan = commands.add_parser("plan", help="memory, seconds and settings of a step on GPUs")
+    plan = command("plan", _plan, "memory, seconds and settings of a step on GPUs")
     _add_config(plan)
     plan.add_argument("--gpus", type=int, default=1, help="how many; default: 1")
     plan.add_argument("--gpu", default="h100", help="h100, h200, a100 ... or cpu; default: h100")
@@ -304,11 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--trees", metavar="FILE", type=Path, help="saved trees instead: RUN/trees/..."
     )
-    plan.set_defaults(run=_plan)
 
-    doctor = commands.add_parser("doctor", help="what this machine offers, what is missing")
+    doctor = command("doctor", _doctor, "what this machine offers, what is missing")
     doctor.add_argument("model", nargs="?", metavar="MODEL", help="a model folder or Hub id, too")
-    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -318,6 +282,10 @@ def _steps(text: str) -> tuple[int, int]:
         return int(first), int(last or first)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a step or a range, 3 or 3-8") from None
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", help="run folder, e.g. runs/quickstart")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -347,33 +315,28 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sft(arguments: argparse.Namespace) -> int:
-    return _train(arguments, sft_only=True)
-
-
-def _train(arguments: argparse.Namespace, *, sft_only: bool = False) -> int:
+def _train(arguments: argparse.Namespace) -> None:
     from elpo_fast.config import load_config
 
     config = load_config(arguments.config, arguments.overrides, arguments.over)
-    # Torch, Numba and the sandbox share the cores: threads that spin at barriers while another
-    # process has their core make a 0.5 ms matrix product take ten times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from elpo_fast.train.loop import train
 
-    train(config, resume=arguments.resume, allow_change=arguments.allow_change, sft_only=sft_only)
-    return 0
+    train(
+        config,
+        resume=arguments.resume,
+        allow_change=arguments.allow_change,
+        sft_only=arguments.sft_only,
+    )
 
 
-@_lookups()
-def _eval(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
+def _eval(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from elpo_fast.eval.evaluation import compare
     from elpo_fast.eval.figures import compared, table
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError("elpo eval runs in one process: start it without torchrun")
+        raise LookupError("elpo eval runs in one process: start it without torchrun")
     console = Console()
     one = _evaluated(arguments.target, arguments, console)
     console.print(table(one.name, one.figures))
@@ -384,7 +347,6 @@ def _eval(arguments: argparse.Namespace) -> int:
         console.print(table(other.name, other.figures))
         said = compared(one.name, other.name, *compare(one, other))
         console.print(said, highlight=False, soft_wrap=True)
-    return 0
 
 
 def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> Evaluation:
@@ -400,7 +362,7 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     is_run = (path / "config.yaml").is_file()
     files = [argument for argument in arguments.config if "=" not in argument]
     if len(files) > 1:
-        raise UsageError(f"{files[1]}: there is one CONFIG; overrides are section.key=value")
+        raise LookupError(f"{files[1]}: there is one CONFIG; overrides are section.key=value")
     file = files[0] if files else str(path / "config.yaml") if is_run else None
     # Nothing is trained: log-probs of a cut distribution are as good as others.
     overrides = ["train.old_logprob=recompute", *(a for a in arguments.config if "=" in a)]
@@ -421,7 +383,6 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     return run_evaluation(subject, Display(console).phase)
 
 
-@_lookups()
 def _compare(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -432,9 +393,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     overrides = [each for each in arguments.overrides if _is_override(each)]
     files = [Path(each) for each in arguments.overrides if not _is_override(each)]
     if not files:
-        raise UsageError("there is nothing to compare; name files as in configs/algorithms")
+        raise LookupError("there is nothing to compare; name files as in configs/algorithms")
     if arguments.jobs < 0:
-        raise UsageError(f"--jobs {arguments.jobs}: give the number of runs at once, or 0")
+        raise LookupError(f"--jobs {arguments.jobs}: give the number of runs at once, or 0")
     folder = Path(load_config(task, overrides).run.dir) / "compare" / task.stem
     failed = compare(
         task,
@@ -445,11 +406,10 @@ def _compare(arguments: argparse.Namespace) -> int:
         out=Path(arguments.out) if arguments.out else folder,
         console=Console(),
     )
-    return 1 if failed else 0
+    return int(failed > 0)
 
 
-@_lookups()
-def _analyse(arguments: argparse.Namespace) -> int:
+def _analyse(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.analyse import write_analysis
 
     kind = arguments.kind
@@ -457,26 +417,23 @@ def _analyse(arguments: argparse.Namespace) -> int:
         from elpo_fast.report.simulated import SIMULATED
 
         if arguments.policies < 10:
-            raise UsageError(f"--policies {arguments.policies}: give at least 10")
+            raise LookupError(f"--policies {arguments.policies}: give at least 10")
         found = SIMULATED[kind](arguments.policies)
     if kind in _OF_TREES:
         from elpo_fast.report.saved import SAVED, forests_of
 
         found = SAVED[kind](forests_of(Path(arguments.run_folder)))
     if kind in _OF_POLICIES:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
         from elpo_fast.report.sampled import sampled
 
         run, samples = Path(arguments.run_folder), arguments.samples
         if samples < 1:
-            raise UsageError(f"--samples {samples}: give at least 1")
+            raise LookupError(f"--samples {samples}: give at least 1")
         found = sampled(kind, run, arguments.step, arguments.overrides, samples)
     print(f"wrote {write_analysis(Path(arguments.out), kind, found)}")
-    return 0
 
 
-@_lookups()
-def _chats(arguments: argparse.Namespace) -> int:
+def _chats(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from elpo_fast.report.chat_view import paged, show_chats
@@ -485,42 +442,34 @@ def _chats(arguments: argparse.Namespace) -> int:
     chosen = {"failed": arguments.failed, "task": arguments.task, "step": arguments.step}
     with nullcontext(console) if arguments.no_pager else paged(console) as out:
         show_chats(file, **chosen, console=out)
-    return 0
 
 
-@_lookups()
-def _watch(arguments: argparse.Namespace) -> int:
+def _watch(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.watch import watch
 
     watch(Path(arguments.run_folder), once=arguments.once)
-    return 0
 
 
-@_lookups()
-def _report(arguments: argparse.Namespace) -> int:
+def _report(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.run_page import write_report
 
-    out = Path(arguments.out) if arguments.out else None
-    page, *plots = write_report(Path(arguments.run_folder), out, plots=arguments.plots)
+    run = Path(arguments.run_folder)
+    page, *plots = write_report(run, arguments.out, plots=arguments.plots)
     print(f"wrote {page}" + f" and {len(plots)} plots beside it" * bool(plots))
-    return 0
 
 
-def _config(arguments: argparse.Namespace) -> int:
+def _config(arguments: argparse.Namespace) -> None:
     from elpo_fast.config import dump_config, load_config
 
     print(dump_config(load_config(arguments.config, arguments.overrides, arguments.over)), end="")
-    return 0
 
 
-@_lookups()
-def _export(arguments: argparse.Namespace) -> int:
+def _export(arguments: argparse.Namespace) -> None:
     from elpo_fast.train.export import export_run
 
     run, out, alone = Path(arguments.run_folder), Path(arguments.out), arguments.adapters
     checkpoint = export_run(run, out, step=arguments.step, adapters_alone=alone)
     print(f"wrote {out}, the {'adapters' if alone else 'model'} of {checkpoint}")
-    return 0
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -529,28 +478,21 @@ def _score(arguments: argparse.Namespace) -> int:
     return score_command(arguments.file, arguments.lam, arguments.json)
 
 
-@_lookups()
-def _show(arguments: argparse.Namespace) -> int:
+def _show(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.show import show_run
 
     show_run(Path(arguments.run_folder), step=arguments.step, tree=arguments.tree)
-    return 0
 
 
-@_lookups()
-def _page(arguments: argparse.Namespace) -> int:
+def _page(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.tree_page import write_tree_page
 
-    out = Path(arguments.out) if arguments.out else None
-    out, trees = write_tree_page(
-        Path(arguments.source), out, steps=arguments.steps, tokenizer=arguments.tokenizer
-    )
+    chosen = {"steps": arguments.steps, "tokenizer": arguments.tokenizer}
+    out, trees = write_tree_page(Path(arguments.source), arguments.out, **chosen)
     print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")
-    return 0
 
 
-@_lookups()
-def _profile(arguments: argparse.Namespace) -> int:
+def _profile(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from elpo_fast.report.profile_view import profiling, read_profile, show_comparison, show_profile
@@ -559,31 +501,27 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         one, other = (read_profile(Path(path)) for path in arguments.compare)
         show_comparison(one, other, console)
-        return 0
+        return
     if arguments.config is None:
-        raise UsageError("elpo profile needs a CONFIG, a RUN that has a profile, or --compare")
+        raise LookupError("elpo profile needs a CONFIG, a RUN that has a profile, or --compare")
     path = Path(arguments.config)
     if path.is_dir() or path.suffix == ".json":
         show_profile(path, console)
-        return 0
+        return
     config = profiling(path, arguments.overrides, arguments.over, arguments.steps)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # see `_train`
     from elpo_fast.train.loop import train
 
     folder = train(config)
     if os.environ.get("RANK", "0") == "0":
         show_profile(folder, console)
-    return 0
 
 
-@_lookups()
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace) -> None:
     from elpo_fast.config import load_config
     from elpo_fast.report.plan import plan
 
     config = load_config(arguments.config, arguments.overrides, arguments.over)
     plan(config, arguments.gpus, arguments.gpu, arguments.lengths, arguments.trees)
-    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
