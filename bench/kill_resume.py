@@ -227,7 +227,7 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
             print(f"left behind: processes {processes_of(killed)}")
             return 1
         kills.append({"aimed": phase, "time": number, "delay_s": round(delay, 4), "in": moment,
-                      "records": len(read_metrics_if_any(killed / "run"))})  # fmt: skip
+                      "records": len(read_metrics(killed / "run"))})  # fmt: skip
         print(f"kill {len(kills)}: aimed at {phase} {number}, fell into {moment or 'none'}",
               flush=True)  # fmt: skip
     if not finished:
@@ -253,15 +253,6 @@ def compare(folder: Path, options: argparse.Namespace) -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if faults else 0
-
-
-def read_metrics_if_any(run: Path) -> list[Any]:
-    from elpo_fast.train.summary import read_metrics
-
-    try:
-        return read_metrics(run)
-    except (FileNotFoundError, json.JSONDecodeError):  # killed before, or within, a record
-        return []
 
 
 def differences(whole: Path, killed: Path) -> list[str]:

@@ -351,7 +351,7 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> Evaluation:
     """The evaluation of a target: found finished where that is what it names, else made."""
-    from elpo_fast.config import RunConfig, load_config, parse_config, parse_section
+    from elpo_fast.config import RunConfig, is_run, load_config, parse_config, parse_section
     from elpo_fast.eval.evaluation import Evaluation, is_evaluation, of_model, run_evaluation
     from elpo_fast.train.display import Display
     from elpo_fast.train.parts import settled
@@ -359,16 +359,15 @@ def _evaluated(target: str, arguments: argparse.Namespace, console: Console) -> 
     path = Path(target)
     if is_evaluation(path):
         return Evaluation.read(path)
-    is_run = (path / "config.yaml").is_file()
     files = [argument for argument in arguments.config if "=" not in argument]
     if len(files) > 1:
         raise LookupError(f"{files[1]}: there is one CONFIG; overrides are section.key=value")
-    file = files[0] if files else str(path / "config.yaml") if is_run else None
+    file = files[0] if files else str(path / "config.yaml") if is_run(path) else None
     # Nothing is trained: log-probs of a cut distribution are as good as others.
     overrides = ["train.old_logprob=recompute", *(a for a in arguments.config if "=" in a)]
     config = parse_config({}, overrides) if file is None else load_config(file, overrides)
     config = settled(config)
-    if is_run:
+    if is_run(path):
         from elpo_fast.train.export import run_subject
 
         subject = run_subject(path, config, arguments.step)

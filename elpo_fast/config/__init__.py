@@ -5,12 +5,15 @@
 from elpo_fast.config.loading import (
     MECHANICS,
     ConfigError,
+    check_run,
     differences,
     dump_config,
     flat,
+    is_run,
     load_config,
     parse_config,
     parse_section,
+    run_config,
     within,
 )
 from elpo_fast.config.sections import (

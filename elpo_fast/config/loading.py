@@ -36,6 +36,22 @@ def load_config(
     return parse_config(data, overrides)
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def check_run(folder: Path) -> None:
+    """Raises `LookupError` for what is no run folder."""
+    if not is_run(folder):
+        raise LookupError(f"{folder} is not a run folder: it has no config.yaml")
+
+
+def run_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run folder has. Raises as `check_run` and `load_config`."""
+    check_run(run)
+    return load_config(run / "config.yaml", overrides)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")

@@ -19,12 +19,13 @@ from rich.rule import Rule
 from rich.syntax import Syntax
 from rich.text import Text
 
+from elpo_fast.config import is_run
 from elpo_fast.eval.evaluation import TRAJECTORIES
 from elpo_fast.eval.trajectories import Record, read_trajectories
-from elpo_fast.report.readable import read_message, read_prompt, read_response
-from elpo_fast.report.show import decoder, is_run, step_file
+from elpo_fast.report.readable import node_text, read_message, read_prompt, read_response
+from elpo_fast.report.show import decoder, step_file
 from elpo_fast.report.tree_view import critical_nodes, critical_sign
-from elpo_fast.tree import io
+from elpo_fast.tree import io, ops
 
 _COLOURS = {"system": "dim", "user": "bold", "assistant": "cyan", "tool": "yellow"}
 _PYTHON = Syntax("", "python", theme="ansi_dark", background_color="default")
@@ -100,14 +101,10 @@ def _of_run(run: Path, step: int | None) -> Iterator[Record]:
     under `note` what a search found out about it."""
     step, file = step_file(run, step)
     forest, decode = io.load(file), decoder(run)
-    critical = critical_nodes(forest)
-
-    def span_of(node: int) -> slice:
-        return slice(*forest.token_start[node : node + 2])
+    critical, written = critical_nodes(forest), ops.segment_sum(forest.token_start, forest.agent)
 
     def text(node: int, agent: bool) -> str:
-        span = span_of(node)
-        return decode(forest.token_ids[span][forest.agent[span] == agent])
+        return node_text(forest, node, decode, agent=agent)
 
     for tree, task in enumerate(forest.task_ids):
         leaves = forest.leaves(tree)
@@ -132,7 +129,7 @@ def _of_run(run: Path, step: int | None) -> Iterator[Record]:
                 "end": forest.ends[leaf],
                 "reason": forest.reasons[leaf],
                 "tool_calls": int(forest.tool_call[steps].sum()),
-                "tokens": sum(int(forest.agent[span_of(node)].sum()) for node in steps),
+                "tokens": int(written[steps].sum()),
                 "messages": messages,
             }
 

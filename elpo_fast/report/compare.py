@@ -38,6 +38,7 @@ from elpo_fast.config import (
     ConfigError,
     differences,
     dump_config,
+    is_run,
     load_config,
     within,
 )
@@ -243,7 +244,7 @@ def _begin(run: Run) -> None:
 def _call(run: Run, command: str) -> bool:
     """`elpo COMMAND` in a process of its own; whether it succeeded."""
     arguments = [command, str(run.settings)]
-    if (run.folder / "config.yaml").is_file():
+    if is_run(run.folder):
         arguments += ["--resume", "--allow-change"]  # from its cold start's; `_claim` saw the rest
     with run.log.open("ab") as log:
         process = [sys.executable, "-c", _COMMAND, *arguments]

@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from elpo_fast.rollout.formats import Code, Hermes
+from elpo_fast.tree.store import Forest
 from elpo_fast.types import Message, ToolCall
+
+Decode = Callable[[np.ndarray], str]
+"""Token ids `[N]` to text."""
 
 CONTROL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
 _ROLE = re.compile(r"\s*(system|user|assistant|tool|ipython)\s*(?:\n|$)")
@@ -48,6 +54,14 @@ class Said(NamedTuple):
 
     words: str
     call: Call | None
+
+
+def node_text(forest: Forest, node: int, decode: Decode | None, *, agent: bool) -> str:
+    """What the agent, or its environment, wrote in a node; "" where nobody can read it."""
+    if decode is None:
+        return ""
+    span = slice(*forest.token_start[node : node + 2])
+    return decode(forest.token_ids[span][forest.agent[span] == agent])
 
 
 def read_message(text: str) -> Said:

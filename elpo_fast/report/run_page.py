@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from elpo_fast import __version__
-from elpo_fast.config import Config, flat, load_config, parse_config
+from elpo_fast.config import Config, flat, parse_config, run_config
 from elpo_fast.report import page
 from elpo_fast.report.plots import new_figure
-from elpo_fast.report.show import is_run, saved_steps
+from elpo_fast.report.show import saved_steps
 from elpo_fast.train.advice import advice
 from elpo_fast.train.summary import read_metrics
 from elpo_fast.tree import io
@@ -68,13 +68,10 @@ class _Found(NamedTuple):
 def write_report(run: Path, out: Path | None = None, *, plots: str | None = None) -> list[Path]:
     """Write the report of a run, by default as `report.html` in it, and with `plots` (`png` or
     `svg`) each plot as a file beside it; what was written. Raises `LookupError` without a run."""
-    if not is_run(run):
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
-    records = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    config, records = run_config(run), read_metrics(run)
     if not records:
         raise LookupError(f"{run} has no metrics yet: nothing was trained or evaluated")
     out = out or run / "report.html"
-    config = load_config(run / "config.yaml")
     found = [_of_trees(step, file) for step, file in sorted(saved_steps(run).items())]
     written = [out]
     parts = [_head(run, out, config, records)]

@@ -23,7 +23,7 @@ from elpo_fast.algo.further import (
     recovery_flow,
 )
 from elpo_fast.algo.planners import Planner, trajectory_of
-from elpo_fast.config import AlgoConfig, load_config
+from elpo_fast.config import AlgoConfig, run_config
 from elpo_fast.eval.metrics import kendall_tau, pairwise_accuracy, wilson_interval
 from elpo_fast.eval.run import held_out_tasks
 from elpo_fast.eval.sampler import sampler
@@ -44,10 +44,8 @@ def sampled(
 ) -> Analysis:
     """The analysis called `kind` of the checkpoint of `step`, by default the latest, on the first
     `eval.tasks` held-out tasks. Raises `LookupError` where there is no such run or checkpoint."""
-    if not (run / "config.yaml").is_file():
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
     overrides = ["train.old_logprob=recompute", *overrides]  # nothing is trained
-    subject = run_subject(run, settled(load_config(run / "config.yaml", overrides)), step)
+    subject = run_subject(run, settled(run_config(run, overrides)), step)
     config = subject.config
 
     async def main() -> Analysis:

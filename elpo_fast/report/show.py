@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console
 
 from elpo_fast.algo import score
-from elpo_fast.config import load_config
-from elpo_fast.report.tree_view import Decode, render_tree
+from elpo_fast.config import check_run, run_config
+from elpo_fast.report.readable import Decode
+from elpo_fast.report.tree_view import render_tree
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest
 
@@ -23,14 +24,10 @@ def show_run(run: Path, *, step: int | None = None, tree: int | None = None) -> 
     tree = interesting(forest) if tree is None else tree
     if not 0 <= tree < len(forest):
         raise LookupError(f"step {step} has trees 0 to {len(forest) - 1}, not {tree}")
-    scored = score(forest, load_config(run / "config.yaml").algo)
+    scored = score(forest, run_config(run).algo)
     console = Console()
     console.print(f"{run}, step {step}, tree {tree} of {len(forest)}: {forest.task_ids[tree]}")
     console.print(render_tree(forest, tree, scored, decoder(run)))
-
-
-def is_run(folder: Path) -> bool:
-    return (folder / "config.yaml").is_file()
 
 
 def saved_steps(run: Path) -> dict[int, Path]:
@@ -44,8 +41,7 @@ def saved_steps(run: Path) -> dict[int, Path]:
 
 def steps_of(run: Path) -> dict[int, Path]:
     """The same of a run that has some; `LookupError` for what is none or has none."""
-    if not is_run(run):
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    check_run(run)
     steps = saved_steps(run)
     if not steps:
         raise LookupError(f"{run} has no saved trees; train with train.save_trees=true")

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 
 from elpo_fast import __version__
 from elpo_fast.algo import score
-from elpo_fast.config import AlgoConfig, load_config
+from elpo_fast.config import AlgoConfig, is_run, run_config
 from elpo_fast.report import page
-from elpo_fast.report.readable import Said, read_message, read_prompt, read_response
+from elpo_fast.report.readable import Decode, node_text, read_message, read_prompt, read_response
 from elpo_fast.report.search import rounds
-from elpo_fast.report.show import decoder, decoder_of, is_run, steps_of
-from elpo_fast.report.tree_view import Decode
-from elpo_fast.tree import io
+from elpo_fast.report.show import decoder, decoder_of, steps_of
+from elpo_fast.tree import io, ops
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 
@@ -85,7 +84,7 @@ def _open(source: Path, steps: tuple[int, int] | None, tokenizer: str | None) ->
     if not source.is_dir():
         run = source.resolve().parent.parent  # of a file in a run's `trees`
         known = source.suffix == ".npz" and is_run(run)
-        algo = load_config(run / "config.yaml").algo if known else AlgoConfig()
+        algo = run_config(run).algo if known else AlgoConfig()
         forest = io.read(source)
         decode = decoder_of(tokenizer) if tokenizer else decoder(run) if known else None
         return _Source(source.name, algo, decode, iter([(None, forest)]))
@@ -97,8 +96,7 @@ def _open(source: Path, steps: tuple[int, int] | None, tokenizer: str | None) ->
             f"it has {min(files)} to {max(files)}"
         )
     forests = ((step, io.load(files[step])) for step in sorted(chosen))
-    algo = load_config(source / "config.yaml").algo
-    return _Source(source.resolve().name, algo, decoder(source), forests)
+    return _Source(source.resolve().name, run_config(source).algo, decoder(source), forests)
 
 
 def _said_of(algo: AlgoConfig) -> dict[str, Any]:
@@ -135,7 +133,7 @@ class _Drawn:
         self.span = slice(self.nodes.start, self.nodes.stop)
         self.leaves = forest.leaf_node[slice(*forest.leaf_start[tree : tree + 2])]
         self.critical = forest.tree[forest.critical_node] == tree
-        self.said = [self._message(node) for node in self.nodes]
+        self.said = [read_message(self._text(node, agent=True)) for node in self.nodes]
 
     def row(self) -> tuple[Any, ...]:
         localized = self.forest.critical_localized[self.critical]
@@ -159,14 +157,15 @@ class _Drawn:
             forest.critical_localized[self.critical],
             strict=True,
         )
+        written = ops.segment_sum(forest.token_start, forest.agent)[self.span]
         columns = ("node_reward", "branch", "trajectory", "advantage", "pos", "neg", "eps_low")
         return {
             "parent": parent.tolist(),
             **{name: _short(getattr(scored, name)[self.span]) for name in columns},
             "eps_high": scored.eps_high,
             "version": forest.weight_version[self.span].tolist(),
-            "written": [int(forest.agent[self._tokens(node)].sum()) for node in self.nodes],
-            "heard": [int((forest.agent[self._tokens(n)] == 0).sum()) for n in self.nodes],
+            "written": written.tolist(),
+            "heard": (forest.token_count[self.span] - written).tolist(),
             "malformed": [n for n in range(len(self.nodes)) if self._malformed(n)],
             "leaf": (self.leaves - start).tolist(),
             "reward": _short(forest.reward[self.leaves]),
@@ -217,7 +216,7 @@ class _Drawn:
         ]
         rows: list[Any] = []
         for node in self.nodes:
-            span = self._tokens(node)
+            span = slice(*self.forest.token_start[node : node + 2])
             agent = self.forest.agent[span] == 1
             if self.pieces is None or not agent.any():
                 rows.append(None)
@@ -231,22 +230,12 @@ class _Drawn:
             rows.append([said, *figures])
         return rows
 
-    def _message(self, node: int) -> Said:
-        return read_message(self._text(node, agent=True))
-
     def _malformed(self, node: int) -> bool:
         call = self.said[node].call
         return bool(self.forest.tool_call[self.nodes[node]]) and call is not None and call.malformed
 
-    def _tokens(self, node: int) -> slice:
-        return slice(*self.forest.token_start[node : node + 2])
-
     def _text(self, node: int, *, agent: bool) -> str:
-        """What the agent, or its environment, wrote in a node."""
-        if self.decode is None:
-            return ""
-        span = self._tokens(node)
-        return self.decode(self.forest.token_ids[span][self.forest.agent[span] == agent])
+        return node_text(self.forest, node, self.decode, agent=agent)
 
 
 class Pieces:

@@ -8,18 +8,14 @@ the terminal's width; what matters most comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from rich.text import Text
 from rich.tree import Tree as RichTree
 
-from elpo_fast.report.readable import CONTROL_TOKEN, read_message, read_response
+from elpo_fast.report.readable import CONTROL_TOKEN, Decode, node_text, read_message, read_response
 from elpo_fast.tree import ops
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
-
-Decode = Callable[[np.ndarray], str]
 
 LOCALIZED = "◀ first irrecoverable step (localized)"
 NOT_LOCALIZED = "◀ first irrecoverable step is here or later (not localized: budget spent)"
@@ -30,18 +26,7 @@ def render_tree(forest: Forest, tree_index: int, scored: Scored, decode: Decode 
 
     `decode` turns token ids into text; `None` (or a tree without tokens) leaves the texts out.
     """
-    nodes = forest.nodes(tree_index)
-    correct = forest.correct[forest.leaf_node] == 1
-    lines = _Lines(
-        forest,
-        scored,
-        decode,
-        below=ops.leaf_sum(forest.parent, forest.leaf_node, np.ones(len(correct))),
-        successes=ops.leaf_sum(forest.parent, forest.leaf_node, correct.astype(np.float64)),
-        leaf_of={int(forest.leaf_node[leaf]): leaf for leaf in forest.leaves(tree_index)},
-        critical=critical_nodes(forest),
-        first_leaf=forest.leaves(tree_index).start,
-    )
+    nodes, lines = forest.nodes(tree_index), _Lines(forest, tree_index, scored, decode)
     drawn = {nodes.start: RichTree(lines.root(nodes.start), guide_style="dim")}
     for node in nodes[1:]:
         drawn[node] = drawn[int(forest.parent[node])].add(lines.step(node))
@@ -63,21 +48,16 @@ def critical_sign(localized: bool) -> str:
 class _Lines:
     """The text of each node's line."""
 
-    def __init__(
-        self,
-        forest: Forest,
-        scored: Scored,
-        decode: Decode | None,
-        *,
-        below: np.ndarray,
-        successes: np.ndarray,
-        leaf_of: dict[int, int],
-        critical: dict[int, bool],
-        first_leaf: int,
-    ) -> None:
+    def __init__(self, forest: Forest, tree: int, scored: Scored, decode: Decode | None) -> None:
         self.forest, self.scored, self.decode = forest, scored, decode
-        self.below, self.successes = below, successes
-        self.leaf_of, self.critical, self.first_leaf = leaf_of, critical, first_leaf
+        parent, leaf = forest.parent, forest.leaf_node
+        correct = (forest.correct[leaf] == 1).astype(np.float64)
+        self.below, self.successes = (
+            ops.leaf_sum(parent, leaf, each) for each in (np.ones(len(leaf)), correct)
+        )
+        self.first_leaf = forest.leaves(tree).start
+        self.leaf_of = {int(leaf[ordinal]): ordinal for ordinal in forest.leaves(tree)}
+        self.critical = critical_nodes(forest)
 
     def root(self, node: int) -> Text:
         """Names the figures; ends with the prompt's end, where the task is."""
@@ -118,11 +98,7 @@ class _Lines:
         return count, f"{reward:.2f}", f"{advantage:+.2f}"
 
     def _text(self, node: int, *, agent: bool) -> str:
-        """What the agent, or its environment, wrote in a node."""
-        if self.decode is None:
-            return ""
-        span = slice(*self.forest.token_start[node : node + 2])
-        return self.decode(self.forest.token_ids[span][self.forest.agent[span] == agent])
+        return node_text(self.forest, node, self.decode, agent=agent)
 
 
 def _line(name: str, rest: str = "") -> Text:

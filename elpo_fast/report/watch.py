@@ -22,9 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from elpo_fast.algo import score
-from elpo_fast.config import load_config
+from elpo_fast.config import run_config
 from elpo_fast.lock import holder
-from elpo_fast.report.show import decoder, interesting, is_run, saved_steps
+from elpo_fast.report.show import decoder, interesting, saved_steps
 from elpo_fast.report.tree_view import render_tree
 from elpo_fast.train.advice import advice
 from elpo_fast.train.summary import read_metrics
@@ -56,8 +56,6 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 def watch(run: Path, console: Console | None = None, *, once: bool = False) -> None:
     """Show a run until it ends; `once`, or where nobody looks, how it stands. Raises `LookupError`
     for what is no run."""
-    if not is_run(run):
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
     console = console or Console()
     view = _View(run)
     if console.is_terminal and not once and view.running:
@@ -72,7 +70,7 @@ class _View:
     """What is known of a run."""
 
     def __init__(self, run: Path) -> None:
-        self.run, self.config = run, load_config(run / "config.yaml")
+        self.run, self.config = run, run_config(run)
         self._memory: list[float] = []  # GiB
         self._tree: tuple[Path, list[RenderableType]] | None = None  # the latest step's
 
@@ -83,8 +81,7 @@ class _View:
         return held is not None and (held[1] != socket.gethostname() or psutil.pid_exists(held[0]))
 
     def drawn(self) -> Group:
-        metrics = self.run / "metrics.jsonl"
-        records = read_metrics(self.run) if metrics.is_file() else []
+        records = read_metrics(self.run)
         steps = [record for record in records if record["phase"] == "rl"]
         parts: list[RenderableType] = [self._title(records, steps), self._curves(records, steps)]
         if steps:

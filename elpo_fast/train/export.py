@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from elpo_fast.config import Config, ModelConfig, load_config
+from elpo_fast.config import Config, ModelConfig, run_config
 from elpo_fast.eval.evaluation import Subject
 from elpo_fast.model.load import LoadedModel, load_model, quiet
 from elpo_fast.model.lora import adapters, named_weights
@@ -97,12 +97,10 @@ def export_run(
     weights. Raises `LookupError` where there is no such run or checkpoint, or no adapters that
     could be `adapters_alone`, or `out` is taken.
     """
-    if not (run / "config.yaml").is_file():
-        raise LookupError(f"{run} is not a run folder: it has no config.yaml")
+    config = run_config(run)
     if out.exists():
         raise LookupError(f"{out} already exists; choose another folder")
     checkpoint = checkpoint_of(run, step)
-    config = load_config(run / "config.yaml")
     if adapters_alone and config.model.lora is None:
         raise LookupError(f"{run} has no adapters: all weights were trained")
     here = config.model.model_copy(update={"device": "cpu", "attention": "auto"})
@@ -115,7 +113,7 @@ def export_run(
 def trained_model(run: Path, checkpoint: Path, model: ModelConfig) -> LoadedModel:
     """The model as at the start of `run`, with a checkpoint's weights. `model` is that of the run,
     perhaps on another device."""
-    seed, tokenizer = load_config(run / "config.yaml").run.seed, run / "tokenizer"
+    seed, tokenizer = run_config(run).run.seed, run / "tokenizer"
     loaded = load_model(model, seed=seed, tokenizer=AutoTokenizer.from_pretrained(tokenizer))
     named = loaded.model.named_parameters()
     read_weights(checkpoint, {name: p.detach() for name, p in named if p.requires_grad})
@@ -126,7 +124,7 @@ def run_subject(run: Path, config: Config, step: int | None = None) -> Subject:
     """The checkpoint of `step`, by default the latest, as what is evaluated: the run's own model
     and tasks, and else what `config` says. Raises `LookupError` where there is none."""
     checkpoint = checkpoint_of(run, step)
-    trained = load_config(run / "config.yaml").model
+    trained = run_config(run).model
     its = {name: getattr(trained, name) for name in ("name", "revision", "scratch", "lora")}
     its["chat_template"] = config.model.chat_template or trained.chat_template
     its["chat_template_kwargs"] = trained.chat_template_kwargs | config.model.chat_template_kwargs

@@ -16,8 +16,11 @@ DURING = "during training"  # evaluations that the table leaves out
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order; one that is being written at the moment is left out."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    """All records of a run, in order, perhaps none; one that is being written at the moment is left
+    out."""
+    file = run / "metrics.jsonl"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    lines = text.splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
