@@ -1,46 +1,38 @@
 """Decoding speed of the local engine: SmolLM2-135M, 64 branches of 16 prompts, 128 new tokens each.
 
-`make bench` times the engine and, under it, the matrix products of its steps alone. Side by side
-with `transformers.generate` on the same batch, interleaved, correctness first:
+`make bench` times the engine. Side by side with `transformers.generate` on the same batch,
+interleaved, correctness first:
 
     OMP_WAIT_POLICY=passive python bench/bench_engine.py --rounds 3
 
 The floor of a step is the larger of weight bytes (bfloat16) over memory bandwidth and FLOPs over
 GEMM rate, both measured in the same round; the rate is the best of bfloat16 and fp32, with plain
-and with prepacked weights and with the engine's own product. Tokens per CPU-second, all threads
-together, say the same on a machine that others use too.
+and with prepacked weights. Tokens per CPU-second, all threads together, say the same on a machine
+that others use too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Coroutine
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-import transformers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elpo_fast.config import ModelConfig
-from elpo_fast.cpu.decoder import as_numpy, packed, packed_product
-from elpo_fast.cpu.decoder_products import multiplies
-from elpo_fast.cpu.decoder_step import COUNTER, multiply
-from elpo_fast.cpu.vectors import TILE_ROWS
+from elpo_fast.cpu.decoder import packed_product
 from elpo_fast.model.load import load_model
-from elpo_fast.rollout.local.decoder import products_dtype
 from elpo_fast.rollout.local.engine import LocalEngine
+from elpo_fast.train.profile import machine
 from elpo_fast.types import Completion, Sampling
 
 PROMPTS, BRANCHES, PROMPT_TOKENS, NEW_TOKENS = 16, 4, 80, 128
@@ -115,64 +107,6 @@ def generate() -> Clock:
     return clock
 
 
-def products(engine: LocalEngine) -> Callable[[], object]:
-    """The matrix products of one step with `ROWS` rows, on the engine's own weights."""
-    decoder = engine._decoder
-    config = exact_model().config
-    widths = config.hidden_size, decoder.heads * decoder.width, config.intermediate_size
-    inputs = [torch.randn(ROWS, width).to(decoder.products) for width in widths]
-    if decoder._fused is None:
-        hidden, mixed, inner = inputs
-
-        def run() -> None:
-            for layer in decoder.layers:
-                for linear, x in zip(layer.linears, (hidden, mixed, hidden, inner), strict=True):
-                    linear(x)
-            decoder.head(hidden)
-
-        return run
-    weights = decoder._fused._weights
-    threads = numba.get_num_threads()
-    outputs = [np.zeros((ROWS, len(bias)), "f4") for bias in weights.qkv_bias[:1]]
-    outputs += [np.zeros((ROWS, n), "f4") for n in (widths[0], widths[2], decoder.vocab_size)]
-    size = (4 * len(weights.qkv) + 1) * COUNTER
-    spare = TILE_ROWS  # rows that a product may read
-    hidden, mixed, inner = (as_numpy(F.pad(x, (0, 0, 0, spare))) for x in inputs)
-    return lambda: _fused_products(
-        threads, np.zeros(size, np.int64), weights, hidden, mixed, inner, *outputs
-    )
-
-
-def own_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[], None]:
-    """`x @ weight.T` as a fused step multiplies."""
-    threads, rows = numba.get_num_threads(), len(x)
-    arrays = as_numpy(F.pad(x, (0, 0, 0, TILE_ROWS))), packed(weight)
-    bias, out = np.zeros(len(weight), "f4"), np.zeros((rows, len(weight)), "f4")
-    return lambda: _one_product(threads, np.zeros(COUNTER, np.int64), *arrays, bias, out, rows)
-
-
-@numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
-def _one_product(threads, counters, x, weight, bias, out, rows):
-    for _ in numba.prange(threads):
-        multiply(counters, 0, 8 * threads, x, rows, weight, bias, out, 0)
-
-
-@numba.njit(parallel=True, nogil=True, fastmath=True, error_model="numpy")
-def _fused_products(threads, counters, w, hidden, mixed, inner, qkv, residual, gated, logits):
-    """The products of `decoder_step.forward`, and nothing between them."""
-    share = 8 * threads
-    for _ in numba.prange(threads):
-        n = 0
-        for i in range(len(w.qkv)):
-            multiply(counters, n, share, hidden, ROWS, w.qkv[i], w.qkv_bias[i], qkv, 0)
-            multiply(counters, n + 1, share, mixed, ROWS, w.out[i], w.out_bias[i], residual, 1)
-            bias = w.gate_up_bias[i]
-            multiply(counters, n + 2, share, hidden, ROWS, w.gate_up[i], bias, gated, 2)
-            multiply(counters, n + 3, share, inner, ROWS, w.down[i], w.down_bias[i], residual, 1)
-            n += 4
-        multiply(counters, n, share, hidden, ROWS, w.head, w.head_bias, logits, 0)
-
-
 def best_of(run: Callable[[], Any], times: int) -> float:
     seconds = []
     for _ in range(times):
@@ -193,8 +127,6 @@ def gemm_rates() -> dict[str, float]:
             "plain": partial(F.linear, x, weight),
             "prepacked": partial(packed_product(weight, None), x),
         }
-        if multiplies(dtype):
-            ways["own"] = own_product(x, weight)
         for way, run in ways.items():
             rates[f"{name}_{way}"] = 2e-9 * ROWS * 2048**2 / best_of(run, 50)
     return rates
@@ -264,21 +196,6 @@ def test_decode(benchmark) -> None:
     benchmark.extra_info["tokens"] = ROWS * NEW_TOKENS
 
 
-def test_matrix_products_of_a_step(benchmark) -> None:
-    engine = LocalEngine(exact_model(), None, dtype=torch.bfloat16)
-    with torch.inference_mode():
-        benchmark(products(engine))
-    asyncio.run(engine.close())
-
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):  # Linux alone has it
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(": ")[2]
-    return platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -287,7 +204,6 @@ def main() -> None:
     rounds: list[dict[str, float]] = []
 
     async def work(engine: LocalEngine) -> None:
-        step = products(engine)
         if not options.no_transformers:
             print(json.dumps({"logprob_error": check(await decode(engine))}))
         for _ in range(options.rounds):
@@ -295,8 +211,6 @@ def main() -> None:
             one |= (await decode_fresh(engine)).rates("engine")
             measured = floor()
             one["floor_per_s"] = ROWS / measured["step"]
-            with torch.inference_mode():
-                one["products_per_s"] = ROWS / best_of(step, 20)
             if not options.no_transformers:
                 one |= generate().rates("transformers")
             print(json.dumps({k: round(v, 4) for k, v in (one | measured).items()}), flush=True)
@@ -307,20 +221,7 @@ def main() -> None:
     for name in rounds[0]:
         values = sorted(one[name] for one in rounds)
         print(f"{name}: {statistics.median(values):.1f} ({values[0]:.1f}-{values[-1]:.1f})")
-    print(
-        json.dumps(
-            {
-                "cpu": cpu_name(),
-                "cores": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "products": str(products_dtype(torch.device("cpu"), torch.bfloat16)),
-                "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "numba": numba.__version__,
-            }
-        )
-    )
+    print(json.dumps(machine(torch.device("cpu")) | {"threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":
