@@ -4,11 +4,11 @@ loaded: tokenizer, chat template, context, and memory for training and for rollo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from elpo_kernels import widens_bfloat16
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from elpo_fast.faults import size
 from elpo_fast.model.load import check_complete, described, resolve_device, resolve_dtype
 from elpo_fast.report.doctor import Part
 from elpo_fast.rollout.chat import Chat
-from elpo_fast.rollout.local.decoder import SUPPORTED
+from elpo_fast.rollout.local.decoder import SUPPORTED, products_dtype
 from elpo_fast.tools.interpreter import PythonSession
 from elpo_fast.train.costs import Costs
 
@@ -26,30 +26,27 @@ class Memory(NamedTuple):
     """Bytes of one process, activations apart: of training all weights, with moments in 8 bits, or
     adapters of the default rank; and of the local engine's weights and cache."""
 
-    training: int
-    in_8_bits: int
-    lora: int
-    weights: int
-    cache: int
+    training: float
+    in_8_bits: float
+    lora: float
+    weights: float
+    cache: float
 
     @staticmethod
     def of(model: PreTrainedModel, dtype: torch.dtype, cache_tokens: int) -> Memory:
         """For `dtype` of computing."""
-        costs = Costs.of(model)
-        trained, base = costs.trained, sum(p.numel() for p in model.parameters())
+        costs, number = Costs.of(model), dtype.itemsize
         linear = [m for m in model.base_model.modules() if isinstance(m, nn.Linear)]
-        adapters = LoraConfig().rank * sum(m.in_features + m.out_features for m in linear)
-        copy = 0 if dtype == torch.float32 else dtype.itemsize
-        moments = 8  # and weights and gradients, 4 each
-        on_cpu = resolve_device("auto").type == "cpu"
-        packed = 4 if on_cpu and widens_bfloat16() else dtype.itemsize
-        return Memory(
-            training=trained * (8 + moments + copy),
-            in_8_bits=trained * (8 + 2 + copy),
-            lora=base * dtype.itemsize + adapters * (8 + moments + copy),
-            weights=packed * (costs.weights + 2 * costs.head_weights),  # and the embedding
-            cache=dtype.itemsize * costs.cached * cache_tokens,
+        factors = LoraConfig().rank * sum(m.in_features + m.out_features for m in linear)
+        base = sum(p.numel() for p in model.parameters())
+        product = products_dtype(resolve_device("auto"), dtype).itemsize
+        ways = (
+            costs.held("adamw", number),
+            costs.held("adamw8bit", number),
+            replace(costs, trained=factors).held("adamw", number, frozen=base),
         )
+        engine = costs.engine(number, product, cache_tokens)
+        return Memory(*(sum(each.values()) for each in ways), *engine.values())
 
 
 def examined(name: str) -> Iterator[Part]:

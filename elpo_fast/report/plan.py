@@ -34,7 +34,7 @@ from elpo_fast.config import Config, ConfigError
 from elpo_fast.model.load import described, quiet
 from elpo_fast.regions import Total
 from elpo_fast.train import limits
-from elpo_fast.train.costs import Costs
+from elpo_fast.train.costs import COPY, Costs
 from elpo_fast.tree import io
 from elpo_fast.tree.pack import micro_batches
 from elpo_fast.tree.store import Forest, Tree
@@ -271,7 +271,7 @@ def update_seconds(
         sent = bytes_sent / (card.link * LINK) if bytes_sent else 0.0
         seconds += max(body + pairs + head + between + added, host, sent)
     if optimizer:
-        one = replace(costs, trained=costs.trained // setting.shard)
+        one = replace(costs, trained=costs.trained / setting.shard)
         seconds += one.bytes("optimizer", Total(passes=1), number) / bandwidth
     return seconds
 
@@ -291,20 +291,13 @@ def memory(
 ) -> dict[str, float]:
     """Bytes of one GPU while it updates on micro-batches of `part_tokens`."""
     costs, shard, number = model.costs, setting.shard, model.number
-    trained = costs.trained / shard
-    moments = 8.0 if config.train.optimizer == "adamw" else 2.1
-    found = {
-        "float32 masters": 4.0 * trained,
-        "AdamW's moments": moments * trained,
-        "gradients": 4.0 * trained,
-    }
-    if frozen := (model.parameters - costs.trained) / shard:
-        found["frozen weights"] = number * frozen
+    frozen = (model.parameters - costs.trained) / shard
+    mine = replace(costs, trained=costs.trained / shard)
+    found = mine.held(config.train.optimizer, number, frozen)
     if setting.shard * setting.replicate > 1:
+        found.pop(COPY, None)
         block = costs.weights / model.layers
         found["gathered by FSDP2"] = 3 * number * block + 2 * 4.0 * model.ends
-    elif number == 2:
-        found["bfloat16 copy"] = 2.0 * costs.trained
     layers = 1 if setting.checkpointing else model.layers
     kept = number * shares.kept * model.width * layers * part_tokens
     if setting.checkpointing:
@@ -337,7 +330,7 @@ def estimate(
     state = {
         name: size
         for name, size in updating.items()
-        if name in ("float32 masters", "AdamW's moments", "bfloat16 copy", "frozen weights")
+        if name in ("float32 masters", "AdamW's moments", COPY, "frozen weights")
     }
     costs, rollout = model.costs, config.rollout
     sizes = rollout.sizes("cuda" if on_gpu else "cpu")
@@ -346,12 +339,12 @@ def estimate(
     token = float(engine.number * costs.cached)
     sampling, cached = dict(state), float("inf")
     if rollout.engine == "local":
-        own = {"engine's weights": weights, "cache": token * sizes.cache_tokens}
+        own = costs.engine(engine.number, engine.number, sizes.cache_tokens)
         sampling |= own
         updating |= own
         cached = sizes.cache_tokens
     elif not rollout.sglang.urls:
-        held = state.get("float32 masters", 0.0) + state.get("bfloat16 copy", 0.0)
+        held = state.get("float32 masters", 0.0) + state.get(COPY, 0.0)
         share = float(rollout.sglang.args.get("mem_fraction_static", SERVER_SHARE))
         server = share * (card.memory - held)
         sampling["SGLang's server"] = server

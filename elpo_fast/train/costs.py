@@ -21,7 +21,9 @@ DEFINED: Mapping[str, tuple[str, ...]] = {
 }
 """Of which regions something is counted."""
 
+COPY = "bfloat16 copy"
 _FLOAT = 4  # bytes
+_MOMENTS = {"adamw": 2.0 * _FLOAT, "adamw8bit": 2 * (1 + _FLOAT / 256)}  # bytes of a weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Costs:
     pair: int  # operations that one token's attending to another takes, in all layers
     cached: int  # numbers that are kept of a token: keys and values
     vocabulary: int
-    trained: int  # weights, those of the head or embedding included
+    trained: float  # weights, those of the head or embedding included
     share: float  # of the blocks' weights that are trained
 
     @staticmethod
@@ -93,6 +95,24 @@ class Costs:
             case "checkpoint":  # copied: weights and two moments
                 return 2.0 * 3 * _FLOAT * self.trained * total.passes
         return 0.0
+
+    def held(self, optimizer: str, number: int, frozen: float = 0) -> dict[str, float]:
+        """Bytes that training keeps of its weights, by what holds them; `number`: those of a number
+        in which it computes, `frozen`: weights that are not trained."""
+        found = {
+            "float32 masters": _FLOAT * self.trained,
+            "AdamW's moments": _MOMENTS[optimizer] * self.trained,
+            "gradients": _FLOAT * self.trained,
+            "frozen weights": number * frozen,
+            COPY: number * self.trained if number != _FLOAT else 0,
+        }
+        return {name: float(size) for name, size in found.items() if size}
+
+    def engine(self, number: int, weight: int, tokens: int) -> dict[str, float]:
+        """Bytes of the local engine, whose embedding and head are two: `weight` those of one of its
+        weights, `number` those of a number of the `tokens` in its cache."""
+        weights = float(weight * (self.weights + 2 * self.head_weights))
+        return {"engine's weights": weights, "cache": float(number * self.cached * tokens)}
 
     def trained_flops(self, totals: Mapping[str, Total]) -> float:
         """Operations of an update's regions."""
