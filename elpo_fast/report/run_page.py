@@ -56,7 +56,7 @@ class _Plot(NamedTuple):
     draw: Callable[[Axes], None]
 
 
-class _Found(NamedTuple):
+class _StepTrees(NamedTuple):
     """What the trees of one step say."""
 
     step: int
@@ -91,7 +91,7 @@ def write_report(run: Path, out: Path | None = None, *, plots: str | None = None
     return written
 
 
-def _of_trees(step: int, file: Path) -> _Found:
+def _of_trees(step: int, file: Path) -> _StepTrees:
     forest = io.load(file)
     correct = forest.correct[forest.leaf_node] == 1
     shares = np.add.reduceat(correct, forest.leaf_start[:-1], dtype=float)
@@ -100,7 +100,7 @@ def _of_trees(step: int, file: Path) -> _Found:
     half = 1.96 * shares.std(ddof=1) / len(shares) ** 0.5 if len(shares) > 1 else 0.0
     localized = forest.critical_node[forest.critical_localized]
     depths = forest.depth[localized].tolist()
-    return _Found(
+    return _StepTrees(
         step, (float(shares.mean()), float(half)), depths, int(sum(~forest.critical_localized))
     )
 
@@ -144,7 +144,7 @@ def _warnings(steps: Records) -> list[str]:
     ]
 
 
-def _plots(records: Records, found: Sequence[_Found]) -> list[_Plot]:
+def _plots(records: Records, found: Sequence[_StepTrees]) -> list[_Plot]:
     steps, evaluations = _phase(records, "rl"), _phase(records, "eval")
     cold = [r for r in _phase(records, "sft") if "loss" in r]
     plots = []
@@ -159,7 +159,7 @@ def _plots(records: Records, found: Sequence[_Found]) -> list[_Plot]:
     return plots
 
 
-def _learning(steps: Records, evaluations: Records, found: Sequence[_Found]) -> _Plot:
+def _learning(steps: Records, evaluations: Records, found: Sequence[_StepTrees]) -> _Plot:
     def draw(axes: Axes) -> None:
         if found:
             x = [each.step for each in found]
@@ -191,7 +191,7 @@ def _learning(steps: Records, evaluations: Records, found: Sequence[_Found]) -> 
     return _Plot("learning", "Success", says, draw)
 
 
-def _critical(found: Sequence[_Found]) -> _Plot:
+def _critical(found: Sequence[_StepTrees]) -> _Plot:
     middle = (len(found) + 1) // 2
     halves = found[:middle], found[middle:]
     depths = [[depth for each in half for depth in each.depths] for half in halves]

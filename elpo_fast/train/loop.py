@@ -187,13 +187,13 @@ class _Run:
     async def learn(self, found: Path | None, data: Data, sft_only: bool = False) -> None:
         """Supervised fine-tuning, then reinforcement learning, with evaluation around both; from
         the checkpoint `found` on, if there is one."""
-        train, policy, chat = self.config.train, self.parts.policy, self.parts.collector.chat
+        config, policy, chat = self.config, self.parts.policy, self.parts.collector.chat
         if found is not None:
             self.display.say(f"goes on from {found.name}")
         for note in chat.template.notes:
             self.display.say(f"chat template: {note}")
-        schedule = schedule_of(train)
-        policy.restart(lr=train.lr, schedule=schedule)
+        schedule = schedule_of(config.train)
+        policy.restart(lr=config.train.lr, schedule=schedule)
         restored = load_checkpoint(found, policy, self.parts.ranks) if found else None
         if sft_only and restored and restored.phase == RL:
             raise ConfigError(
@@ -202,7 +202,7 @@ class _Run:
             )
         # Whatever was recorded after the checkpoint, or before any, is work that is done again.
         self.folder.rewind(restored.extra["records"] if restored else 0)
-        if restored and restored.phase == RL and restored.step >= train.steps:
+        if restored and restored.phase == RL and restored.step >= config.train.steps:
             self.finish()
             return
         if restored is None or restored.phase == SFT:
@@ -212,19 +212,17 @@ class _Run:
                 if not sft_only:
                     some = self.parts.source.train(self.first_task(0)).messages
                 self.folder.keep_chat(chat.shown(some))
-            if self.config.sft.wanted:
+            if config.sft.wanted:
                 await self.fine_tune(data, restored, sft_only)
             if sft_only:
                 self.finish()
                 return
-            await self.evaluate(
-                "after SFT" if self.config.sft.wanted else f"before {self.algorithm}", 0
-            )
-            policy.restart(lr=train.lr, schedule=schedule)
+            await self.evaluate("after SFT" if config.sft.wanted else f"before {self.algorithm}", 0)
+            policy.restart(lr=config.train.lr, schedule=schedule)
             restored = None
         release_memory()
-        if self.config.algo.kl_coef:
-            self.reference = make_reference(self.parts, self.config, restored is None)
+        if config.algo.kl_coef:
+            self.reference = make_reference(self.parts, config, restored is None)
         start, ready = 0, None
         if restored is None:
             self.save(0)
@@ -234,19 +232,20 @@ class _Run:
             if restored.collected is not None:
                 ready = _Collected(restored.collected, **restored.extra["collected"])
         await self.reinforce(start, ready)
-        await self.evaluate(f"after {self.algorithm}", train.steps)
-        self.save(train.steps)
+        await self.evaluate(f"after {self.algorithm}", config.train.steps)
+        self.save(config.train.steps)
         self.finish()
 
     async def reinforce(self, start: int, ready: _Collected | None) -> None:
         """Reinforcement learning from step `start` on, whose trees may be `ready`."""
-        train, every = self.config.train, self.config.eval.every
-        times = StepTimes(self.parts, self.config, start + 1)
-        with self.display.phase(self.algorithm, train.steps, start) as phase:
-            for step in range(start, train.steps):
+        config = self.config
+        every, kept = config.eval.every, config.train.checkpoint_every
+        times = StepTimes(self.parts, config, start + 1)
+        with self.display.phase(self.algorithm, config.train.steps, start) as phase:
+            for step in range(start, config.train.steps):
                 self.checkpoints.check()
                 collected = ready or await self.collect(step, phase)
-                values, ready = await self.train(step, collected, phase)
+                values, ready = await self.train_step(step, collected, phase)
                 await self.push_weights(self.parts.engine.weight_version + 1)
                 values |= times.end(step + 1, collected.forest)
                 with region("saving"):
@@ -255,11 +254,11 @@ class _Run:
                     self.comment(values, collected.forest)
                 if await times.profiled(step + 1):
                     self.display.say(f"profile: elpo profile {self.folder.path}")
-                if step + 1 == train.steps:
+                if step + 1 == config.train.steps:
                     break
                 if every and (step + 1) % every == 0:
                     await self.evaluate(DURING, step + 1)
-                if train.checkpoint_every and (step + 1) % train.checkpoint_every == 0:
+                if kept and (step + 1) % kept == 0:
                     self.save(step + 1, ready)
 
     def finish(self) -> None:
@@ -359,59 +358,56 @@ class _Run:
     async def collect(self, step: int, phase: Phase) -> _Collected:
         """Trees for the `tasks_per_step` tasks of a step, by the engine's present weights."""
         with region("waiting"):
-            return await self.grow(step, phase)
+            config, began = self.config, time.perf_counter()
+            counter = Counts(self.parts.engine, self.parts.collector)
+            first, wanted = self.first_task(step), config.train.tasks_per_step
+            grown = asked = 0
 
-    async def grow(self, step: int, phase: Phase) -> _Collected:
-        config, began = self.config, time.perf_counter()
-        counter = Counts(self.parts.engine, self.parts.collector)
-        first, wanted = self.first_task(step), config.train.tasks_per_step
-        grown = asked = 0
+            def on_tree(tree: Tree) -> None:
+                nonlocal grown
+                grown += 1
+                phase.detail(f"collecting {grown}/{asked} trees")
 
-        def on_tree(tree: Tree) -> None:
-            nonlocal grown
-            grown += 1
-            phase.detail(f"collecting {grown}/{asked} trees")
-
-        told: list[Tree] = []  # with signal
-        silent: list[Tree] = []
-        while len(told) < wanted and asked < wanted * config.algo.dynamic_sampling:
-            missing = min(wanted - len(told), wanted * config.algo.dynamic_sampling - asked)
-            tasks = [self.parts.source.train(first + asked + i) for i in range(missing)]
-            asked += missing
-            trees = await self.parts.collector.collect(
-                tasks,
-                lambda: make_planner(config.algo),
-                seed=self.stream(_COLLECT, step),
-                on_tree=on_tree,
-            )
+            told: list[Tree] = []  # with signal
+            silent: list[Tree] = []
+            while len(told) < wanted and asked < wanted * config.algo.dynamic_sampling:
+                missing = min(wanted - len(told), wanted * config.algo.dynamic_sampling - asked)
+                tasks = [self.parts.source.train(first + asked + i) for i in range(missing)]
+                asked += missing
+                trees = await self.parts.collector.collect(
+                    tasks,
+                    lambda: make_planner(config.algo),
+                    seed=self.stream(_COLLECT, step),
+                    on_tree=on_tree,
+                )
+                with region("trees"):
+                    if config.algo.merge_equal_steps:
+                        trees = [merge_equal_steps(tree) for tree in trees]
+                    if config.algo.dynamic_sampling == 1:
+                        told = trees
+                        continue
+                    forest = Forest.from_trees(trees)
+                    useful = active(forest, score(forest, config.algo))
+                    told += [tree for tree, use in zip(trees, useful, strict=True) if use]
+                    silent += [tree for tree, use in zip(trees, useful, strict=True) if not use]
             with region("trees"):
-                if config.algo.merge_equal_steps:
-                    trees = [merge_equal_steps(tree) for tree in trees]
-                if config.algo.dynamic_sampling == 1:
-                    told = trees
-                    continue
-                forest = Forest.from_trees(trees)
-                useful = active(forest, score(forest, config.algo))
-                told += [tree for tree, use in zip(trees, useful, strict=True) if use]
-                silent += [tree for tree, use in zip(trees, useful, strict=True) if not use]
-        with region("trees"):
-            forest = Forest.from_trees([*told, *silent][:wanted])
-        ranks = self.parts.ranks
-        if config.train.save_trees and ranks.leads:
-            file = self.folder.tree_file(step + 1)
-            said = "set train.save_trees=false, and go on with --resume"
-            with region("saving"), enough_disk(file, said):
-                io.save(forest, file)
-        counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
-        if counts["faults"] == len(forest.reasons):
-            raise RunError(
-                f"step {step + 1}: all {len(forest.reasons)} trajectories were ended by an "
-                f"exception, the first because {forest.reasons[0]}; mend what raises and go on "
-                "with --resume"
-            )
-        return _Collected(forest, counts, time.perf_counter() - began)
+                forest = Forest.from_trees([*told, *silent][:wanted])
+            ranks = self.parts.ranks
+            if config.train.save_trees and ranks.leads:
+                file = self.folder.tree_file(step + 1)
+                said = "set train.save_trees=false, and go on with --resume"
+                with region("saving"), enough_disk(file, said):
+                    io.save(forest, file)
+            counts = totals(ranks.gather(counter.difference(), ranks.rollouts))
+            if counts["faults"] == len(forest.reasons):
+                raise RunError(
+                    f"step {step + 1}: all {len(forest.reasons)} trajectories were ended by an "
+                    f"exception, the first because {forest.reasons[0]}; mend what raises and go on "
+                    "with --resume"
+                )
+            return _Collected(forest, counts, time.perf_counter() - began)
 
-    async def train(
+    async def train_step(
         self, step: int, collected: _Collected, phase: Phase
     ) -> tuple[dict[str, Any], _Collected | None]:
         """Update the policy on a step's trees; its metrics and, with overlap, the next trees."""

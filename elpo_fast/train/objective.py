@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -29,16 +30,15 @@ from elpo_kernels import policy_loss
 from numpy.typing import NDArray
 
 from elpo_fast.train.metrics import StepStats
+from elpo_fast.train.offpolicy import Floats, log_ratios, node_sum
 from elpo_fast.train.step import PolicyOptimizer
 from elpo_fast.tree import ops
 from elpo_fast.tree.pack import PackedBatch, Scored
 from elpo_fast.tree.store import Forest
 
-Floats = NDArray[np.floating]
-
 
 @dataclass(frozen=True)
-class Found:
+class ObjectiveStats:
     """Figures of an update before it is made."""
 
     shift: float  # of the loss, from that of the plain policy gradient
@@ -73,27 +73,18 @@ def linearised(
     scale: float,
     kl_coef: float = 0.0,
     reference: Sequence[Floats] = (),
-) -> tuple[list[PackedBatch], Found]:
+) -> tuple[list[PackedBatch], ObjectiveStats]:
     """Batches with the gradient of the objective. `scale` is that of the batches' coefficients,
     `reference` the log-probs `[P]` of each batch under the reference policy."""
     current = [each.astype(np.float64) for each in policy.logprobs(batches)]
-    gaps = [
-        np.where(batch.agent, logprob - batch.old_logprob, 0.0)
-        for batch, logprob in zip(batches, current, strict=True)
-    ]
-    nodes, leaf = len(forest.parent), forest.leaf_node
-
-    def by_node(columns: Sequence[NDArray[Any]]) -> Floats:
-        total = np.zeros(nodes)
-        for batch, column in zip(batches, columns, strict=True):
-            total += np.bincount(batch.node, column, minlength=nodes)
-        return total
+    gaps, leaf = log_ratios(batches, current), forest.leaf_node
+    by_node = partial(node_sum, forest, batches)
 
     def by_token(of_node: Floats) -> list[Floats]:
         return [of_node[batch.node] * batch.agent for batch in batches]
 
     count = by_node([batch.agent for batch in batches]).astype(np.int64)
-    bounds = scored.eps_low, np.full(nodes, scored.eps_high)
+    bounds = scored.eps_low, np.full(len(forest.parent), scored.eps_high)
     if ratio == "token":
         columns = ("pos_coef", "neg_coef", "eps_low", "eps_high")
         pos, neg, low, high = (
@@ -112,8 +103,8 @@ def linearised(
         low, high = (bound[leaf] for bound in bounds)
         mean = total / np.maximum(number, 1)
         units = _Units(mean, number, np.maximum(value, 0), np.minimum(value, 0), low, high)
-    loss, slope, figures = _surrogate(units, policy.ratio_cap)
-    each = slope / np.maximum(units.number, 1)  # of every token's log-prob
+    loss, derivative, figures = _surrogate(units, policy.ratio_cap)
+    each = derivative / np.maximum(units.number, 1)  # of every token's log-prob
     if ratio == "token":
         gradient = np.split(each, np.cumsum([len(batch) for batch in batches])[:-1])
     else:
@@ -129,12 +120,12 @@ def linearised(
         loss += kl_coef * divergence
         divergence /= max(sum(float(weight.sum()) for weight in mass), 1e-300)
     changed = [
-        _with_gradient(batch, logprob, slope)
-        for batch, logprob, slope in zip(batches, current, gradient, strict=True)
+        _with_gradient(batch, logprob, own)
+        for batch, logprob, own in zip(batches, current, gradient, strict=True)
     ]
     live = (units.pos != 0) | (units.neg != 0)
     shift = loss + sum(float((batch.pos_coef + batch.neg_coef).sum()) for batch in changed)
-    return changed, Found(shift, divergence, units.gap[live], figures)
+    return changed, ObjectiveStats(shift, divergence, units.gap[live], figures)
 
 
 def with_entropy(
@@ -169,14 +160,14 @@ def _surrogate(units: _Units, ratio_cap: float) -> tuple[float, Floats, dict[str
     return float(out.loss.detach()), gap.grad.numpy(), figures
 
 
-def _with_gradient(batch: PackedBatch, logprob: Floats, slope: Floats) -> PackedBatch:
-    """A batch whose loss has the derivative `slope [P]` by the log-probs, and these as old ones."""
+def _with_gradient(batch: PackedBatch, logprob: Floats, gradient: Floats) -> PackedBatch:
+    """A batch whose loss has this `gradient [P]` by the log-probs, and these as old ones."""
     dtype, free = batch.pos_coef.dtype, np.ones_like(batch.eps_low)
     return replace(
         batch,
         old_logprob=logprob.astype(batch.old_logprob.dtype),
-        pos_coef=np.maximum(-slope, 0.0).astype(dtype),
-        neg_coef=np.minimum(-slope, 0.0).astype(dtype),
+        pos_coef=np.maximum(-gradient, 0.0).astype(dtype),
+        neg_coef=np.minimum(-gradient, 0.0).astype(dtype),
         eps_low=free,
         eps_high=free,
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +67,18 @@ def sequence_weights(
     forest: Forest, batches: Sequence[PackedBatch], gaps: Sequence[Floats], cap: float
 ) -> NDArray[np.float64]:
     """Truncated product of the ratios along each trajectory, `[L]`; 1 for trees not in a batch."""
-    of_node = np.zeros(len(forest.parent))
-    for batch, gap in zip(batches, gaps, strict=True):
-        of_node += np.bincount(batch.node, gap, minlength=len(of_node))
+    of_node = node_sum(forest, batches, gaps)
     return truncated(ops.path_sum(forest.parent, of_node)[forest.leaf_node], cap)
+
+
+def node_sum(
+    forest: Forest, batches: Sequence[PackedBatch], columns: Sequence[NDArray[Any]]
+) -> NDArray[np.float64]:
+    """Sums over the tokens of each node, `[N]`, of a column `[P]` of each batch."""
+    total = np.zeros(len(forest.parent))
+    for batch, column in zip(batches, columns, strict=True):
+        total += np.bincount(batch.node, column, minlength=len(total))
+    return total
 
 
 def truncated(gap: Floats, cap: float) -> NDArray[np.float64]:

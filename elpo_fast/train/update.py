@@ -16,7 +16,7 @@ from elpo_fast.model.load import load_model
 from elpo_fast.regions import region
 from elpo_fast.train.export import export_model
 from elpo_fast.train.metrics import mean_stats, trajectory_tokens
-from elpo_fast.train.objective import Found, linearised, with_entropy
+from elpo_fast.train.objective import ObjectiveStats, linearised, with_entropy
 from elpo_fast.train.offpolicy import corrected, log_ratios, mismatch, sequence_weights
 from elpo_fast.train.parts import Parts
 from elpo_fast.train.step import PolicyOptimizer
@@ -103,7 +103,7 @@ def _objective(
     batches: list[PackedBatch],
     config: Config,
     scale: float,
-) -> tuple[list[PackedBatch], Found | None]:
+) -> tuple[list[PackedBatch], ObjectiveStats | None]:
     """Batches of the configured objective, and its figures where they are not the update's."""
     algo = config.algo
     if algo.entropy_coef:

@@ -49,14 +49,14 @@ def levels(
     `[R]`; returns the soft cap's derivative."""
     if bias is not None:
         tile.add_(bias)
-    slope = None
+    cap_grad = None
     if softcap:
         # tanh(x) = 2σ(2x) − 1; PyTorch's sigmoid is ten times faster on CPU
         tile.mul_(2 / softcap).sigmoid_().mul_(2).sub_(1)
-        slope = 1 - tile * tile
+        cap_grad = 1 - tile * tile
         tile.mul_(softcap)
     tile.mul_(scale[:, None]).add_(offset[:, None])
-    return slope
+    return cap_grad
 
 
 def locate(target: Tensor, columns: int) -> tuple[Tensor, Tensor]:
@@ -109,9 +109,9 @@ def measured(target: Tensor, log_rest: Tensor, rest: Tensor) -> tuple[Tensor, Te
 
 
 def to_gradient(
-    tile: Tensor, slope: Tensor | None, target: Tensor, gradient: LogitGradient
+    tile: Tensor, cap_grad: Tensor | None, target: Tensor, gradient: LogitGradient
 ) -> None:
-    """L becomes `gradient` in place, times the soft cap's derivative `slope`."""
+    """L becomes `gradient` in place, times the soft cap's derivative `cap_grad`."""
     alpha, beta, at_target = gradient
     if beta is None:
         tile.exp2_().mul_(alpha[:, None])
@@ -121,5 +121,5 @@ def to_gradient(
         tile.exp2_().mul_(factor)
     row, column = locate(target, tile.shape[1])
     tile[row, column] = at_target[row]
-    if slope is not None:
-        tile.mul_(slope)
+    if cap_grad is not None:
+        tile.mul_(cap_grad)

@@ -23,13 +23,13 @@ BLOCK, WARPS = 2048, 8
 @triton.jit
 def _level(z, scale, offset, SOFTCAP: tl.constexpr):  # type: ignore[no-untyped-def]
     """L and the soft cap's derivative."""
-    slope = 1.0
+    cap_grad = 1.0
     if SOFTCAP != 0:
         decay = tl.exp2(-2.8853900817779268 * tl.abs(z) / SOFTCAP)  # e^(−2|z|/cap)
         size = (1 - decay) / (1 + decay)
-        slope = 1 - size * size
+        cap_grad = 1 - size * size
         z = tl.where(z < 0, -SOFTCAP, SOFTCAP) * size
-    return z * scale + offset, slope
+    return z * scale + offset, cap_grad
 
 
 @triton.jit
@@ -171,14 +171,14 @@ def powers_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z, inside = _load(logits + row * stride, bias, at, first, columns, HAS_BIAS)
-        level, slope = _level(z, row_scale, row_offset, SOFTCAP)
+        level, cap_grad = _level(z, row_scale, row_offset, SOFTCAP)
         level = tl.where(inside, tl.where(at == skip, float("-inf"), level), float("-inf"))
         power = tl.exp2(level)
         s += tl.sum(power, 0)
         if ENTROPY:
             e += tl.sum(tl.where(power == 0, 0.0, power * level), 0)
         if SOFTCAP != 0:
-            power *= slope
+            power *= cap_grad
         tl.store(place + at, power.to(out.dtype.element_ty), mask=inside)
     tl.store(total + row, s)
     tl.store(moment + row, e)
@@ -214,7 +214,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, columns, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z, inside = _load(logits + source * stride, bias, at, first, columns, HAS_BIAS)
-        level, slope = _level(z, row_scale, row_offset, SOFTCAP)
+        level, cap_grad = _level(z, row_scale, row_offset, SOFTCAP)
         power = tl.exp2(level)
         factor = power * a
         if ENTROPY:
@@ -222,7 +222,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
             factor += tl.where(power == 0, 0.0, power * log) * tl.load(beta + row)
         value = tl.where(at == skip, peak, factor)
         if SOFTCAP != 0:
-            value *= slope
+            value *= cap_grad
         tl.store(out + source * out_stride + at, value.to(out.dtype.element_ty), mask=inside)
 
 

@@ -192,9 +192,9 @@ def query_gradient_kernel(  # type: ignore[no-untyped-def]
                 seen = _visible(row[:, None], column, end, position, size, window, WINDOWED)
                 p = tl.where(seen, p, 0.0)
             v = _load(value, k_first, value_stride, size, COLUMNS, D, DIM, not full)
-            slope = tl.dot(above, tl.trans(v), input_precision=PRECISION)
-            slope = p * (slope - correction[:, None])
-            acc = tl.dot(slope.to(k.dtype), k, acc, input_precision=PRECISION)
+            dp = tl.dot(above, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - correction[:, None])
+            acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
         start, stop = stop, stop + tl.load(counts + 2 * block + 1)
     acc *= scale * LN2
     _store(query_grad + head * D, acc, first, out_stride, size, ROWS, D, DIM)
@@ -268,9 +268,9 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
                 above = _load(above_base, q_first, out_stride, size, ROWS, D, DIM, True)
                 correction = tl.load(delta + head * size + row, mask=row < size, other=0.0)
                 v_acc = tl.dot(p.to(above.dtype), above, v_acc, input_precision=PRECISION)
-                slope = tl.dot(v, tl.trans(above), input_precision=PRECISION)
-                slope = p * (slope - correction[None, :])
-                k_acc = tl.dot(slope.to(q.dtype), q, k_acc, input_precision=PRECISION)
+                dp = tl.dot(v, tl.trans(above), input_precision=PRECISION)
+                ds = p * (dp - correction[None, :])
+                k_acc = tl.dot(ds.to(q.dtype), q, k_acc, input_precision=PRECISION)
             start, stop = stop, stop + last
     base = split.to(tl.int64) * size * sums_stride + kv_head * D
     k_acc *= scale * LN2

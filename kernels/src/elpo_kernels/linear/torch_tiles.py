@@ -160,7 +160,7 @@ class TorchTiles:
             place = out[:, strip]
             if position is not None:
                 place = self._scratch(len(total), strip.stop - strip.start, self.head.dtype)
-            tile, slope = self._levels(rows, strip, place)
+            tile, cap_grad = self._levels(rows, strip, place)
             at = locate(rows.column - strip.start, tile.shape[1])
             if want_entropy:
                 power = self._scratch(len(tile), tile.shape[1], self.acc, "powers")
@@ -170,8 +170,8 @@ class TorchTiles:
             else:
                 tile.exp2_()[at] = 0
             total += tile.sum(1)
-            if slope is not None:
-                tile.mul_(slope)
+            if cap_grad is not None:
+                tile.mul_(cap_grad)
             if tile is not place:
                 place.copy_(tile)
             if position is not None:
@@ -189,7 +189,7 @@ class TorchTiles:
     def gradient(self, rows: Rows, strip: slice, gradient: LogitGradient, out: Tensor) -> None:
         """dloss/dlogits `[R, strip]` before soft cap and temperature; the rows are anchored near
         their log-sum-exp."""
-        tile, slope = self._levels(rows, strip, out)
-        to_gradient(tile, slope, rows.column - strip.start, gradient)
+        tile, cap_grad = self._levels(rows, strip, out)
+        to_gradient(tile, cap_grad, rows.column - strip.start, gradient)
         if tile is not out:
             out.copy_(tile)

@@ -198,8 +198,8 @@ def _(*unused: Any) -> None:
 def _torch_gradient(out: Tensor, rows: Chosen, offset: Tensor, gradient: LogitGradient) -> None:
     for part in rows.blocks():
         tile = rows.logits[rows.which[part]].to(rows.scale.dtype)
-        slope = levels(tile, None, rows.scale[part], offset[part], rows.softcap)
-        to_gradient(tile, slope, rows.column[part], gradient.at(part))
+        cap_grad = levels(tile, None, rows.scale[part], offset[part], rows.softcap)
+        to_gradient(tile, cap_grad, rows.column[part], gradient.at(part))
         out[rows.which[part]] = tile.to(out.dtype)
 
 
