@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from elpo_kernels import linear_logprob, linear_policy_loss, policy_loss
+from elpo_kernels import linear_logprob, linear_policy_loss
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -196,13 +196,6 @@ def fused_main_grad(p: Problem) -> Tensor:
     return fused(p, main_grad=p.main_grad)
 
 
-def two_pass(p: Problem) -> Tensor:
-    """The primitive and the elementwise loss: less memory, logits computed twice."""
-    logprob = linear_logprob(p.hidden, p.weight, p.labels)
-    out = policy_loss(logprob, p.old_logprob, advantages=p.token_advantages, weights=p.weights)
-    return out.loss
-
-
 VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
     "eager": eager,
     "liger": liger,
@@ -210,7 +203,6 @@ VARIANTS: dict[str, Callable[[Problem], Tensor]] = {
     "torch-chunked": torch_chunked,
     "fused": fused,
     "fused-main-grad": fused_main_grad,
-    "two-pass": two_pass,
 }
 
 

@@ -19,6 +19,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elpo_fast.tools.interpreter import PythonSession, SessionState
 from elpo_fast.tools.sandbox import Sandbox
 from elpo_fast.types import Task
@@ -60,10 +62,6 @@ async def measure(call: Call, callers: int, seconds: float) -> tuple[float, list
     return len(times) / (time.perf_counter() - started), times
 
 
-def percentile(times: list[float], share: float) -> float:
-    return sorted(times)[min(len(times) - 1, int(share * len(times)))]
-
-
 async def compare(variants: dict[str, tuple[Call, int]], seconds: float) -> dict[str, Any]:
     for call, _ in variants.values():
         await call()  # right answer, warm
@@ -78,8 +76,8 @@ async def compare(variants: dict[str, tuple[Call, int]], seconds: float) -> dict
         name: {
             "per_s": round(statistics.median(rates[name]), 1),
             "per_s_range": [round(min(rates[name]), 1), round(max(rates[name]), 1)],
-            "p50_ms": round(percentile(times[name], 0.5), 2),
-            "p99_ms": round(percentile(times[name], 0.99), 2),
+            "p50_ms": round(float(np.quantile(times[name], 0.5)), 2),
+            "p99_ms": round(float(np.quantile(times[name], 0.99)), 2),
             "calls": len(times[name]),
         }
         for name in variants

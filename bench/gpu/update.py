@@ -13,7 +13,6 @@ from bench.gpu.part import Part, judged, medians
 from bench.gpu.shapes import make_model, shape
 from elpo_fast.model.compiled import compile_blocks
 from elpo_fast.train.step import PolicyOptimizer
-from elpo_fast.tree.pack import PackedBatch
 
 PEAK = {(8, 0): 312e12, (9, 0): 989e12, (10, 0): 2250e12}  # dense bfloat16 operations a second
 BUDGET = {"0.5b": 16384, "1.5b": 8192}  # tokens of a micro-batch
@@ -33,7 +32,9 @@ def one_model(part: Part, name: str) -> None:
     budget = 64 if part.tiny else BUDGET[name]
     trees, rows = as_trees(grown, budget), as_rows(grown, budget)
     unique, computed = (sum(len(batch.trie) for batch in part) for part in (trees, rows))
-    flops = model_flops(policy, trees)
+    pairs = sum(float(np.sum(batch.trie.position + 1.0)) for batch in trees)
+    chosen = sum(len(batch.loss_rows) for batch in trees)
+    flops = 3 * (policy.costs.forward(unique, pairs) + policy.costs.head(chosen))
     peak = None if part.tiny else PEAK.get(torch.cuda.get_device_capability())
     for blocks in ("eager", "compiled"):
         if blocks == "compiled":
@@ -65,14 +66,3 @@ def one_model(part: Part, name: str) -> None:
         part.row(line, model=name, blocks=blocks, ms=times, rounds_ms=rounds, **values)
     if not part.ahead:
         part.attempt(f"{name} profile", partial(part.profiled, name, calls["trees"]))
-
-
-def model_flops(policy: PolicyOptimizer, batches: list[PackedBatch]) -> float:
-    """Forward and backward of the unique tokens: products with weights, and allowed pairs."""
-    config = policy.model.config
-    body = sum(p.numel() for p in policy.model.base_model.layers.parameters())
-    head = config.vocab_size * config.hidden_size
-    pairs = sum(int(b.trie.position.astype(np.int64).sum()) + len(b.trie) for b in batches)
-    chosen = sum(int(((b.pos_coef != 0) | (b.neg_coef != 0)).sum()) for b in batches)
-    attention = 12 * pairs * config.hidden_size * config.num_hidden_layers
-    return 6.0 * (body * sum(len(b.trie) for b in batches) + head * chosen) + attention

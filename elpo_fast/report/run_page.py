@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import io as streams
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ class _Plot(NamedTuple):
     name: str  # of its file
     title: str
     says: str  # what it shows, in a sentence
-    draw: Callable[[Axes], None]
+    figure: Figure
 
 
 class _StepTrees(NamedTuple):
@@ -76,15 +76,14 @@ def write_report(run: Path, out: Path | None = None, *, plots: str | None = None
     written = [out]
     parts = [_head(run, out, config, records)]
     with matplotlib.rc_context(_STYLE):
-        drawn = [(plot, _figure(plot)) for plot in _plots(records, found)]
-        for plot, figure in drawn:
+        for plot in _plots(records, found):
             parts.append(
-                f"<figure><h2>{html.escape(plot.title)}</h2>{_svg(figure)}"
+                f"<figure><h2>{html.escape(plot.title)}</h2>{_svg(plot.figure)}"
                 f"<figcaption>{html.escape(plot.says)}</figcaption></figure>"
             )
             if plots is not None:
                 written.append(out.with_name(f"{out.stem}_{plot.name}.{plots}"))
-                page.write_bytes(written[-1], _rendered(figure, plots))
+                page.write_bytes(written[-1], _rendered(plot.figure, plots))
     parts.append(_configuration(run, config))
     body = "\n".join(parts)
     page.write(out, page.page(f"{config.run.name} · report", page.asset("report.css"), body))
@@ -115,7 +114,10 @@ def _head(run: Path, out: Path, config: Config, records: Records) -> str:
         f"{config.algo.n_total} trajectories each",
         f"elpo-fast {__version__}",
     ]
-    parts = [f"<h1>{html.escape(config.run.name)}</h1>", f"<p class=dim>{_joined(about)}</p>"]
+    parts = [
+        f"<h1>{html.escape(config.run.name)}</h1>",
+        f"<p class=dim>{html.escape(' · '.join(about))}</p>",
+    ]
     if evaluations:
         rows = "".join(
             f"<tr><td>{html.escape(r['name'])}</td><td>{r['step']}</td>"
@@ -160,35 +162,35 @@ def _plots(records: Records, found: Sequence[_StepTrees]) -> list[_Plot]:
 
 
 def _learning(steps: Records, evaluations: Records, found: Sequence[_StepTrees]) -> _Plot:
-    def draw(axes: Axes) -> None:
-        if found:
-            x = [each.step for each in found]
-            mean, half = np.array([each.success for each in found]).T
-            axes.fill_between(x, mean - half, mean + half, color=_BLUE, alpha=0.15, lw=0)
-        if steps:
-            x, y = [r["step"] for r in steps], [r["success"] for r in steps]
-            axes.plot(x, y, color=_BLUE, marker=".", label="training, within the trees")
-        for at, record in enumerate(evaluations):
-            y = record["success"]
-            bars = [[max(0.0, y - record["low"])], [max(0.0, record["high"] - y)]]
-            axes.errorbar(
-                record["step"],
-                y,
-                bars,
-                fmt="o",
-                color=_GOOD,
-                capsize=3,
-                label="held out" if at == 0 else None,
-            )
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        axes.set_xlabel("step")
-        axes.legend()
+    figure, axes = _axes()
+    if found:
+        x = [each.step for each in found]
+        mean, half = np.array([each.success for each in found]).T
+        axes.fill_between(x, mean - half, mean + half, color=_BLUE, alpha=0.15, lw=0)
+    if steps:
+        x, y = [r["step"] for r in steps], [r["success"] for r in steps]
+        axes.plot(x, y, color=_BLUE, marker=".", label="training, within the trees")
+    for at, record in enumerate(evaluations):
+        y = record["success"]
+        bars = [[max(0.0, y - record["low"])], [max(0.0, record["high"] - y)]]
+        axes.errorbar(
+            record["step"],
+            y,
+            bars,
+            fmt="o",
+            color=_GOOD,
+            capsize=3,
+            label="held out" if at == 0 else None,
+        )
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    axes.set_xlabel("step")
+    axes.legend()
 
     says = "Share of correct trajectories with 95 % intervals, those of training over tasks."
     if any(each.depths or each.open for each in found):
         says += " Probes start from failures, so that trees show less success than held-out tasks."
-    return _Plot("learning", "Success", says, draw)
+    return _Plot("learning", "Success", says, figure)
 
 
 def _critical(found: Sequence[_StepTrees]) -> _Plot:
@@ -197,28 +199,26 @@ def _critical(found: Sequence[_StepTrees]) -> _Plot:
     depths = [[depth for each in half for depth in each.depths] for half in halves]
     localized, unfinished = sum(map(len, depths)), sum(each.open for each in found)
 
-    def draw(axes: Axes) -> None:
-        deepest = max((max(each) for each in depths if each), default=1)
-        places = np.arange(1, deepest + 1)
-        for side, (half, each, colour) in enumerate(
-            zip(halves, depths, (_GREY, _BAD), strict=True)
-        ):
-            if not half:
-                continue
-            counts = np.bincount(each, minlength=deepest + 1)[1:]
-            first, last = half[0].step, half[-1].step
-            label = f"steps {first} to {last}" if first < last else f"step {first}"
-            axes.bar(places + 0.4 * side - 0.2, counts, 0.38, color=colour, label=label)
-        axes.set_xlabel("step of the trajectory")
-        axes.set_ylabel("searches")
-        axes.legend()
+    figure, axes = _axes()
+    deepest = max((max(each) for each in depths if each), default=1)
+    places = np.arange(1, deepest + 1)
+    for side, (half, each, colour) in enumerate(zip(halves, depths, (_GREY, _BAD), strict=True)):
+        if not half:
+            continue
+        counts = np.bincount(each, minlength=deepest + 1)[1:]
+        first, last = half[0].step, half[-1].step
+        label = f"steps {first} to {last}" if first < last else f"step {first}"
+        axes.bar(places + 0.4 * side - 0.2, counts, 0.38, color=colour, label=label)
+    axes.set_xlabel("step of the trajectory")
+    axes.set_ylabel("searches")
+    axes.legend()
 
     searches = localized + unfinished
     says = (
         f"First irrecoverable steps that searches found: {localized} of {searches}, "
         f"{unfinished} searches were ended by the budget."
     )
-    return _Plot("critical", "Where trajectories become irrecoverable", says, draw)
+    return _Plot("critical", "Where trajectories become irrecoverable", says, figure)
 
 
 def _ends(steps: Records) -> _Plot:
@@ -226,44 +226,44 @@ def _ends(steps: Records) -> _Plot:
     known = [name for end in _ENDS if (name := f"end_{end}") in names]
     labels, colours = zip(*(_ENDS[name.removeprefix("end_")] for name in known), strict=True)
 
-    def draw(axes: Axes) -> None:
-        shares = [[r.get(name, 0.0) for r in steps] for name in known]
-        _stack(axes, steps, shares, labels, colours)
-        axes.set_ylim(0, 1)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    figure, axes = _axes()
+    shares = [[r.get(name, 0.0) for r in steps] for name in known]
+    _stack(axes, steps, shares, labels, colours)
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
 
     last = ", ".join(
         f"{steps[-1][name]:.1%} by {label}"
         for name, label in zip(known, labels, strict=True)
         if steps[-1].get(name)
     )
-    return _Plot("ends", "How trajectories end", f"At the last step: {last}.", draw)
+    return _Plot("ends", "How trajectories end", f"At the last step: {last}.", figure)
 
 
 def _calls(steps: Records) -> _Plot:
-    def draw(axes: Axes) -> None:
-        x = [r["step"] for r in steps]
-        calls = [r["tool_calls"] for r in steps]
-        axes.plot(x, calls, color=_BLUE)
-        axes.set_ylim(0, 1.2 * max(*calls, 1.0))
-        axes.set_xlabel("step")
-        axes.set_ylabel("calls a trajectory", color=_BLUE)
-        right = axes.twinx()
-        right.grid(False)
-        for name, label, colour in (
-            ("tool_errors", "errors", "#e0a030"),
-            ("malformed_calls", "malformed", _BAD),
-        ):
-            share = [r[name] / max(r["tool_runs"], 1) for r in steps]
-            right.plot(x, share, color=colour, label=label)
-        right.set_ylim(bottom=0)
-        right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
-        _legend_above(right)
+    figure, axes = _axes()
+    x = [r["step"] for r in steps]
+    calls = [r["tool_calls"] for r in steps]
+    axes.plot(x, calls, color=_BLUE)
+    axes.set_ylim(0, 1.2 * max(*calls, 1.0))
+    axes.set_xlabel("step")
+    axes.set_ylabel("calls a trajectory", color=_BLUE)
+    right = axes.twinx()
+    right.grid(False)
+    for name, label, colour in (
+        ("tool_errors", "errors", "#e0a030"),
+        ("malformed_calls", "malformed", _BAD),
+    ):
+        share = [r[name] / max(r["tool_runs"], 1) for r in steps]
+        right.plot(x, share, color=colour, label=label)
+    right.set_ylim(bottom=0)
+    right.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
+    _legend_above(right)
 
     runs = sum(r["tool_runs"] for r in steps)
     wrong = sum(r["malformed_calls"] for r in steps)
     says = f"{runs} calls in all, {wrong} of them could not be read; shares of calls on the right."
-    return _Plot("calls", "Tool calls", says, draw)
+    return _Plot("calls", "Tool calls", says, figure)
 
 
 def _time(steps: Records) -> _Plot:
@@ -276,43 +276,43 @@ def _time(steps: Records) -> _Plot:
     columns.append([all_of - sum(row) for all_of, *row in zip(whole, *columns, strict=True)])
     labels = [*(name.removeprefix("time/") for name in names), "the rest"]
 
-    def draw(axes: Axes) -> None:
-        _stack(axes, steps, columns, labels, [f"C{at}" for at in range(len(labels))])
-        axes.set_ylabel("seconds")
+    figure, axes = _axes()
+    _stack(axes, steps, columns, labels, [f"C{at}" for at in range(len(labels))])
+    axes.set_ylabel("seconds")
 
     total = sum(whole) or 1.0
     shares = zip(labels, map(sum, columns), strict=True)
     parts = ", ".join(f"{label} {value:.0f} s ({value / total:.0%})" for label, value in shares)
-    return _Plot("time", "Time", f"Of {total:.0f} s in all: {parts}.", draw)
+    return _Plot("time", "Time", f"Of {total:.0f} s in all: {parts}.", figure)
 
 
 def _policy(steps: Records) -> _Plot:
     columns = {"entropy": "entropy, nats", "approx_kl": "KL to the sampler, nats"}
     columns["mismatch_mean"] = "engine against trainer, nats"
 
-    def draw(axes: Axes) -> None:
-        for (name, label), colour in zip(columns.items(), (_BLUE, _BAD, _GREY), strict=True):
-            rows = [(r["step"], r[name]) for r in steps if r.get(name) is not None]
-            if rows:
-                axes.plot(*zip(*rows, strict=True), color=colour, label=label)
-        axes.set_yscale("log")
-        axes.set_xlabel("step")
-        axes.legend()
+    figure, axes = _axes()
+    for (name, label), colour in zip(columns.items(), (_BLUE, _BAD, _GREY), strict=True):
+        rows = [(r["step"], r[name]) for r in steps if r.get(name) is not None]
+        if rows:
+            axes.plot(*zip(*rows, strict=True), color=colour, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.legend()
 
     first, last = steps[0]["entropy"], steps[-1]["entropy"]
     says = f"Means over tokens; entropy went from {first:.2g} to {last:.2g} nats."
-    return _Plot("policy", "The policy", says, draw)
+    return _Plot("policy", "The policy", says, figure)
 
 
 def _cold(cold: Records) -> _Plot:
-    def draw(axes: Axes) -> None:
-        axes.plot([r["step"] for r in cold], [r["loss"] for r in cold], color=_BLUE)
-        axes.set_yscale("log")
-        axes.set_xlabel("update")
-        axes.set_ylabel("loss, nats a token")
+    figure, axes = _axes()
+    axes.plot([r["step"] for r in cold], [r["loss"] for r in cold], color=_BLUE)
+    axes.set_yscale("log")
+    axes.set_xlabel("update")
+    axes.set_ylabel("loss, nats a token")
 
     says = f"Supervised fine-tuning, {len(cold)} updates; the loss ended at {cold[-1]['loss']:.3f}."
-    return _Plot("sft", "Fine-tuning on demonstrations", says, draw)
+    return _Plot("sft", "Fine-tuning on demonstrations", says, figure)
 
 
 def _stack(
@@ -335,12 +335,11 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), ncols=len(_ENDS))
 
 
-def _figure(plot: _Plot) -> Figure:
+def _axes() -> tuple[Figure, Axes]:
     figure = new_figure(5.6, 3.1)
     axes = figure.subplots()
-    plot.draw(axes)
     axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator("auto", integer=True))
-    return figure
+    return figure, axes
 
 
 def _rendered(figure: Figure, kind: str) -> bytes:
@@ -373,7 +372,3 @@ def _configuration(run: Path, config: Config) -> str:
 
 def _phase(records: Records, phase: str) -> Records:
     return [record for record in records if record["phase"] == phase]
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return " · ".join(map(html.escape, parts))

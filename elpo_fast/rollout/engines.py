@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from elpo_fast.config import Config, ConfigError
 from elpo_fast.faults import enough_memory
 from elpo_fast.rollout.local.engine import LocalEngine
-from elpo_fast.types import Completion, Engine, EngineStats, Sampling
+from elpo_fast.types import Engine, EngineStats
 
 
 def make_engine(
@@ -61,22 +60,15 @@ class NoEngine:
 
     weight_version = 0
 
-    async def generate(
-        self, prefix_ids: np.ndarray, n: int, sampling: Sampling
-    ) -> list[Completion]:
+    async def generate(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("this run samples nothing")
 
-    async def score(self, token_ids: np.ndarray) -> np.ndarray:
-        raise AssertionError("this run samples nothing")
-
-    async def update_weights(self, named_tensors: Iterable[tuple[str, Any]], version: int) -> None:
-        raise AssertionError("this run samples nothing")
+    score = update_weights = generate
 
     async def release(self) -> None:
         return None
 
+    close = release
+
     def stats(self) -> EngineStats:
         return EngineStats()
-
-    async def close(self) -> None:
-        return None
