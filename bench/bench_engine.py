@@ -5,10 +5,8 @@ interleaved, correctness first:
 
     OMP_WAIT_POLICY=passive python bench/bench_engine.py --rounds 3
 
-The floor of a step is the larger of weight bytes (bfloat16) over memory bandwidth and FLOPs over
-GEMM rate, both measured in the same round; the rate is the best of bfloat16 and fp32, with plain
-and with prepacked weights. Tokens per CPU-second, all threads together, say the same on a machine
-that others use too.
+Tokens per CPU-second, all threads together, say the same on a machine that others use too. How far
+a step is from what the machine allows, `elpo profile` says.
 """
 
 from __future__ import annotations
@@ -20,16 +18,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Coroutine
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from elpo_fast.config import ModelConfig
-from elpo_fast.cpu.decoder import packed_product
 from elpo_fast.model.load import load_model
 from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train.profile import machine
@@ -107,49 +103,6 @@ def generate() -> Clock:
     return clock
 
 
-def best_of(run: Callable[[], Any], times: int) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-@torch.inference_mode()
-def gemm_rates() -> dict[str, float]:
-    """GFLOP/s of `ROWS` rows by a square matrix."""
-    rates = {}
-    for name in ("bfloat16", "float32"):
-        dtype = getattr(torch, name)
-        x, weight = torch.randn(ROWS, 2048).to(dtype), torch.randn(2048, 2048).to(dtype)
-        ways = {
-            "plain": partial(F.linear, x, weight),
-            "prepacked": partial(packed_product(weight, None), x),
-        }
-        for way, run in ways.items():
-            rates[f"{name}_{way}"] = 2e-9 * ROWS * 2048**2 / best_of(run, 50)
-    return rates
-
-
-def floor() -> dict[str, float]:
-    """Seconds of one step from measured bandwidth and GEMM rate, and how they came about."""
-    parameters = sum(p.numel() for n, p in exact_model().named_parameters() if p.ndim == 2)
-    flops, weight_bytes = 2 * parameters * ROWS, 2 * parameters
-    block = torch.zeros(64 << 20, dtype=torch.float32)
-    bandwidth = block.nbytes / best_of(block.sum, 5)
-    rates = gemm_rates()
-    rate = 1e9 * max(rates.values())
-    return {
-        "step": max(weight_bytes / bandwidth, flops / rate),
-        "gigaflops": flops / 1e9,
-        "weight_megabytes": weight_bytes / 1e6,
-        "gigaflops_per_second": rate / 1e9,
-        "gigabytes_per_second": bandwidth / 1e9,
-        **rates,
-    }
-
-
 def check(completions: list[list[Completion]]) -> dict[str, float]:
     """Mean distance of log-probs from an fp32 forward: the engine's, and transformers' bfloat16."""
     errors: dict[str, list[float]] = {"engine": [], "transformers": []}
@@ -209,11 +162,9 @@ def main() -> None:
         for _ in range(options.rounds):
             one = {"load": os.getloadavg()[0]}
             one |= (await decode_fresh(engine)).rates("engine")
-            measured = floor()
-            one["floor_per_s"] = ROWS / measured["step"]
             if not options.no_transformers:
                 one |= generate().rates("transformers")
-            print(json.dumps({k: round(v, 4) for k, v in (one | measured).items()}), flush=True)
+            print(json.dumps({k: round(v, 4) for k, v in one.items()}), flush=True)
             rounds.append(one)
 
     with_engine(work)

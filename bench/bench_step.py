@@ -51,7 +51,7 @@ def forest(name: str) -> list[Tree]:
 
 
 @cache
-def optimizer(dtype: str, compiled: bool = False) -> PolicyOptimizer:
+def optimizer(dtype: str) -> PolicyOptimizer:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -64,9 +64,7 @@ def optimizer(dtype: str, compiled: bool = False) -> PolicyOptimizer:
         tie_word_embeddings=True,
     )
     config._attn_implementation = ATTENTION
-    return PolicyOptimizer(
-        LlamaForCausalLM(config), lr=1e-6, dtype=DTYPES[dtype], compiled=compiled
-    )
+    return PolicyOptimizer(LlamaForCausalLM(config), lr=1e-6, dtype=DTYPES[dtype])
 
 
 def padded_backward(policy: PolicyOptimizer, batch: PackedBatch) -> Part:
@@ -163,38 +161,3 @@ def test_speed_up(benchmark: BenchmarkFixture, name: str) -> None:
         info[f"share_over_{layout}"] = speed_up / (tokens[layout] / tokens["trees"])
     benchmark.extra_info |= info
     print(f"\n{name}:", {k: v for k, v in info.items() if k != "seconds"})
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_blocks(benchmark: BenchmarkFixture, dtype: str) -> None:
-    """`model.compile` against none, and how long compiling takes."""
-    parts = batches("trees", forest("recorded"))
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-
-    def interleaved() -> None:
-        for _ in range(ROUNDS + 2):  # one to compile and one to warm up
-            for compiled, times in seconds.items():
-                began = time.perf_counter()
-                optimizer(dtype, compiled).update(parts)
-                times.append(time.perf_counter() - began)
-
-    benchmark.pedantic(interleaved, rounds=1)
-    eager, ours = (statistics.median(times[2:]) for times in seconds.values())
-    info = {"first": seconds[True][0], "speed_up": eager / ours, "seconds": seconds}
-    benchmark.extra_info |= info
-    print(f"\n{dtype}:", info)
-
-
-def test_optimizer_alone(benchmark: BenchmarkFixture) -> None:
-    """What an update costs besides forward and backward: clipping, AdamW, the compute copy."""
-    policy = optimizer("bf16")
-    for parameter in policy.model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e-3)
-
-    def once() -> None:
-        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
-        policy._optimizer.step()
-        policy.refresh()
-
-    benchmark.pedantic(once, rounds=5, warmup_rounds=1)
-    policy.model.zero_grad(set_to_none=True)

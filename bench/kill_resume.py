@@ -97,18 +97,13 @@ def trainer(beacon_file: str, arguments: list[str]) -> int:
 
     def mark(owner: type, name: str, phase: str) -> None:
         real = getattr(owner, name)
-        if asyncio.iscoroutinefunction(real):
 
-            async def marked(*arguments: Any, **options: Any) -> Any:
-                with beacon.inside(phase):
-                    return await real(*arguments, **options)
-        else:
+        async def marked(*arguments: Any, **options: Any) -> Any:
+            with beacon.inside(phase):
+                return await real(*arguments, **options)
 
-            def marked(*arguments: Any, **options: Any) -> Any:
-                with beacon.inside(phase):
-                    return real(*arguments, **options)
-
-        setattr(owner, name, marked)
+        waits = asyncio.iscoroutinefunction(real)
+        setattr(owner, name, marked if waits else beacon.inside(phase)(real))
 
     for phase in ("collect", "update", "evaluate", "cold_start"):
         mark(loop._Run, phase, phase)
