@@ -28,15 +28,12 @@ def enough_memory(doing: str, remedy: str) -> Iterator[None]:
         if not isinstance(error, MemoryError) and not any(sign in text for sign in _MEMORY):
             raise
         where = "GPU memory" if "CUDA" in text or "HIP" in text else "memory"
-        found = _ASKED.search(text)
-        asked = (
-            "" if found is None else f" ({_size(float(found[1]), found[2])} more were asked for)"
-        )
+        asked = ""
+        if found := _ASKED.search(text):
+            number, unit = float(found[1]), found[2]
+            said = size(number) if unit == "bytes" else f"{number:g} {unit}"
+            asked = f" ({said} more were asked for)"
         raise RunError(f"out of {where} while {doing}{asked}; {remedy}") from error
-
-
-def _size(number: float, unit: str) -> str:
-    return size(number) if unit == "bytes" else f"{number:g} {unit}"
 
 
 def size(number: float) -> str:

@@ -470,11 +470,7 @@ def _table(columns: Sequence[tuple[str, Estimate]], tokens: float) -> Table:
     table.add_column("")
     for title, _ in columns:
         table.add_column(title, justify="right")
-    found = [each for _, each in columns]
-
-    def row(name: str, *cells: str) -> None:
-        table.add_row(name, *cells)
-
+    found, row = [each for _, each in columns], table.add_row
     row("parallel.replicate", *(str(e.setting.replicate) for e in found))
     row("parallel.shard", *(str(e.setting.shard) for e in found))
     row("train.micro_batch_tokens", *(str(e.setting.budget) for e in found))

@@ -155,11 +155,7 @@ def _seconds(regions: Mapping[str, Mapping[str, float]], name: str) -> float:
 
 def _range(profile: Profile, name: str) -> tuple[float, float]:
     """The least and the most seconds of a region, or of the whole `step`."""
-    steps = profile["steps"]
-    if name == "step":
-        found = [step["seconds"] for step in steps]
-    else:
-        found = [_seconds(step["regions"], name) for step in steps]
+    found = [_seconds({"step": step, **step["regions"]}, name) for step in profile["steps"]]
     return min(found), max(found)
 
 

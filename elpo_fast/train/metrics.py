@@ -21,10 +21,6 @@ from elpo_fast.types import Engine, valid_text
 _FIGURES = 1 + len(PolicyStats._fields)
 
 
-def _no_gap() -> NDArray[np.float32]:
-    return np.zeros(0, np.float32)
-
-
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """One update. Means are over the rows of the loss (`tree.pack.LossRows`); ratio and clip
@@ -42,7 +38,7 @@ class StepStats:
     clipped_high: float = 0.0
     approx_kl: float = 0.0  # mean of r - 1 - log r
     gap: NDArray[np.float32] = field(  # [trained_tokens] log r, in nats
-        default_factory=_no_gap, compare=False, repr=False
+        default_factory=lambda: np.zeros(0, np.float32), compare=False, repr=False
     )
 
 
@@ -80,6 +76,7 @@ def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
         pairs = zip(stats, parts, strict=True)
         return sum(each[name] * part.trained_tokens for each, part in pairs) / trained
 
+    means = ("ratio_mean", "clipped_low", "clipped_high", "approx_kl") if stats[0] else ()
     return StepStats(
         loss=sum(part.loss for part in parts),
         grad_norm=norm,
@@ -87,17 +84,8 @@ def combined(parts: Sequence[Part], norm: float, lr: float) -> StepStats:
         tokens=sum(part.tokens for part in parts),
         trained_tokens=trained,
         gap=np.concatenate([part.gap for part in parts]),
-        **(
-            {
-                "ratio_mean": mean("ratio_mean"),
-                "ratio_max": max(each["ratio_max"] for each in stats),
-                "clipped_low": mean("clipped_low"),
-                "clipped_high": mean("clipped_high"),
-                "approx_kl": mean("approx_kl"),
-            }
-            if stats[0]
-            else {}
-        ),
+        ratio_max=max(each.get("ratio_max", 1.0) for each in stats),
+        **{name: mean(name) for name in means},
     )
 
 

@@ -214,7 +214,7 @@ class PolicyOptimizer:
         work = {"tokens": len(batch.trie), "pairs": _pairs(batch)}
         with region("forward", **work):
             columns = (old, rows.pos, rows.neg, low, high, *entropy_coef)
-            staged = self._stage(batch, rows.index, *columns)
+            staged = stage(batch, rows.index, columns, self.model.device)
 
             def compute() -> PolicyLossOutput:
                 hidden, head = self._predictors(staged)
@@ -246,7 +246,7 @@ class PolicyOptimizer:
             return None
         work = {"tokens": len(batch.trie), "pairs": _pairs(batch)}
         with region("forward", **work):
-            staged = self._stage(batch, rows.index, rows.pos)
+            staged = stage(batch, rows.index, [rows.pos], self.model.device)
             logprob = self._inside(lambda: self._logprob(staged, 1.0))
             loss = -(staged.columns[0] * logprob).sum()
         with region("backward", rows=2 * len(rows), **work):
@@ -268,7 +268,7 @@ class PolicyOptimizer:
         def of(batch: PackedBatch) -> torch.Tensor:
             with region("forward", tokens=len(batch.trie), pairs=_pairs(batch)):
                 _, first, _ = batch.spoken
-                staged = self._stage(batch, first)
+                staged = stage(batch, first, [], self.model.device)
                 return self._inside(lambda: self._logprob(staged, at))
 
         done = self._mine(batches, of)
@@ -422,11 +422,6 @@ class PolicyOptimizer:
         """Norm of the whole gradient, over all parameters and ranks."""
         norm = nn.utils.get_total_norm([p.grad for p in self._masters if p.grad is not None])
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _stage(
-        self, batch: PackedBatch, chosen: NDArray[np.int64], *columns: NDArray[Any]
-    ) -> Staged:
-        return stage(batch, chosen, columns, self.model.device)
 
     def _logprob(self, staged: Staged, temperature: float) -> torch.Tensor:
         hidden, head = self._predictors(staged)

@@ -46,11 +46,13 @@ def reproducible(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def print_summary(run: Path, console: Console) -> None:
     """Held-out loss and success before, between and after, localization, and where to look next."""
     records = read_metrics(run)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     losses = [record["held_out_loss"] for record in records if "held_out_loss" in record]
     if losses:
-        console.print(
-            f"held-out loss: {losses[0]:.3f} before SFT, {losses[-1]:.3f} after", highlight=False
-        )
+        say(f"held-out loss: {losses[0]:.3f} before SFT, {losses[-1]:.3f} after")
     shown = [r for r in records if r["phase"] == "eval" and r["name"] != DURING]
     if shown:
         table = Table(title="Held-out success", title_justify="left")
@@ -70,10 +72,9 @@ def print_summary(run: Path, console: Console) -> None:
     failures = sum(record["failures"] for record in steps)
     if failures and any(record["searches"] for record in steps):
         localized = sum(record["failures_localized"] * record["failures"] for record in steps)
-        said = f"{localized / failures:.1%} of {failures}"
-        console.print(f"failed trajectories with a localized step: {said}", highlight=False)
-    console.print(f"run folder: {run}", highlight=False, soft_wrap=True)
-    console.print(f"the model: {run / 'model'}", highlight=False, soft_wrap=True)
+        share = localized / failures
+        say(f"failed trajectories with a localized step: {share:.1%} of {failures}")
+    say(f"run folder: {run}\nthe model: {run / 'model'}")
     if any((run / "trees").glob("*.npz")):
-        console.print(f"its trees: elpo tree html {run}", highlight=False, soft_wrap=True)
-    console.print(f"what it did: elpo report {run}", highlight=False, soft_wrap=True)
+        say(f"its trees: elpo tree html {run}")
+    say(f"what it did: elpo report {run}")
