@@ -60,7 +60,7 @@ class Tree:
         self._path_length: list[int] = []
         self._children: list[int] = []  # how many
         nothing = np.zeros(np.size(prompt_ids))
-        self._append(-1, prompt_ids, nothing, nothing, nothing, False, 0)
+        self.add_step(-1, prompt_ids, nothing, nothing, nothing, tool_call=False)
 
     def __len__(self) -> int:
         """Number of nodes, the root included."""
@@ -82,12 +82,38 @@ class Tree:
         The four arrays are `[N]` (`N = 0` is fine) and are copied: token ids, 1 where the agent
         wrote the token, log-prob and entropy under the sampling distribution (0 elsewhere).
         """
-        self._check_node(parent)
-        if self.correct[parent] >= 0:
-            raise TreeError(f"node {parent} is finished and cannot get children")
-        return self._append(
-            parent, token_ids, agent_mask, logprobs, entropies, tool_call, weight_version
+        root = not self.parent  # `__init__` adds the prompt
+        if not root:
+            self._check_node(parent)
+            if self.correct[parent] >= 0:
+                raise TreeError(f"node {parent} is finished and cannot get children")
+        arrays = (
+            np.array(token_ids, np.int32),
+            np.array(agent_mask, np.bool_).view(np.uint8),
+            np.array(logprobs, np.float32),
+            np.array(entropies, np.float32),
         )
+        size = arrays[0].size
+        if any(array.shape != (size,) for array in arrays):
+            raise TreeError(
+                "token ids, agent mask, log-probs and entropies of a step need one common length, "
+                f"not shapes {', '.join(str(list(array.shape)) for array in arrays)}"
+            )
+        self.parent.append(parent)
+        self.depth.append(0 if root else self.depth[parent] + 1)
+        self.tool_call.append(bool(tool_call))
+        self.weight_version.append(int(weight_version))
+        self.reward.append(math.nan)
+        self.correct.append(-1)
+        self.token_ids.append(arrays[0])
+        self.agent.append(arrays[1])
+        self.logprob.append(arrays[2])
+        self.entropy.append(arrays[3])
+        self._path_length.append(size if root else self._path_length[parent] + size)
+        self._children.append(0)
+        if not root:
+            self._children[parent] += 1
+        return len(self) - 1
 
     def finish(self, node: int, *, reward: float, correct: bool, end: str, reason: str = "") -> int:
         """End a trajectory at `node` with its verdict; the leaf's ordinal in sampling order."""
@@ -121,11 +147,7 @@ class Tree:
     def path(self, node: int) -> list[int]:
         """Nodes from the root to `node`, both included."""
         self._check_node(node)
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = self.parent[node]
-        return nodes[::-1]
+        return _path(self.parent, node)
 
     def path_tokens(self, node: int) -> NDArray[np.int32]:
         """Token ids from the first prompt token to the last token of `node`, `int32 [N]`."""
@@ -139,45 +161,6 @@ class Tree:
     def _check_node(self, node: int) -> None:
         if not 0 <= node < len(self):
             raise TreeError(f"node {node} does not exist; the tree has {len(self)} nodes")
-
-    def _append(
-        self,
-        parent: int,
-        token_ids: ArrayLike,
-        agent: ArrayLike,
-        logprob: ArrayLike,
-        entropy: ArrayLike,
-        tool_call: bool,
-        weight_version: int,
-    ) -> int:
-        arrays = (
-            np.array(token_ids, np.int32),
-            np.array(agent, np.bool_).view(np.uint8),
-            np.array(logprob, np.float32),
-            np.array(entropy, np.float32),
-        )
-        size = arrays[0].size
-        if any(array.shape != (size,) for array in arrays):
-            raise TreeError(
-                "token ids, agent mask, log-probs and entropies of a step need one common length, "
-                f"not shapes {', '.join(str(list(array.shape)) for array in arrays)}"
-            )
-        root = parent < 0
-        self.parent.append(parent)
-        self.depth.append(0 if root else self.depth[parent] + 1)
-        self.tool_call.append(bool(tool_call))
-        self.weight_version.append(int(weight_version))
-        self.reward.append(math.nan)
-        self.correct.append(-1)
-        self.token_ids.append(arrays[0])
-        self.agent.append(arrays[1])
-        self.logprob.append(arrays[2])
-        self.entropy.append(arrays[3])
-        self._path_length.append(size if root else self._path_length[parent] + size)
-        self._children.append(0)
-        if not root:
-            self._children[parent] += 1
-        return len(self) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,11 +271,7 @@ class Forest:
 
     def path(self, node: int) -> list[int]:
         """Nodes from the root of its tree to `node`, both included."""
-        nodes = []
-        while node >= 0:
-            nodes.append(node)
-            node = int(self.parent[node])
-        return nodes[::-1]
+        return _path(self.parent, node)
 
     @cached_property
     def tree(self) -> NDArray[np.int64]:
@@ -329,6 +308,14 @@ ARRAYS: dict[str, type[np.generic]] = {
     "critical_localized": np.bool_,
 }
 """The array fields of `Forest` and their types."""
+
+
+def _path(parent: Sequence[int] | NDArray[np.int64], node: int) -> list[int]:
+    nodes = []
+    while node >= 0:
+        nodes.append(node)
+        node = int(parent[node])
+    return nodes[::-1]
 
 
 def _offsets(counts: Iterable[int]) -> NDArray[np.int64]:
