@@ -21,6 +21,7 @@ that the agent did not write.
 from __future__ import annotations
 
 import heapq
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,11 +81,16 @@ class PackedBatch:
     @cached_property
     def trie(self) -> Trie:
         """The distinct prefixes of the tokens."""
-        row, parent = np.empty(len(self), np.int32), np.empty(len(self), np.int32)
-        rows = np.empty((3, len(self)), np.int32)
-        count = _merge(self.token_ids, self.pred, row, parent, *rows)
-        token_ids, position, end = rows[:, :count]
-        return Trie(token_ids, position, end, row)
+        prefix, token_ids, above = _prefixes(self.token_ids, self.pred)
+        above.setflags(write=False)
+        size = np.ones(len(above), np.int64)
+        size[0] = 0  # the empty prefix is no row
+        start, end = ops.preorder(above, size)
+        position = ops.path_sum(above, size) - size
+        rows = np.empty((3, len(above) - 1), np.int32)
+        for column, value in zip(rows, (token_ids, position, end), strict=True):
+            column[start[1:]] = value[1:]
+        return Trie(rows[0], rows[1], rows[2], start.astype(np.int32)[prefix])
 
     @cached_property
     def spoken(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -98,20 +104,8 @@ class PackedBatch:
     def loss_rows(self) -> LossRows:
         """What the loss is computed of."""
         chosen = np.flatnonzero((self.pos_coef != 0) | (self.neg_coef != 0))
-        index = np.empty(len(chosen), np.int64)
-        sums = np.zeros((2, len(chosen)))
-        count = _add_up(
-            self.trie.row,
-            chosen,
-            self.old_logprob,
-            self.eps_low,
-            self.eps_high,
-            self.pos_coef,
-            self.neg_coef,
-            index,
-            *sums,
-        )
-        return LossRows(index[:count], *sums[:, :count])
+        equal = self.old_logprob, self.eps_low, self.eps_high
+        return LossRows(*_add_up(self.trie.row, chosen, *equal, self.pos_coef, self.neg_coef))
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +153,9 @@ _COLUMNS: dict[str, type[np.generic]] = {
     "eps_high": np.float32,
     "node": np.int32,
 }
-"""The four-byte token arrays of `PackedBatch`, in the order in which `_fill` takes them."""
+"""The four-byte token arrays of `PackedBatch`."""
 
+_Columns = namedtuple("_Columns", _COLUMNS)  # type: ignore[misc]
 _TOKEN_FIELDS = (*_COLUMNS, "agent")
 
 
@@ -212,7 +207,7 @@ def pack(
         forest.logprob,
         forest.agent,
         agent,
-        *columns.values(),
+        _Columns(**columns),
     )
     if orphan >= 0:
         raise ValueError(
@@ -354,61 +349,34 @@ def active(forest: Forest, scored: Scored) -> NDArray[np.bool_]:
 
 
 @njit(cache=True, nogil=True)
-def _merge(
-    token_ids: NDArray[np.int32],
-    pred: NDArray[np.int32],
-    row: NDArray[np.int32],
-    parent: NDArray[np.int32],
-    out_ids: NDArray[np.int32],
-    out_position: NDArray[np.int32],
-    out_end: NDArray[np.int32],
-) -> int:
-    """Fill `row` `[P]` and the columns of a `Trie` (`parent` is scratch); the number of rows.
+def _prefixes(
+    token_ids: NDArray[np.int32], pred: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
+    """The prefix that ends in each token, `[P]`; the last token of each prefix and the prefix
+    before it, `[R + 1]`, the empty one first and in the order in which they are found.
 
     Prefixes are found by the list of those that prolong the one before, which is short: only where
     nodes or trees begin has it more than one member.
     """
-    size = len(token_ids)
-    first = np.full(size + 1, -1, np.int32)  # of a prefix's continuations; the empty one is last
+    size = len(token_ids) + 1
+    prefix = np.empty(len(token_ids), np.int32)
+    last = np.empty(size, np.int32)
+    above = np.full(size, -1, np.int64)
+    first = np.zeros(size, np.int32)  # of a prefix's continuations; 0: none
     other = np.empty(size, np.int32)  # the next continuation of the same prefix
-    count = 0
-    for token in range(size):
-        above = row[pred[token]] if pred[token] >= 0 else size
-        found = first[above]
-        while found >= 0 and out_ids[found] != token_ids[token]:
+    count = 1
+    for token in range(len(token_ids)):
+        before = prefix[pred[token]] if pred[token] >= 0 else 0
+        found = first[before]
+        while found > 0 and last[found] != token_ids[token]:
             found = other[found]
-        if found < 0:
+        if found == 0:
             found = count
-            out_ids[found] = token_ids[token]
-            parent[found] = above
-            other[found] = first[above]
-            first[above] = found
+            last[found], above[found] = token_ids[token], before
+            other[found], first[before] = first[before], found
             count += 1
-        row[token] = found
-    below = np.ones(count, np.int32)
-    for prefix in range(count - 1, -1, -1):  # children come after their parents
-        if parent[prefix] < size:
-            below[parent[prefix]] += below[prefix]
-    # Preorder: children in the order in which they were found.
-    start, free, ids = first[:count], other, out_ids[:count].copy()
-    depth = np.empty(count, np.int32)
-    roots = 0
-    for prefix in range(count):
-        above = parent[prefix]
-        if above == size:
-            start[prefix], depth[prefix] = roots, 0
-            roots += below[prefix]
-        else:
-            start[prefix], depth[prefix] = free[above], depth[above] + 1
-            free[above] += below[prefix]
-        free[prefix] = start[prefix] + 1
-    for prefix in range(count):
-        at = start[prefix]
-        out_ids[at], out_position[at] = ids[prefix], depth[prefix]
-        out_end[at] = at + below[prefix]
-    for token in range(size):
-        row[token] = start[row[token]]
-    return count
+        prefix[token] = found
+    return prefix, last[:count], above[:count]
 
 
 @njit(cache=True, nogil=True)
@@ -420,11 +388,10 @@ def _add_up(
     high: NDArray[np.float32],
     pos: NDArray[np.float32],
     neg: NDArray[np.float32],
-    index: NDArray[np.int64],
-    pos_sum: NDArray[np.float64],
-    neg_sum: NDArray[np.float64],
-) -> int:
-    """Fill the columns of `LossRows`; the number of rows. Those of a prefix are a short list."""
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """The columns of `LossRows`. Those of a prefix are a short list."""
+    index = np.empty(len(chosen), np.int64)
+    pos_sum, neg_sum = np.zeros(len(chosen)), np.zeros(len(chosen))
     first = np.full(len(row), -1, np.int64)  # by prefix
     other = np.empty(len(chosen), np.int64)  # the next loss row of the same prefix
     count = 0
@@ -444,7 +411,7 @@ def _add_up(
             count += 1
         pos_sum[found] += pos[token]
         neg_sum[found] += neg[token]
-    return count
+    return index[:count], pos_sum[:count], neg_sum[:count]
 
 
 @njit(cache=True, nogil=True)
@@ -493,18 +460,10 @@ def _fill(
     logprob: NDArray[np.float32],
     agent: NDArray[np.uint8],
     out_agent: NDArray[np.uint8],
-    out_ids: NDArray[np.int32],
-    out_position: NDArray[np.int32],
-    out_end: NDArray[np.int32],
-    out_pred: NDArray[np.int32],
-    out_pos: NDArray[np.float32],
-    out_neg: NDArray[np.float32],
-    out_logprob: NDArray[np.float32],
-    out_low: NDArray[np.float32],
-    out_high: NDArray[np.float32],
-    out_node: NDArray[np.int32],
+    out: Any,
 ) -> int:
-    """Write node after node to its place; a node whose agent token has no predecessor, or -1."""
+    """Write node after node to its place in `out`, a `_Columns`; a node whose agent token has no
+    predecessor, or -1."""
     last = np.empty(len(parent), np.int64)  # packed index of the last token up to each node
     for index in range(len(trees)):
         base = tree_start[index]
@@ -520,16 +479,16 @@ def _fill(
                 return node
             last[node] = first + count - 1
             here = slice(first, first + count)
-            _copy(out_ids[here], ids[source])
-            _copy(out_logprob[here], logprob[source])
+            _copy(out.token_ids[here], ids[source])
+            _copy(out.old_logprob[here], logprob[source])
             _copy(out_agent[here], agent[source])
-            _count_up(out_position[here], position[node])
-            _count_up(out_pred[here], first - 1)
-            out_pred[first] = before
-            out_end[here] = base + end[node]
-            out_node[here] = node
-            _masked(out_pos[here], pos[node], agent[source])
-            _masked(out_neg[here], neg[node], agent[source])
-            out_low[here] = np.float32(eps_low[node])
-            out_high[here] = np.float32(eps_high)
+            _count_up(out.position[here], position[node])
+            _count_up(out.pred[here], first - 1)
+            out.pred[first] = before
+            out.end[here] = base + end[node]
+            out.node[here] = node
+            _masked(out.pos_coef[here], pos[node], agent[source])
+            _masked(out.neg_coef[here], neg[node], agent[source])
+            out.eps_low[here] = np.float32(eps_low[node])
+            out.eps_high[here] = np.float32(eps_high)
     return -1
