@@ -5,6 +5,7 @@ No input or output and no torch here; `score` turns collected trees into what th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from elpo_fast import own
 from elpo_fast.algo import advantages
-from elpo_fast.algo.advantages import Floats, chosen, group, hierarchical
+from elpo_fast.algo.advantages import Floats, levels, weighted
 from elpo_fast.algo.bel import BelPlanner
 from elpo_fast.algo.bel_bayes import BayesPlanner
 from elpo_fast.algo.clipping import lower_bounds
@@ -33,6 +34,13 @@ __all__ = ["check", "make_planner", "score"]
 
 _KINDS = {"planner": "planners", "advantage": "advantages", "weights": "weights"}
 _OFFERED = {"planner": ("n_total",), "advantage": ("forest", "weight"), "weights": ("forest",)}
+_PLANNERS: dict[str, Callable[..., Planner]] = {
+    "random": RandomPlanner,
+    "entropy": EntropyPlanner,
+    "entropy_topk": TopKPlanner,
+    "segment": SegmentPlanner,
+}
+"""Those whose settings are a section of their name."""
 _BUILT_IN = (*PLANNERS, *ADVANTAGES, *WEIGHTS)
 
 
@@ -59,18 +67,11 @@ def make_planner(config: AlgoConfig) -> Planner:
         case "star":
             return StarPlanner(config.n_total)
         case "bel":
-            bel = config.bel
-            return BelPlanner(config.n_total, bel.b_max, bel.x_min, bel.x_max, bel.beta)
+            return BelPlanner(config.n_total, **config.bel.model_dump(exclude={"confidence"}))
         case "bel_bayes":
             return BayesPlanner(config.n_total, **config.bel.model_dump())
-        case "random":
-            return RandomPlanner(config.n_total, config.random.trees, config.random.expansions)
-        case "entropy":
-            return EntropyPlanner(config.n_total, **config.entropy.model_dump())
-        case "entropy_topk":
-            return TopKPlanner(config.n_total, **config.entropy_topk.model_dump())
-        case "segment":
-            return SegmentPlanner(config.n_total, **config.segment.model_dump())
+        case "random" | "entropy" | "entropy_topk" | "segment" as name:
+            return _PLANNERS[name](config.n_total, **getattr(config, name).model_dump())
     planner = _own(config, "planner")(n_total=config.n_total)
     own.complete(planner, Planner, f"algo.planner: {config.planner}")
     return planner
@@ -98,25 +99,30 @@ def score(
     if importance is not None:
         weight = weight * importance
     eps = config.advantage_eps
+    node_reward, branch, trajectory, of_leaf = levels(forest, eps)
     match config.advantage:
         case "group":
-            values = group(forest, weight, eps=eps)
-        case "hierarchical":
-            values = hierarchical(forest, weight, lambda_tree=config.lambda_tree, eps=eps)
+            values = of_leaf
+        case "hierarchical":  # Eq. 10: A = lambda A_branch + (1 - lambda) A_traj, node by node
+            values = config.lambda_tree * branch + (1.0 - config.lambda_tree) * trajectory
         case "batch" | "tree_group":
-            found = getattr(advantages, config.advantage)(forest, eps=eps)
-            values = chosen(forest, weight, found, eps=eps)
+            values = getattr(advantages, config.advantage)(forest, eps=eps)
         case "group_unnormalised" | "leave_one_out" | "child_value":
-            found = getattr(advantages, config.advantage)(forest)
-            values = chosen(forest, weight, found, eps=eps)
+            values = getattr(advantages, config.advantage)(forest)
         case _:
-            found = _numbers(config, "advantage", forest=forest, weight=weight)
-            values = chosen(forest, weight, found, eps=eps)
+            values = _numbers(config, "advantage", forest=forest, weight=weight)
+    advantage, pos, neg = weighted(forest, weight, values)
     return Scored(
-        **vars(values),
-        weight=weight,
+        node_reward,
+        branch,
+        trajectory,
+        advantage,
+        pos,
+        neg,
         eps_low=lower_bounds(forest, config.clip),
         eps_high=config.clip.eps_high,
+        of_leaf=values if len(values) == len(forest.leaf_node) else None,
+        weight=weight,
     )
 
 

@@ -11,8 +11,6 @@ over the trajectories through a node: `pos = sum_i w_i max(A_i, 0)`, `neg = sum_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,52 +18,26 @@ from elpo_fast.tree import ops
 from elpo_fast.tree.store import Forest
 
 Floats = NDArray[np.float64]
-_Parts = tuple[Floats, Floats, Floats, Floats]
 
 
-@dataclass(frozen=True, eq=False)
-class Advantages:
-    """Values of every node, `float64 [N]` each: `Scored` without the clip bounds."""
-
-    node_reward: Floats
-    branch: Floats
-    trajectory: Floats
-    advantage: Floats
-    pos: Floats
-    neg: Floats
-    of_leaf: Floats | None  # [L], where they belong to trajectories
+def levels(forest: Forest, eps: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """Node rewards (Eq. 6), branch (Eq. 7) and trajectory level (Eq. 9), `[N]`; Eq. 8, `[L]`."""
+    node_reward = ops.node_rewards(forest.parent, forest.reward)
+    branch = ops.branch_advantages(forest.parent, node_reward, eps)
+    of_leaf = ops.leaf_advantages(forest.leaf_start, forest.reward[forest.leaf_node], eps)
+    return node_reward, branch, _mean(forest, of_leaf), of_leaf
 
 
-def hierarchical(forest: Forest, weight: Floats, *, lambda_tree: float, eps: float) -> Advantages:
-    """Eq. 10: `A = lambda A_branch + (1 - lambda) A_traj`, node by node."""
-    parts = _parts(forest, eps)
-    _, branch, trajectory, _ = parts
-    values = lambda_tree * branch + (1.0 - lambda_tree) * trajectory
-    return _weighted(forest, weight, values, parts)
-
-
-def group(forest: Forest, weight: Floats, *, eps: float) -> Advantages:
-    """GRPO: the normalised reward of each trajectory (Eq. 8) on all of its tokens."""
-    parts = _parts(forest, eps)
-    return _weighted(forest, weight, parts[3], parts)
-
-
-def chosen(forest: Forest, weight: Floats, values: Floats, *, eps: float) -> Advantages:
-    """Advantages that are given: `values` of all nodes `[N]`, or of all trajectories `[L]`."""
-    return _weighted(forest, weight, values, _parts(forest, eps))
-
-
-def _weighted(forest: Forest, weight: Floats, values: Floats, parts: _Parts) -> Advantages:
+def weighted(forest: Forest, weight: Floats, values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Advantage and the coefficients `pos` and `neg` of every node, `[N]`, where `values` are those
+    of all nodes `[N]` or of all trajectories `[L]`."""
     parent, leaf = forest.parent, forest.leaf_node
-    node_reward, branch, trajectory, _ = parts
     if len(values) == len(parent):
         mass = ops.leaf_sum(parent, leaf, weight)
-        pos, neg = mass * np.maximum(values, 0.0), mass * np.minimum(values, 0.0)
-        return Advantages(node_reward, branch, trajectory, values, pos, neg, None)
+        return values, mass * np.maximum(values, 0.0), mass * np.minimum(values, 0.0)
     pos = ops.leaf_sum(parent, leaf, weight * np.maximum(values, 0.0))
     neg = ops.leaf_sum(parent, leaf, weight * np.minimum(values, 0.0))
-    mean = _mean(forest, values)
-    return Advantages(node_reward, branch, trajectory, mean, pos, neg, values)
+    return _mean(forest, values), pos, neg
 
 
 def _mean(forest: Forest, of_leaf: Floats) -> Floats:
@@ -75,15 +47,6 @@ def _mean(forest: Forest, of_leaf: Floats) -> Floats:
     # What all trajectories share gets their mean, 0: exactly, so that it costs the trainer nothing.
     mean[np.abs(mean) < ops.TIE] = 0.0
     return mean
-
-
-def _parts(forest: Forest, eps: float) -> _Parts:
-    """Node rewards (Eq. 6), branch (Eq. 7) and trajectory level (Eq. 9), `[N]`; Eq. 8, `[L]`."""
-    parent, leaf = forest.parent, forest.leaf_node
-    node_reward = ops.node_rewards(parent, forest.reward)
-    branch = ops.branch_advantages(parent, node_reward, eps)
-    of_leaf = ops.leaf_advantages(forest.leaf_start, forest.reward[leaf], eps)
-    return node_reward, branch, _mean(forest, of_leaf), of_leaf
 
 
 def group_unnormalised(forest: Forest) -> Floats:

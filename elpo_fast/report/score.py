@@ -6,10 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-from elpo_fast.algo.advantages import Advantages, hierarchical
-from elpo_fast.algo.weights import sequence_mean
+from elpo_fast.algo import score
 from elpo_fast.config import AlgoConfig
 from elpo_fast.tree.io import read
+from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest, TreeError
 
 _COLUMNS = {
@@ -32,8 +32,7 @@ def score_command(path: str | Path, lam: float, as_json: bool) -> int:
     except TreeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    eps = AlgoConfig().advantage_eps
-    values = hierarchical(forest, sequence_mean(forest), lambda_tree=lam, eps=eps)
+    values = score(forest, AlgoConfig(lambda_tree=lam))
     if as_json:
         trees = [_tree(forest, values, tree) for tree in range(len(forest))]
         print(json.dumps({"lambda": lam, "trees": trees}, indent=1))
@@ -50,7 +49,7 @@ def _names(forest: Forest, tree: int) -> list[str]:
     return names if names is not None else [str(node) for node in range(nodes)]
 
 
-def _tree(forest: Forest, values: Advantages, tree: int) -> dict[str, object]:
+def _tree(forest: Forest, values: Scored, tree: int) -> dict[str, object]:
     names, nodes = _names(forest, tree), forest.nodes(tree)
     return {
         "task_id": forest.task_ids[tree],
@@ -67,7 +66,7 @@ def _tree(forest: Forest, values: Advantages, tree: int) -> dict[str, object]:
     }
 
 
-def _print_table(forest: Forest, values: Advantages, tree: int) -> None:
+def _print_table(forest: Forest, values: Scored, tree: int) -> None:
     names = [
         "  " * int(depth) + name
         for name, depth in zip(_names(forest, tree), forest.depth[forest.nodes(tree)], strict=True)

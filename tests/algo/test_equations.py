@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 from elpo_fast.algo import score
-from elpo_fast.algo.advantages import Advantages, hierarchical
 from elpo_fast.algo.bel import select_reference, suffix_count
 from elpo_fast.algo.clipping import lower_bounds
 from elpo_fast.algo.planners import Trajectory, trajectory_of
 from elpo_fast.algo.weights import sequence_mean
 from elpo_fast.config import AlgoConfig, ClipConfig
 from elpo_fast.tree import ops
-from elpo_fast.tree.pack import PackedBatch, pack
+from elpo_fast.tree.pack import PackedBatch, Scored, pack
 from elpo_fast.tree.store import Forest, Tree
 
 
@@ -43,9 +42,9 @@ def grow(shape: dict, tree: Tree | None = None, parent: int = 0) -> Tree:
 SHAPE = {"a": {"x": 1.0, "y": 0.0, "z": 0.0}, "b": {"w": 1.0}, "c": 0.0}
 
 
-def values(shape: dict, *, lambda_tree: float = 0.5) -> Advantages:
+def values(shape: dict, *, lambda_tree: float = 0.5) -> Scored:
     forest = Forest.from_trees([grow(shape)])
-    return hierarchical(forest, sequence_mean(forest), lambda_tree=lambda_tree, eps=0.0)
+    return score(forest, AlgoConfig(lambda_tree=lambda_tree, advantage_eps=0.0))
 
 
 def packed_loss(batch: PackedBatch, ratio: np.ndarray) -> np.ndarray:
