@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ def parse_tree(data: Any) -> Tree:
     data = _typed(data, dict, "the file")
     if ("tree" in data) == ("nodes" in data):
         raise TreeError('a tree file needs either "tree" (nested) or "nodes" (flat)')
-    specs = _flatten(data["tree"]) if "tree" in data else _flat(data["nodes"])
+    nodes = _unnested(data["tree"]) if "tree" in data else _typed(data["nodes"], list, "nodes")
+    specs = _by_name(nodes)
     order = _order(specs)
     tree = Tree([], task_id=str(data.get("task_id", "")), info={"node_names": order})
     index = {order[0]: 0}
@@ -120,36 +121,30 @@ def parse_tree(data: Any) -> Tree:
     return tree
 
 
-def _flatten(root: Any) -> dict[str, dict[str, Any]]:
-    """The nested form as nodes by name, in document order, each with its parent's name."""
-    specs: dict[str, dict[str, Any]] = {}
-    stack: list[tuple[Any, str | None]] = [(root, None)]
+def _unnested(root: Any) -> Iterator[dict[str, Any]]:
+    """The nodes of the nested form as the flat one has them, in document order."""
+    stack: list[tuple[Any, Any]] = [(root, None)]
     while stack:
         value, parent = stack.pop()
         spec = _typed(value, dict, "every node")
-        name = _add(specs, {**spec, "parent": parent})
+        yield {**spec, "parent": parent}
+        name = spec["id"]  # which has been looked at
         below = _typed(spec.get("children", []), list, f"children of {name}")
         stack += [(child, name) for child in reversed(below)]
-    return specs
 
 
-def _flat(nodes: Any) -> dict[str, dict[str, Any]]:
+def _by_name(nodes: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Nodes, each with its parent's name."""
     specs: dict[str, dict[str, Any]] = {}
-    for value in _typed(nodes, list, "nodes"):
+    for value in nodes:
         spec = _typed(value, dict, "every node")
         if "parent" not in spec:
             raise TreeError(f'node {spec.get("id")!r} has no "parent" (null for the root)')
-        parent = spec["parent"]
-        _add(specs, {**spec, "parent": None if parent is None else _name(parent)})
+        name, parent = _name(spec.get("id")), spec["parent"]
+        if name in specs:
+            raise TreeError(f"node id {name!r} is used twice")
+        specs[name] = {**spec, "parent": None if parent is None else _name(parent)}
     return specs
-
-
-def _add(specs: dict[str, dict[str, Any]], spec: dict[str, Any]) -> str:
-    name = _name(spec.get("id"))
-    if name in specs:
-        raise TreeError(f"node id {name!r} is used twice")
-    specs[name] = spec
-    return name
 
 
 def _name(value: Any) -> str:
