@@ -22,6 +22,7 @@ import traceback
 import types
 import unittest
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partialmethod
 from typing import Any, NoReturn
 
 from elpo_fast.tasks.code_verifier import Call, plain, restore
@@ -124,40 +125,23 @@ class Remote:
             raise _Missing
         return Remote
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask("call", *args, **kwargs)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._ask("attribute", name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set attribute", name, value)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("item", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._ask("set item", key, value)
-
     def __iter__(self) -> Iterator[Any]:
         return iter(self._ask("elements"))
 
-    def __contains__(self, item: Any) -> bool:
-        return self._ask("contains", item)
-
-    def __len__(self) -> int:
-        return self._ask("length")
-
-    def __bool__(self) -> bool:
-        return self._ask("truth")
-
-    def __str__(self) -> str:
-        return self._ask("text")
-
-    def __repr__(self) -> str:
-        return self._ask("repr")
+    __call__ = partialmethod(_ask, "call")
+    __setattr__ = partialmethod(_ask, "set attribute")  # type: ignore[misc]
+    __getitem__ = partialmethod(_ask, "item")
+    __setitem__ = partialmethod(_ask, "set item")
+    __contains__ = partialmethod(_ask, "contains")
+    __len__ = partialmethod(_ask, "length")
+    __bool__ = partialmethod(_ask, "truth")
+    __str__ = partialmethod(_ask, "text")
+    __repr__ = partialmethod(_ask, "repr")
 
     def _no(self, *_: Any) -> NoReturn:
         if not self._known:
