@@ -88,23 +88,15 @@ class Reply:
     parts: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """How to start servers of one kind."""
-
-    options: Options  # `isolation` is replaced by the one that worked
-    isolations: tuple[str, ...]  # tried in this order
-    view: View
-
-
 class Link:
     """One fork server. `ready` resolves to (isolation, reasons why no better one), or fails."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, options: Options, isolations: tuple[str, ...], view: View) -> None:
+        """`isolations` are tried in this order; the one that works takes that of `options`."""
         self.ready: Future[tuple[str, tuple[str, ...]]] = Future()
         self.load = 0
         self.alive = True  # or starting
-        self._launch = launch
+        self._options, self._isolations, self._view = options, isolations, view
         # Two locks: the reader needs `_waiting` even while a sender waits for the server to read.
         self._sending, self._waiting = threading.Lock(), threading.Lock()
         self._pending: dict[int, Future[Reply]] = {}
@@ -204,7 +196,7 @@ class Link:
             _end(self._process)
 
     def _start(self, reasons: list[str]) -> tuple[socket.socket, str]:
-        for isolation in self._launch.isolations:
+        for isolation in self._isolations:
             try:
                 return self._start_one(isolation), isolation
             except RefusedError as refusal:
@@ -212,7 +204,7 @@ class Link:
         accept = f"accept by tools.isolation=landlock that {LANDLOCK_GAP}, or "
         raise RuntimeError(
             f"no safe way to run model-written code here ({'; '.join(reasons)}); install "
-            f"bubblewrap, or {'' if 'landlock' in self._launch.isolations else accept}"
+            f"bubblewrap, or {'' if 'landlock' in self._isolations else accept}"
             "set tools.isolation=none if everything the model may do is harmless"
         )
 
@@ -269,15 +261,15 @@ class Link:
 
     def _command(self, isolation: str) -> list[str]:
         where: Callable[[str], str] = _inside if isolation == "bubblewrap" else str
-        options = json.dumps(asdict(self._launch.options) | {"isolation": isolation})
+        options = json.dumps(asdict(self._options) | {"isolation": isolation})
         python = [where(PYTHON), "-P", "-s", "-S", "-B", "-X", "utf8", where(BOOT)]
-        python += [self._launch.view.imports(where), options]
+        python += [self._view.imports(where), options]
         if isolation != "bubblewrap":
             return python
         bubblewrap = shutil.which("bwrap")
         if bubblewrap is None:
             raise RefusedError("bwrap is not installed (package bubblewrap)")
-        return [bubblewrap, *_bubblewrap(self._launch.view), *python]
+        return [bubblewrap, *_bubblewrap(self._view), *python]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -46,7 +46,6 @@ from typing import Any, Literal
 
 from elpo_fast.tools._link import (
     LANDLOCK_GAP,
-    Launch,
     Link,
     NotStartedError,
     Reply,
@@ -298,7 +297,7 @@ class Sandbox:
         )
         # What worked once must work again: a server that is replaced is not less confined.
         isolations = (self._protection.isolation,) if self._protection else self._isolations
-        return Link(Launch(options, isolations, view))
+        return Link(options, isolations, view)
 
     async def _ready(self, link: Link) -> Protection:
         try:
