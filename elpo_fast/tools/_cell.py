@@ -131,10 +131,7 @@ def describe(problem: BaseException, name: str | None) -> str:
     if isinstance(problem, SyntaxError) and problem.filename == name:
         place = f"line {problem.lineno}: {shorten((problem.text or '').strip(), MAX_LINE)}\n"
         return f"{place}{kind}: {problem.msg}"
-    try:
-        message = shorten(str(problem), MAX_MESSAGE)
-    except Exception as fault:
-        message = f"(its message could not be shown: {type(fault).__name__})"
+    message = message_of(problem)
     if isinstance(problem, MemoryError) and not message:
         message = "memory limit reached"
     for refusal in (problem, problem.__context__):  # some libraries say it in words of their own
@@ -143,6 +140,13 @@ def describe(problem: BaseException, name: str | None) -> str:
             break
     last = f"{kind}: {message}" if message else kind
     return "\n".join(filter(None, (where(problem, name), last)))
+
+
+def message_of(problem: BaseException) -> str:
+    try:
+        return shorten(str(problem), MAX_MESSAGE)
+    except Exception as fault:
+        return f"(its message could not be shown: {type(fault).__name__})"
 
 
 def where(problem: BaseException, name: str | None) -> str:

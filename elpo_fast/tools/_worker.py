@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 
 from elpo_fast import own
 from elpo_fast.tools import _arguments, _confine
-from elpo_fast.tools._cell import MAX_MESSAGE, MAX_VALUE, shorten
+from elpo_fast.tools._cell import MAX_VALUE, message_of, shorten
 
 Reply = dict[str, str | bool]
 
@@ -54,12 +54,5 @@ def _answer(
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         return {"text": shorten(text, MAX_VALUE), "error": False, "refused": False}
     except BaseException as problem:
-        return {"text": _describe(problem), "error": True, "refused": False}
-
-
-def _describe(problem: BaseException) -> str:
-    try:
-        message = shorten(str(problem), MAX_MESSAGE)
-    except Exception as fault:
-        message = f"(its message could not be shown: {type(fault).__name__})"
-    return f"{type(problem).__name__}: {message}"
+        text = f"{type(problem).__name__}: {message_of(problem)}"
+        return {"text": text, "error": True, "refused": False}
