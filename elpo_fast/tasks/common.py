@@ -49,6 +49,12 @@ def digest(content: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def asked(messages: Sequence[Message]) -> str:
+    """Hash of what is asked, system messages and differences in white space left out."""
+    said = [" ".join(m["content"].split()) for m in messages if m["role"] != "system"]
+    return digest("\x1f".join(said))
+
+
 def is_held_out(content_digest: str, fraction: float) -> bool:
     """Whether the problem with this digest belongs to the held-out split."""
     return int(content_digest[:13], 16) < fraction * 16**13

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from elpo_fast.config import ConfigError
-from elpo_fast.tasks.common import digest
+from elpo_fast.tasks.common import asked
 from elpo_fast.tasks.records import Faults, Record, kind, read
 from elpo_fast.types import Message, valid_text
 
@@ -65,11 +65,9 @@ class Conversation:
 
     @property
     def prompt(self) -> str:
-        """Hash of what is said first, system messages and differences in white space left out."""
+        """Hash of what is said first, as `asked`."""
         roles = [message["role"] for message in self.messages]
-        first = self.messages[: roles.index("assistant")]
-        said = [" ".join(m["content"].split()) for m in first if m["role"] != "system"]
-        return digest("\x1f".join(said))
+        return asked(self.messages[: roles.index("assistant")])
 
     @property
     def calls(self) -> list[Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from elpo_fast.tasks.common import (
     FirstJudged,
     RewardOptions,
     RunFunction,
-    digest,
+    asked,
     final_text,
     is_held_out,
     run_verifier,
@@ -110,9 +110,7 @@ class _Row:
 
     @property
     def content(self) -> str:
-        """Hash of what is asked, system messages and differences in white space left out."""
-        said = [" ".join(m["content"].split()) for m in self.prompt if m["role"] != "system"]
-        return digest("\x1f".join(said))
+        return asked(self.prompt)
 
 
 class FileSource(TaskSource):
