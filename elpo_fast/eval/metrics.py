@@ -98,16 +98,14 @@ class Comparison:
     """Run `b` against run `a` on the same tasks."""
 
     difference: float  # mean of b - a over tasks
-    low: float  # bounds of the difference's paired bootstrap interval
+    low: float  # bounds of the difference's paired bootstrap interval, of 95 %
     high: float
     better: int  # tasks on which b is above a
     worse: int
     p_value: float  # two-sided exact sign test; for one sample a task, McNemar's exact test
 
 
-def paired_comparison(
-    a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Comparison:
+def paired_comparison(a: ArrayLike, b: ArrayLike) -> Comparison:
     """Compare two runs by their success on each task, [N] bool or share in [0, 1]."""
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape or first.ndim != 1 or first.size == 0:
@@ -117,12 +115,10 @@ def paired_comparison(
         )
     gaps = second - first
     better, worse = int((gaps > 0).sum()), int((gaps < 0).sum())
-    rng = np.random.default_rng(seed)
     # Resampled tasks are counts over the distinct gaps: small however many tasks there are.
     values, counts = np.unique(gaps, return_counts=True)
-    drawn = rng.multinomial(gaps.size, counts / gaps.size, size=resamples)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(drawn @ values / gaps.size, [tail, 1 - tail])
+    drawn = np.random.default_rng(0).multinomial(gaps.size, counts / gaps.size, size=10_000)
+    low, high = np.quantile(drawn @ values / gaps.size, [0.025, 0.975])
     return Comparison(
         float(gaps.mean()), float(low), float(high), better, worse, _sign_test(better, worse)
     )
