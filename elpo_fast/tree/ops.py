@@ -48,25 +48,6 @@ def path_sum(parent: Ints, value: Ints) -> Ints:
 
 
 @_pass
-def children(parent: Ints) -> tuple[Ints, Ints]:
-    """Children in index order: those of node `n` are `child[start[n] : start[n + 1]]`."""
-    nodes = len(parent)
-    start = np.zeros(nodes + 1, np.int64)
-    for node in range(nodes):
-        if parent[node] >= 0:
-            start[parent[node] + 1] += 1
-    for node in range(nodes):
-        start[node + 1] += start[node]
-    child = np.empty(start[nodes], np.int64)
-    cursor = start[:-1].copy()
-    for node in range(nodes):
-        if parent[node] >= 0:
-            child[cursor[parent[node]]] = node
-            cursor[parent[node]] += 1
-    return start, child
-
-
-@_pass
 def preorder(parent: Ints, size: Ints) -> tuple[Ints, Ints]:
     """Depth-first layout of each tree where node `n` takes `size[n]` places.
 
@@ -126,9 +107,7 @@ def branch_advantages(parent: Ints, node_reward: Floats, eps: float) -> Floats:
     square = np.zeros(nodes)
     low = np.full(nodes, np.inf)
     high = np.full(nodes, -np.inf)
-    size = np.abs(
-        node_reward
-    )  # the largest in the subtree, which is what rounding errors scale with
+    size = np.abs(node_reward)  # the largest in the subtree, which rounding errors scale with
     for node in range(nodes - 1, -1, -1):
         up = parent[node]
         if up >= 0:
