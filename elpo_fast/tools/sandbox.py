@@ -5,26 +5,16 @@ interpreters that branch; `call_function` runs one of our own functions (a grade
 answer) out of process. All are coroutines, from any event loop, any number at once; `workers` of
 them execute at the same time, the others wait in line.
 
-What protects against what. With isolation `bubblewrap`, a fork server lives in a container made by
-bubblewrap: read-only root with the interpreter, installed packages and system libraries and nothing
-else, no network, empty environment, an unprivileged uid. Every call is one fork with its own user,
-pid, mount, network and IPC namespaces and a private, sized /tmp, so it finds nobody to read, signal
-or talk to, and its end takes along whatever it started. On top of that:
-
-- seccomp refuses sockets, fork and exec, ptrace, signals, mounts, namespaces, memory that limits
-  do not count, and rarely used parts of the kernel; sessions fork when the supervisor lets them;
-- hard limits on address space (`memory_mb` beyond the server's own), file size, processes, files,
-  CPU time; wall clock and output are watched from outside;
-- a call starts from a copy of the untouched server, so nothing a call patches reaches the next one.
-
-With `landlock`, where namespaces are refused: Landlock gives read access to the same paths and
-write access to a private folder, seccomp does the rest, and the supervisor looks ten times a second
-at threads and files. It leaves a gap (`LANDLOCK_GAP`) and so must be asked for by name, as must
-`none`, which has the limits, the clock and the caps alone. `auto` is bubblewrap. A self-test inside
-the confinement must fail to read, connect, fork, execute and write before the server is used.
-
-What may be imported and read is one thing for graders, which are ours, and another for programs
-that the model wrote, which must not find what they are asked for (`_view`).
+What it promises stands in `docs/sandbox.md`, which system calls are refused in `_confine`. With
+isolation `bubblewrap`, a fork server lives in a container made by bubblewrap, without network or
+environment, under an unprivileged uid. Every call is one fork with namespaces, limits and a sized
+/tmp of its own, so that nothing it patches reaches the next one, and its end takes along whatever
+it started. With `landlock`, where namespaces are refused, Landlock gives read access to the same
+paths and write access to a private folder, and the supervisor looks ten times a second at threads
+and files. It leaves a gap (`LANDLOCK_GAP`) and so must be asked for by name, as must `none`, which
+has the limits, the clock and the caps alone. `auto` is bubblewrap. A self-test inside must fail to
+read, connect, fork, execute and write before a server is used. What may be imported and read is one
+thing for graders, another for the model's programs (`_view`).
 
 A limit to know. A function that executes what it judges shares its process with it: isolation keeps
 that from everything else, not from forging the result. So the graders here execute nothing but
@@ -180,13 +170,12 @@ class Sandbox:
                 "only memory and time are limited"
             )
 
-    async def start(self) -> Protection:
-        """Start now instead of at the first call. `RuntimeError` where no isolation works."""
-        return await self.describe()
-
     async def describe(self) -> Protection:
-        """Which protection is active, and why not the better one."""
+        """Which protection is active, and why not the better one. Starts now instead of at the
+        first call; `RuntimeError` where no isolation works."""
         return await self._ready(self._link(_LIGHT))
+
+    start = describe
 
     async def run(
         self, code: str, *, timeout_s: float | None = None, stdin: str | None = None

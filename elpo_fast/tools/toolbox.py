@@ -19,7 +19,7 @@ from elpo_fast.tools.interpreter import CodeInterpreter, PythonSession
 from elpo_fast.tools.mcp import McpServer
 from elpo_fast.tools.own import OwnTool
 from elpo_fast.tools.remote import RemoteSandbox
-from elpo_fast.tools.sandbox import Execution, Protection, Sandbox
+from elpo_fast.tools.sandbox import Sandbox
 from elpo_fast.types import MalformedCall, Task, Tool, ToolCall, ToolResult
 
 ToolboxState = tuple[Any, ...]
@@ -39,6 +39,9 @@ class Toolbox:
             memory_mb=config.memory_mb,
             packages=config.packages,
         )
+        # What graders ask of it, and which protection is active.
+        self.run_python, self.run_function = self.sandbox.run, self.sandbox.call_function
+        self.describe = self.sandbox.describe
         self._remote = config.remote_url and RemoteSandbox(
             config.remote_url, timeout_s=config.timeout_s, workers=config.workers
         )
@@ -100,10 +103,6 @@ class Toolbox:
         """OpenAI function schemas, for the chat template."""
         return [tool.schema for tool, _ in self._tools.values()]
 
-    async def describe(self) -> Protection:
-        """Which protection is active; `RuntimeError` where none works."""
-        return await self.sandbox.describe()
-
     async def open(self, task: Task) -> ToolboxState:
         """State before the first call; `RuntimeError` naming the task if its setup fails."""
         return tuple([await holder.open(task) for holder in self._holders])
@@ -136,18 +135,6 @@ class Toolbox:
             await self._remote.close()
         if self._owned:
             await self.sandbox.close()
-
-    async def run_python(
-        self, code: str, *, stdin: str | None = None, timeout_s: float | None = None
-    ) -> Execution:
-        """Execute code for a grader, in a process of its own."""
-        return await self.sandbox.run(code, stdin=stdin, timeout_s=timeout_s)
-
-    async def run_function(
-        self, function: str, payload: Any, timeout_s: float | None = None
-    ) -> Any:
-        """Call "module:function" with a JSON value, confined; see `Sandbox.call_function`."""
-        return await self.sandbox.call_function(function, payload, timeout_s)
 
     def apart(
         self, *functions: str, key: str, timeout_s: float
