@@ -228,7 +228,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=_show)
     page = tree.add_parser("html", help="rollout trees as a page for a browser")
-    page.add_argument("source", metavar="RUN|FILE", help="run folder, JSON tree or saved .npz")
+    kinds = "run folder, JSON tree, saved .npz, samples (.pt) or chats (.jsonl)"
+    page.add_argument("source", metavar="RUN|FILE", help=kinds)
     page.add_argument(
         "--steps", type=_steps, metavar="A-B", help="training steps of a RUN; default: all"
     )
@@ -238,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/trees.html")
     page.set_defaults(run=_page)
     score = tree.add_parser("score", help="rewards and advantages of a tree file")
-    score.add_argument("file", metavar="FILE", help="JSON tree or saved .npz")
+    score.add_argument("file", metavar="FILE", help="JSON tree, saved .npz or samples (.pt)")
     score.add_argument("--lambda", dest="lam", type=float, default=0.5, help="lambda_tree, Eq. 10")
     score.add_argument("--json", action="store_true", help="full precision, machine readable")
     score.set_defaults(run=_score)

@@ -1,6 +1,7 @@
 """Train on what others collected: python train_on_trajectories.py MODEL FILE [section.key=value]
 
-FILE has rows {"messages": [...], "reward": 1.0}, of `elpo eval` or of another framework.
+FILE has rows {"messages": [...], "reward": 1.0}, of `elpo eval` or of another framework, or is a
+`.pt` file of slime or miles.
 """
 
 import asyncio

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -69,18 +70,22 @@ def decoder(run: Path) -> Decode:
     """What turns token ids of a run into text."""
     if not (run / "tokenizer").is_dir():
         raise LookupError(f"{run} has no tokenizer: it is the run folder of another version")
-    return decoder_of(str(run / "tokenizer"))
+    return decoder_of(tokenizer_of(str(run / "tokenizer")))
 
 
-def decoder_of(model: str) -> Decode:
-    """The same for the tokenizer of a model folder or Hub id; `LookupError` without one."""
+def tokenizer_of(model: str) -> Any:
+    """That of a model folder or Hub id; `LookupError` without one."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         said = str(error).strip().splitlines()[0]
         raise LookupError(f"cannot load the tokenizer of {model}: {said}") from None
+
+
+def decoder_of(tokenizer: Any) -> Decode:
+    """What turns its token ids into text."""
     return lambda ids: str(tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
 

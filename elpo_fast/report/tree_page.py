@@ -21,11 +21,14 @@ from elpo_fast.config import AlgoConfig, is_run, run_config
 from elpo_fast.report import page
 from elpo_fast.report.readable import Decode, node_text, read_message, read_prompt, read_response
 from elpo_fast.report.search import rounds
-from elpo_fast.report.show import decoder, decoder_of, steps_of
+from elpo_fast.report.show import decoder, decoder_of, steps_of, tokenizer_of
+from elpo_fast.rollout.chat import Chat
+from elpo_fast.rollout.imported import read_trees
 from elpo_fast.tree import io, ops
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
 
+_MESSAGES = (".jsonl", ".jsonl.gz", ".parquet")  # what files of trajectories as chats end in
 _WINDOW = 16  # tokens before one that decide how it is written
 
 
@@ -45,10 +48,10 @@ def write_tree_page(
     steps: tuple[int, int] | None = None,
     tokenizer: str | None = None,
 ) -> tuple[Path, int]:
-    """Write the page of a run's trees, those of the first to the last of `steps`, or of a tree
-    file, whose `tokenizer` is that of a model folder or Hub id; by default `trees.html` in the run,
-    or a page beside the file. Where it is, and how many trees it has. Raises `LookupError` or
-    `TreeError` where there are none."""
+    """Write the page of a run's trees, those of the first to the last of `steps`, or of a file of
+    trees or of trajectories, whose `tokenizer` is that of a model folder or Hub id; by default
+    `trees.html` in the run, or a page beside the file. Where it is, and how many trees it has.
+    Raises `LookupError`, `TreeError` or `ConfigError` where there are none."""
     if out is None:
         out = source / "trees.html" if source.is_dir() else source.with_suffix(".html")
     trees = _open(source, steps, tokenizer)
@@ -85,8 +88,16 @@ def _open(source: Path, steps: tuple[int, int] | None, tokenizer: str | None) ->
         run = source.resolve().parent.parent  # of a file in a run's `trees`
         known = source.suffix == ".npz" and is_run(run)
         algo = run_config(run).algo if known else AlgoConfig()
-        forest = io.read(source)
-        decode = decoder_of(tokenizer) if tokenizer else decoder(run) if known else None
+        named = tokenizer and tokenizer_of(tokenizer)
+        if source.name.endswith(_MESSAGES):
+            if not named:
+                raise LookupError(
+                    f"{source} has messages; --tokenizer MODEL says whose tokens they become"
+                )
+            forest = Forest.from_trees(read_trees(str(source), Chat(named, "hermes", ())))
+        else:
+            forest = io.read(source)
+        decode = decoder_of(named) if named else decoder(run) if known else None
         return _Source(source.name, algo, decode, iter([(None, forest)]))
     files = steps_of(source)
     chosen = [step for step in files if steps is None or steps[0] <= step <= steps[1]]

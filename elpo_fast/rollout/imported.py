@@ -20,6 +20,7 @@ from elpo_fast.rollout.chat import Chat
 from elpo_fast.tasks.conversations import Conversation, ConversationError, read_conversation
 from elpo_fast.tasks.records import Faults, Record, kind, read
 from elpo_fast.tree.merge import merge_equal_steps
+from elpo_fast.tree.samples import SUFFIX, read_samples
 from elpo_fast.tree.store import Tree
 from elpo_fast.types import End, Message, valid_text
 
@@ -54,9 +55,12 @@ def read_trees(
 
     Rows have `messages`, or `prompt` and `completion` as TRL's and verifiers' have, each a list of
     messages or text, and `reward`; optionally `correct` (else whether the reward is larger than
-    `correct_above`), `end`, `reason`, and `task` (or `example_id`), the tree's name. Raises
-    `ConfigError` with all that is wrong with them.
+    `correct_above`), `end`, `reason`, and `example_id` or `task`, the tree's name. A `.pt` file has
+    the samples of slime or miles, in tokens and with log-probs (see `elpo_fast.tree.samples`).
+    Raises `ConfigError` with all that is wrong with rows, `TreeError` for such a file.
     """
+    if path.endswith(SUFFIX):
+        return read_samples(path, correct_above=correct_above)
     faults = Faults(path)
     trees: dict[bytes, Tree] = {}
     rows = 0
@@ -85,7 +89,7 @@ def _add(
     ((prompt, turns),) = asked
     tree = trees.get(prompt.tobytes())
     if tree is None:
-        name = next((record[key] for key in ("task", "example_id") if key in record), place)
+        name = next((record[key] for key in ("example_id", "task") if key in record), place)
         tree = trees[prompt.tobytes()] = Tree(prompt, task_id=str(name))
     node = 0
     for turn in turns:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from elpo_fast.tree.samples import SUFFIX, read_samples
 from elpo_fast.tree.store import ARRAYS, Forest, Tree, TreeError
 
 TEMPORARY = ".tmp"
@@ -78,10 +79,13 @@ def load(path: str | Path) -> Forest:
 
 
 def read(path: str | Path) -> Forest:
-    """A saved forest (`.npz`) or a JSON tree (anything else)."""
+    """A saved forest (`.npz`), samples of slime or miles (`.pt`, see `tree.samples`) or a JSON tree
+    (anything else)."""
     path = Path(path)
     if path.suffix == ".npz":
         return load(path)
+    if path.suffix == SUFFIX:
+        return Forest.from_trees(read_samples(path))
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

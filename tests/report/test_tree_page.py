@@ -16,6 +16,7 @@ from elpo_fast import cli
 from elpo_fast.algo import score
 from elpo_fast.algo.bel_bayes import BayesPlanner
 from elpo_fast.config import AlgoConfig
+from elpo_fast.model.tokenizer import train_tokenizer
 from elpo_fast.report.readable import read_message, read_prompt, read_response
 from elpo_fast.report.search import rounds
 from elpo_fast.report.tree_page import Pieces, write_tree_page
@@ -188,13 +189,27 @@ def test_faults_are_one_line(arguments, said, run, monkeypatch, capsys):
 
 def test_a_file_outside_a_run_is_read_by_a_tokenizer(grow, characters, tmp_path, monkeypatch):
     io.save(Forest.from_trees([grow(3).tree]), tmp_path / "some.npz")
-    monkeypatch.setattr("elpo_fast.report.tree_page.decoder_of", {"a/model": characters}.get)
+    monkeypatch.setattr("elpo_fast.report.tree_page.tokenizer_of", {"a/model": characters}.get)
+    monkeypatch.setattr("elpo_fast.report.tree_page.decoder_of", lambda tokenizer: tokenizer)
     arguments = ["tree", "html", str(tmp_path / "some.npz")]
     assert cli.main([*arguments, "--tokenizer", "a/model"]) == 0
     text = (tmp_path / "some.html").read_text()
     assert unpacked(element(text, "details"))[1]["prompt"][0]["content"].startswith("Add 7")
     assert cli.main(arguments) == 0
     assert unpacked(element((tmp_path / "some.html").read_text(), "details"))[1]["prompt"] == []
+
+
+def test_chats_of_other_frameworks_are_drawn_as_trees(tmp_path, capsys):
+    train_tokenizer(["Add 3 to 12 print(15)"] * 3).save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "Add 3 to 12", "completion": str(n), "reward": n / 15} for n in (15, 3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["tree", "html", str(tmp_path / "rows.jsonl")]
+    assert cli.main([*arguments, "--tokenizer", str(tmp_path / "model")]) == 0
+    assert "1 tree:" in capsys.readouterr().out
+    _, texts = unpacked(element((tmp_path / "rows.html").read_text(), "details"))
+    assert texts["prompt"][-1]["content"] == "Add 3 to 12"
+    assert cli.main(arguments) == 2
+    assert "--tokenizer MODEL says whose tokens" in capsys.readouterr().err
 
 
 def test_what_is_not_finite_has_a_place(characters, tmp_path, monkeypatch):
