@@ -236,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     page.add_argument(
         "--tokenizer", metavar="MODEL", help="of a FILE outside a run: a model folder or Hub id"
     )
+    said = "compute tokens' importance ratios with a RUN's latest checkpoint"
+    page.add_argument("--ratios", action="store_true", help=said)
     page.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/trees.html")
     page.set_defaults(run=_page)
     score = tree.add_parser("score", help="rewards and advantages of a tree file")
@@ -488,6 +490,7 @@ def _page(arguments: argparse.Namespace) -> None:
     from elpo_fast.report.tree_page import write_tree_page
 
     chosen = {"steps": arguments.steps, "tokenizer": arguments.tokenizer}
+    chosen |= {"with_ratios": arguments.ratios}
     out, trees = write_tree_page(Path(arguments.source), arguments.out, **chosen)
     print(f"wrote {out}, {trees} tree{'s' * (trees != 1)}: open it in a browser")
 

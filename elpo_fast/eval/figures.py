@@ -71,7 +71,7 @@ def table(title: str, values: Mapping[str, Any]) -> Table:
     """The figures for people."""
     samples = values["samples"]
     drawn = Table(title=title, title_justify="left")
-    drawn.add_column(f"{values['tasks']} tasks, {samples} samples each")
+    drawn.add_column(f"{values['tasks']} tasks, {samples} sample{'s' * (samples > 1)} each")
     drawn.add_column("", justify="right")
     drawn.add_column("95 % interval", justify="right")
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ from elpo_fast.rollout.imported import read_trees
 from elpo_fast.tree import io, ops
 from elpo_fast.tree.pack import Scored
 from elpo_fast.tree.store import Forest
+
+if TYPE_CHECKING:
+    from elpo_fast.report.ratios import Ratios
 
 _MESSAGES = (".jsonl", ".jsonl.gz", ".parquet")  # what files of trajectories as chats end in
 _WINDOW = 16  # tokens before one that decide how it is written
@@ -47,21 +50,25 @@ def write_tree_page(
     *,
     steps: tuple[int, int] | None = None,
     tokenizer: str | None = None,
+    with_ratios: bool = False,
 ) -> tuple[Path, int]:
     """Write the page of a run's trees, those of the first to the last of `steps`, or of a file of
     trees or of trajectories, whose `tokenizer` is that of a model folder or Hub id; by default
     `trees.html` in the run, or a page beside the file. Where it is, and how many trees it has.
-    Raises `LookupError`, `TreeError` or `ConfigError` where there are none."""
+    `with_ratios` computes every token's importance ratio with the run's latest checkpoint. Raises
+    `LookupError`, `TreeError` or `ConfigError` where there are no trees or no checkpoint."""
     if out is None:
         out = source / "trees.html" if source.is_dir() else source.with_suffix(".html")
     trees = _open(source, steps, tokenizer)
     pieces = trees.decode and Pieces(trees.decode)
+    ratios = _ratios(source) if with_ratios else None
     index: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     details, tokens = [], []
     for step, forest in trees.forests:
         scored = score(forest, trees.algo)
+        moved = None if ratios is None else ratios(forest, scored)
         for tree in range(len(forest)):
-            drawn = _Drawn(forest, tree, scored, trees.decode, pieces)
+            drawn = _Drawn(forest, tree, scored, trees.decode, pieces, moved)
             row = (step, tree, *drawn.row())
             for name, value in zip(_COLUMNS, row, strict=True):
                 index[name].append(value)
@@ -81,6 +88,14 @@ def write_tree_page(
         out, page.page(f"{trees.name} · rollout trees", page.asset("trees.css"), "\n".join(body))
     )
     return out, len(details)
+
+
+def _ratios(run: Path) -> Ratios:
+    if not is_run(run):
+        raise LookupError(f"{run} is no run folder: ratios need a checkpoint")
+    from elpo_fast.report.ratios import ratios_of
+
+    return ratios_of(run)
 
 
 def _open(source: Path, steps: tuple[int, int] | None, tokenizer: str | None) -> _Source:
@@ -137,9 +152,10 @@ class _Drawn:
         scored: Scored,
         decode: Decode | None,
         pieces: Pieces | None,
+        ratio: NDArray[np.float64] | None,
     ) -> None:
         self.forest, self.tree, self.scored = forest, tree, scored
-        self.decode, self.pieces = decode, pieces
+        self.decode, self.pieces, self.ratio = decode, pieces, ratio
         self.nodes = forest.nodes(tree)
         self.span = slice(self.nodes.start, self.nodes.stop)
         self.leaves = forest.leaf_node[slice(*forest.leaf_start[tree : tree + 2])]
@@ -218,12 +234,13 @@ class _Drawn:
         }
 
     def tokens(self) -> list[Any]:
-        """Of each node the agent's tokens as texts, their log-probs and entropies in nats; nothing
-        where nobody can read them, and no column whose every value is 0: it was not recorded."""
+        """Of each node the agent's tokens as texts, their log-probs and entropies in nats and their
+        ratios; nothing where nobody can read them, and no column whose every value is 0: it was not
+        recorded."""
         whole = slice(*self.forest.token_start[[self.span.start, self.span.stop]])
         columns = [
-            _short(values[whole]) if values[whole].any() else None
-            for values in (self.forest.logprob, self.forest.entropy)
+            None if values is None or not values[whole].any() else _short(values[whole])
+            for values in (self.forest.logprob, self.forest.entropy, self.ratio)
         ]
         rows: list[Any] = []
         for node in self.nodes:

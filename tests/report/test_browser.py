@@ -19,7 +19,7 @@ from elpo_fast.config import AlgoConfig
 from elpo_fast.report.run_page import write_report
 from elpo_fast.report.tree_page import write_tree_page
 from elpo_fast.tree import io
-from elpo_fast.tree.store import Forest
+from elpo_fast.tree.store import Forest, Tree
 
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 OPEN_S, REACT_S = 2.0, 0.1  # what a quiet machine shows within; see bench/NOTES.md
@@ -134,6 +134,25 @@ def test_the_first_irrecoverable_step_is_seen_at_once(page: Page, file: str, for
         assert f"{values[node]:+.3f}".replace("-", "−") in figures
     assert "clip, relaxed" in figures and "0.685–1.315" in figures
     expect(page.locator("#detail pre.code")).to_have_text("x = wrong(x)")
+
+
+def test_a_search_says_where_steps_that_read_alike_were_recovered_from(
+    page: Page, characters: Callable[[np.ndarray], str], tmp_path: Path, monkeypatch: Any
+):
+    tree, codes = Tree([ord("?")]), np.frombuffer(b"do 7", np.uint8)
+    for correct in (False, True, False):
+        call = tree.add_step(0, codes, [1] * 4, [0] * 4, [0] * 4, tool_call=True)
+        answer = tree.add_step(call, codes[-1:], [1], [0], [0], tool_call=False)
+        tree.finish(answer, reward=float(correct), correct=correct, end="answer")
+    tree.mark_critical(1, 0, localized=True)
+    io.save(Forest.from_trees([tree]), tmp_path / "trees.npz")
+    for name, stand_in in {"tokenizer_of": str, "decoder_of": lambda _: characters}.items():
+        monkeypatch.setattr(f"elpo_fast.report.tree_page.{name}", stand_in)
+    visit(page, write_tree_page(tmp_path / "trees.npz", tokenizer="its own")[0].as_uri())
+    expect(page.locator(".found")).to_contain_text(
+        "0 of 1 through it, 1 of 2 through others like it"
+    )
+    assert page.locator(".others tr", has_text="(alike)").count() == 2
 
 
 def test_filters_leave_what_they_say(page: Page, file: str, forest: Forest):

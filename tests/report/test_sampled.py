@@ -10,12 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
+from elpo_fast.algo import score
 from elpo_fast.algo.planners import Planner
 from elpo_fast.cli import _OF_POLICIES, main
-from elpo_fast.config import AlgoConfig, parse_config
+from elpo_fast.config import AlgoConfig, load_config, parse_config
+from elpo_fast.report.ratios import ratios_of
 from elpo_fast.report.sampled import SAMPLED, agreement, first_trajectories, ranking, recovery
+from elpo_fast.train.export import run_subject
 from elpo_fast.train.loop import train
 from elpo_fast.tree import io
 from elpo_fast.tree.store import Forest, Tree
@@ -95,7 +99,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tools": {"workers": 1},
             "rollout": {"call_format": "code", "max_turn_tokens": 8, "max_tokens": 300},
             "algo": {"n_total": 4},
-            "train": {"steps": 0},
+            "train": {"steps": 0, "micro_batch_tokens": 40},
             "eval": {"tasks": 2},
         }
     )
@@ -115,6 +119,35 @@ def test_each_has_a_command(
     assert main(["analyse", kind, str(run), *arguments]) == 0
     with (tmp_path / f"{kind}.csv").open() as file:
         assert list(csv.DictReader(file))
+
+
+def test_ratios_are_those_of_each_path_by_itself(run: Path) -> None:
+    """Of trees that are cut into micro-batches, against one row for each trajectory."""
+    random = np.random.default_rng(0)
+    tree = Tree(random.integers(1, 90, 5))
+    nodes = [0]
+    for parent in (0, 1, 1, 0, 4, 4):
+        ids, agent = random.integers(1, 90, 9), np.arange(9) < 6
+        sampled = random.uniform(-5, -1, 9) * agent
+        step = (nodes[parent], ids, agent, sampled, np.zeros(9))
+        nodes.append(tree.add_step(*step, tool_call=parent == 0))
+    for leaf in (2, 3, 5, 6):
+        tree.finish(nodes[leaf], reward=leaf, correct=False, end="answer")
+    forest = Forest.from_trees([tree, tree])
+    found = ratios_of(run)(forest, score(forest, AlgoConfig()))
+    subject = run_subject(run, load_config(run / "config.yaml"))
+    model = subject.load([]).model
+    for leaf in forest.leaf_node:
+        spans = [slice(*forest.token_start[at : at + 2]) for at in forest.path(int(leaf))]
+        ids, old, agent, ours = (
+            np.concatenate([values[span] for span in spans])
+            for values in (forest.token_ids, forest.logprob, forest.agent, found)
+        )
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0].double()
+        new = logits.log_softmax(-1)[np.arange(len(ids) - 1), ids[1:]].numpy()
+        expected = np.where(agent[1:] == 1, np.exp(new - old[1:]), 0)
+        np.testing.assert_allclose(ours[1:], expected, rtol=1e-4)
 
 
 def test_a_folder_that_is_no_run_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,7 +167,7 @@ def test_page_of_a_run_has_its_steps_and_scores(run, monkeypatch):
     assert figures["eps_low"][1] == 0.1 and max(figures["eps_low"]) == 0.215
     assert texts["words"][1] == "<7>" and texts["response"][1] == "<8>"
     (rows,) = unpacked(element(text, "tokens").splitlines()[3])
-    assert rows[0] is None and rows[1] == [["<7>"], [-0.5], [0.25]]
+    assert rows[0] is None and rows[1] == [["<7>"], [-0.5], [0.25], None]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +223,23 @@ def test_what_is_not_finite_has_a_place(characters, tmp_path, monkeypatch):
     monkeypatch.setattr("elpo_fast.report.tree_page.decoder", lambda _: characters)
     text = write_tree_page(run)[0].read_text()
     (rows,) = unpacked(element(text, "tokens"))
-    assert rows[1] == [["A", "B"], [None, -0.5], [0.0, None]]
+    assert rows[1] == [["A", "B"], [None, -0.5], [0.0, None], None]
     assert unpacked(element(text, "details"))[1]["info"] == '{"share": NaN}'
+
+
+def test_ratios_are_computed_on_demand(characters, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    (run / "trees").mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    io.save(Forest.from_trees([searched()]), run / "trees" / "step_000001.npz")
+    monkeypatch.setattr("elpo_fast.report.tree_page.decoder", lambda _: characters)
+    ratios = lambda forest, scored: np.arange(len(forest.token_ids)) / 4  # noqa: E731
+    monkeypatch.setattr("elpo_fast.report.ratios.ratios_of", lambda _: ratios)
+    assert cli.main(["tree", "html", str(run), "--ratios"]) == 0
+    (rows,) = unpacked(element((run / "trees.html").read_text(), "tokens"))
+    assert [row[3] for row in rows[1:3]] == [[0.5], [1.0]]
+    assert cli.main(["tree", "html", str(FIGURE4), "--ratios"]) == 2
+    assert "is no run folder: ratios need a checkpoint" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path, grow, capsys):

@@ -121,6 +121,18 @@ function criticalNodes(tree, upto) {
   return found;
 }
 
+// What a step and the answer to it say, empty where nobody can read it.
+function reading(tree, node) {
+  const text = [tree.words[node], tree.call[node], tree.response[node]];
+  return text.some(Boolean) ? JSON.stringify(text) : "";
+}
+
+// The other children of its parent that read as a step does.
+function alikeTo(tree, node) {
+  const own = reading(tree, node);
+  return tree.children[tree.parent[node]].filter((other) => own && other !== node && reading(tree, other) === own);
+}
+
 // Children that read alike, as lists; a step that nobody can read is like no other, and one on the
 // way to a critical step stands alone.
 function groups(tree, node) {
@@ -128,9 +140,9 @@ function groups(tree, node) {
   const found = new Map();
   for (const child of tree.children[node]) {
     const ordinal = tree.leafOf.get(child);
-    const text = [tree.words[child], tree.call[child], tree.response[child]];
+    const text = reading(tree, child);
     const verdict = ordinal === undefined ? "" : tree.reason[ordinal] + tree.correct[ordinal];
-    const key = text.some(Boolean) && !tree.pinned.has(child) ? JSON.stringify([...text, verdict]) : `${child}`;
+    const key = text && !tree.pinned.has(child) ? text + verdict : `${child}`;
     if (!found.has(key)) found.set(key, []);
     found.get(key).push(child);
   }
@@ -341,6 +353,12 @@ function criticalBanner(found) {
   const evidence = [];
   if (up > 0) evidence.push(`${counts.correct[up]} of ${trajectories(counts.below[up])} through the step before it correct`);
   evidence.push(`${counts.correct[found.node]} of ${counts.below[found.node]} through it`);
+  const alike = alikeTo(tree, found.node);
+  const won = alike.reduce((sum, other) => sum + counts.correct[other], 0);
+  if (won) {
+    const of = alike.reduce((sum, other) => sum + counts.below[other], 0);
+    evidence.push(`${won} of ${of} through others like it`);
+  }
   const how = found.probes ? `${plural(found.probes, "probe")}; `
     : found.localized ? "a single tool call, no probe needed; " : "no probe; ";
   return el("div", { class: "found" + (found.localized ? "" : " open"), onclick: () => choose(found.node) },
@@ -639,19 +657,26 @@ function said(node, tokens) {
 
 const coefficient = (node) => tree.pos[node] + tree.neg[node];
 
-function coloured(node, [texts, logprobs, entropies]) {
+// What is recorded of tokens: its column, and what it is called where it was not.
+const RECORDED = {
+  logprob: [1, "log-probs"], entropy: [2, "entropies"], ratio: [3, "ratios: elpo tree html RUN --ratios computes them"],
+};
+
+function coloured(node, [texts, logprobs, entropies, ratios]) {
   const largest = Math.max(1e-12, ...tree.pos, ...tree.neg.map(Math.abs));
   const values = state.heat === "logprob" ? logprobs : state.heat === "entropy" ? entropies : null;
   const c = coefficient(node);
   const spans = texts.map((text, at) => {
     let colour = "transparent";
-    if (values && values[at] === null) colour = shade("150,50,220", 1);
+    if (state.heat === "ratio") colour = moved(ratios?.[at]);
+    else if (values && values[at] === null) colour = shade("150,50,220", 1);
     else if (values) colour = shade("230,120,20", Math.min(1, Math.abs(values[at]) / (state.heat === "logprob" ? 4 : 2)));
     else if (state.heat === "coefficient") colour = shade(c > 0 ? "20,160,100" : "220,60,40", Math.abs(c) / largest);
     const says = [`token ${at + 1} of ${texts.length}`];
     if (logprobs) says.push(`log-prob ${number(logprobs[at], 3)}`);
     if (logprobs && logprobs[at] !== null) says.push(`probability ${number(Math.exp(logprobs[at]), 3)}`);
     if (entropies) says.push(`entropy ${number(entropies[at], 3)} nats`);
+    if (ratios) says.push(`importance ratio ${number(ratios[at], 3)}`);
     says.push(`loss coefficient ${small(c)}`);
     return el("span", { style: `background:${colour}`, title: says.join("\n") }, text);
   });
@@ -660,10 +685,17 @@ function coloured(node, [texts, logprobs, entropies]) {
 
 const shade = (rgb, strength) => strength < 0.02 ? "transparent" : `rgba(${rgb},${(0.08 + 0.72 * strength).toFixed(3)})`;
 
+// The colour of a ratio: green where the token became likelier, red where less likely.
+function moved(ratio) {
+  if (ratio === null || ratio === undefined) return shade("150,50,220", 1);
+  return shade(ratio > 1 ? "20,160,100" : "220,60,40", Math.min(1, Math.abs(Math.log(ratio)) / Math.log(1.5)));
+}
+
 function drawLegend() {
   const sides = {
     logprob: ["0", "rgba(230,120,20,.08),rgba(230,120,20,.8)", "−4 nats and less"],
     entropy: ["0", "rgba(230,120,20,.08),rgba(230,120,20,.8)", "2 nats and more"],
+    ratio: ["0.67 and less", "rgba(220,60,40,.8),transparent,rgba(20,160,100,.8)", "1.5 and more"],
     coefficient: ["pushed down", "rgba(220,60,40,.8),transparent,rgba(20,160,100,.8)", "pushed up"],
   }[state.heat];
   $("legend").replaceChildren(...(sides ? [sides[0], el("i", { style: `background:linear-gradient(90deg,${sides[1]})` }), sides[2]] : []));
@@ -675,8 +707,9 @@ async function drawDetail() {
   const tokens = state.heat ? await tokensOf(tree) : null;
   if (mine !== drawing) return;
   const recorded = tokens?.find(Boolean);
-  if (state.heat && state.heat !== "coefficient" && !recorded?.[state.heat === "logprob" ? 1 : 2]) {
-    $("legend").replaceChildren(`these trees carry no ${state.heat === "logprob" ? "log-probs" : "entropies"}`);
+  const [column, called] = RECORDED[state.heat] || [];
+  if (column && !recorded?.[column]) {
+    $("legend").replaceChildren(`these trees carry no ${called}`);
   } else drawLegend();
   $("tab-step").setAttribute("aria-selected", state.view === "step");
   $("tab-chat").setAttribute("aria-selected", state.view === "chat");
@@ -723,7 +756,7 @@ function stepView(tokens) {
   if (ordinal !== undefined) parts.push(verdict(ordinal));
   const others = tree.children[tree.parent[node]].filter((other) => other !== node);
   if (others.length) {
-    const alike = groups(tree, tree.parent[node]).find((group) => group.includes(node));
+    const alike = alikeTo(tree, node);
     parts.push(el("h3", {}, "instead of it, from the same prefix"),
       el("table", { class: "others" }, el("tbody", {}, [...others]
         .sort((a, b) => correct[b] / (below[b] || 1) - correct[a] / (below[a] || 1))
