@@ -30,9 +30,9 @@ def advice(values: Mapping[str, Any], first: Mapping[str, Any] | None = None) ->
             )
         elif success == 0:
             found["failed"] = (
-                f"the step trains on nothing: all {n} trajectories fail; read some (elpo tree "
-                "show, or elpo eval and elpo show), take easier tasks or a model that knows the "
-                "tool (sft.demonstrations), or raise "
+                f"the step trains on nothing: all {n} trajectories fail; read some (elpo show "
+                "RUN --failed), take easier tasks or a model that knows the tool (a cold start by "
+                "sft.data or sft.demonstrations), or raise "
                 "rollout.max_turns or max_tokens where trajectories end by these"
             )
         else:
