@@ -23,7 +23,11 @@ PAGES = sorted([ROOT / "README.md", ROOT / "kernels/README.md", *ROOT.glob("docs
 SECTIONS = "|".join(Config.model_fields)
 KEY = re.compile(rf"`({SECTIONS})((?:\.[a-z_0-9]+)+)(?:[=:][^`]*)?`")
 COMMAND = re.compile(r"^(?:torchrun .*? -m elpo_fast\.cli|elpo) (.*)$", re.MULTILINE)
-OTHERS = {"sft.yaml", *(f"task.{field.name}" for field in fields(Task))}  # no keys, all the same
+OTHERS = {
+    "sft.yaml",
+    "train.yaml",
+    *(f"task.{field.name}" for field in fields(Task)),
+}  # no keys, all the same
 FREE = ("task.options", "algo.options", "tools.options", "tools.functions", "rollout.sglang.args")
 
 
