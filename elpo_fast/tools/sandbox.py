@@ -170,10 +170,10 @@ class Sandbox:
                 "only memory and time are limited"
             )
 
-    async def describe(self) -> Protection:
+    async def describe(self, modules: tuple[str, ...] = _LIGHT) -> Protection:
         """Which protection is active, and why not the better one. Starts now instead of at the
-        first call; `RuntimeError` where no isolation works."""
-        return await self._ready(self._link(_LIGHT))
+        first call, a server with `modules` imported; `RuntimeError` where no isolation works."""
+        return await self._ready(self._link(modules))
 
     start = describe
 
