@@ -58,14 +58,17 @@ async def evaluate(
     tasks: list[Task] | None = None,
     on_tree: Callable[[Tree], None] | None = None,
 ) -> EvalResult:
-    """Sample `config.samples` trajectories for each of `tasks`, by default `held_out_tasks`."""
+    """Sample `config.samples` trajectories for each of `tasks`, by default `held_out_tasks`; their
+    trees have no branches, so as many of them grow at once as fill a batch of the engine."""
     if tasks is None:
         tasks = held_out_tasks(collector.source, config)
+    sizes = collector.config.sizes()
     trees = await collector.collect(
         tasks,
         lambda: StarPlanner(config.samples),
         seed=seed,
         temperature=config.temperature,
+        in_flight=max(sizes.trees_in_flight, sizes.max_batch // config.samples),
         on_tree=on_tree,
     )
     correct = [[tree.correct[leaf] == 1 for leaf in tree.leaves] for tree in trees]

@@ -127,12 +127,14 @@ class Collector:
         *,
         seed: int,
         temperature: float | None = None,
+        in_flight: int | None = None,
         on_tree: Callable[[Tree], None] | None = None,
     ) -> list[Tree]:
         """One finished tree a task, in the order of `tasks`.
 
-        `seed` and the task's id decide all sampling seeds; `temperature` replaces the
-        configuration's (for evaluation). `on_tree` is called as each tree completes.
+        `seed` and the task's id decide all sampling seeds; `temperature` and `in_flight`, trees
+        that grow at once, replace the configuration's (for evaluation). `on_tree` is called as
+        each tree completes.
         """
         sampling = Sampling(
             max_tokens=self.config.max_turn_tokens,
@@ -150,17 +152,21 @@ class Collector:
                 on_tree(tree)
             return tree
 
-        return await self._for_each(tasks, grow)
+        return await self._for_each(tasks, grow, in_flight)
 
     async def demonstrations(self, tasks: Sequence[Task]) -> list[Tree | None]:
         """`demonstrate` for many tasks at once, in their order."""
         return await self._for_each(tasks, self.demonstrate)
 
     async def _for_each(
-        self, tasks: Sequence[Task], work: Callable[[Task], Awaitable[_Result]]
+        self,
+        tasks: Sequence[Task],
+        work: Callable[[Task], Awaitable[_Result]],
+        in_flight: int | None = None,
     ) -> list[_Result]:
-        """`work` on `trees_in_flight` tasks at a time; its results in the order of `tasks`."""
-        gate = asyncio.Semaphore(self.config.sizes().trees_in_flight)
+        """`work` on `in_flight` tasks at a time, or `trees_in_flight`; its results in the order of
+        `tasks`."""
+        gate = asyncio.Semaphore(in_flight or self.config.sizes().trees_in_flight)
 
         async def one(task: Task) -> _Result:
             async with gate:

@@ -216,13 +216,10 @@ class SharedCollector(Collector):
         tasks: Sequence[Task],
         make_planner: Callable[[], Planner],
         *,
-        seed: int,
-        temperature: float | None = None,
         on_tree: Callable[[Tree], None] | None = None,
+        **options: Any,
     ) -> list[Tree]:
-        mine = await super().collect(
-            self._mine(tasks), make_planner, seed=seed, temperature=temperature, on_tree=on_tree
-        )
+        mine = await super().collect(self._mine(tasks), make_planner, on_tree=on_tree, **options)
         trees = self._everyones(mine, len(tasks))
         for index, tree in enumerate(trees):
             if on_tree and index % self._ranks.size != self._ranks.rank:
