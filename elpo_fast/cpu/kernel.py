@@ -33,6 +33,7 @@ def kernel(*, fast=False, parallel=False, inline="never"):
             fastmath=fast,
             parallel=parallel,
             inline=inline,
+            forceinline=not parallel,
         )(function)
         cache = made._cache
         if not isinstance(cache, NullCache):

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -189,3 +194,31 @@ def test_uniform_numbers_depend_on_seed_row_and_step_alone() -> None:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.01
     assert (uniforms(keys[7:8], steps[9:10]) == grid[7, 9]).all()
     assert not np.isin(row_keys(6, 300), keys).any()
+
+
+PRINT_A_SAMPLE = """
+import torch
+from tests.rollout.test_local_sampling import batch_of
+from elpo_fast.rollout.local.sampling import sample_on_cpu
+
+logits = torch.randn(32, 520, generator=torch.Generator().manual_seed(0))
+print([array.tobytes().hex() for array in sample_on_cpu(logits, batch_of(32))])
+"""
+
+
+def test_code_that_is_compiled_computes_what_code_from_disk_does(tmp_path: Path) -> None:
+    """Else a run could not be resumed bitwise where its first process had to compile."""
+
+    def printed() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", PRINT_A_SAMPLE],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        ).stdout
+
+    compiled = printed()
+    assert list(tmp_path.rglob("*.nbc")), "code was to be kept here"
+    assert printed() == compiled
