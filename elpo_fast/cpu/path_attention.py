@@ -47,7 +47,7 @@ class _Part(NamedTuple):
     mask: Tensor | None = None  # `[queries, keys]`, added to the scores
 
 
-@library.custom_op("elpo_fast::path_attention", mutates_args=())
+@library.custom_op("elpo_fast::flash_path_attention", mutates_args=())
 def _path_op(
     query: Tensor, key: Tensor, value: Tensor, end: Tensor, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def _path_op(
     return output.to(dtype), log_sums
 
 
-@library.custom_op("elpo_fast::path_attention_backward", mutates_args=())
+@library.custom_op("elpo_fast::flash_path_attention_backward", mutates_args=())
 def _path_backward_op(
     query: Tensor,
     key: Tensor,
@@ -120,7 +120,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     *tensors, output, log_sums = ctx.saved_tensors
-    found = torch.ops.elpo_fast.path_attention_backward(
+    found = torch.ops.elpo_fast.flash_path_attention_backward(
         *tensors, ctx.scale, ctx.window, output, log_sums, grad
     )
     return *found, None, None, None
