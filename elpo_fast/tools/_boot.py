@@ -7,6 +7,17 @@ without it, each with its file and, for packages, the folders of its submodules;
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+import os
+
+# What these two do in every child takes longer than the fork itself. A session's random numbers
+# have to go on anyway, and `_child` sees to the threads.
+_register, os.register_at_fork = os.register_at_fork, lambda **_: None
+import random  # noqa: F401
+import threading  # noqa: F401
+
+os.register_at_fork = _register
+
 import json
 import re
 import sys

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import marshal
 import os
 import shutil
 import signal
@@ -356,7 +357,7 @@ def _post(requests: socket.socket, request: dict[str, Any], body: Any = None) ->
     fd = os.memfd_create("elpo-request")
     try:
         with open(fd, "wb", closefd=False) as file:
-            file.write(json.dumps(body).encode())
+            file.write(marshal.dumps(body))
         os.lseek(fd, 0, os.SEEK_SET)
         socket.send_fds(requests, packet, [fd])
     finally:

@@ -197,10 +197,9 @@ class Server:
         for fd in run.pipes:
             os.set_blocking(fd, False)
             self._watch(fd, lambda fd=fd: self._on_output(run, fd))  # type: ignore[misc]
-        packet = json.dumps({"op": request["op"]}).encode()
         passed = [body, channel_end.fileno(), out_end, err_end]
         try:
-            socket.send_fds(control, [packet], passed, socket.MSG_DONTWAIT)
+            socket.send_fds(control, [request["op"].encode()], passed, socket.MSG_DONTWAIT)
             if origin and origin.pidfd >= 0:
                 signal.pidfd_send_signal(origin.pidfd, signal.SIGCONT)
         except OSError:
@@ -427,6 +426,8 @@ class Server:
         if snapshot.pidfd >= 0:
             self._unwatch(snapshot.control.fileno())
             snapshot.control.close()
+            with contextlib.suppress(ProcessLookupError):  # its end, a millisecond, can wait
+                os.sched_setscheduler(snapshot.pid, os.SCHED_IDLE, os.sched_param(0))
             self._end(snapshot.pidfd)
         self._end_session_if_unused(snapshot.child)
 
@@ -577,6 +578,7 @@ def main() -> None:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # children do not touch, and so do not copy, what exists now
+    _confine.use_huge_pages()
     try:
         Server(requests, replies, options, folder).serve()
     finally:

@@ -193,7 +193,7 @@ class Sandbox:
         value. Its module is imported once, in a server of its own. `SandboxError` when it raises,
         times out or dies; the message says which."""
         timeout_s = timeout_s or self.timeout_s
-        body = {"target": function, "payload": payload, "timeout_s": timeout_s}
+        body = {"target": function, "payload": json.dumps(payload), "timeout_s": timeout_s}
         reply, seconds = await self._call((function.partition(":")[0],), body, timeout_s)
         execution = _execution(reply, timeout_s, seconds)
         if execution.error is not None or execution.value is None:

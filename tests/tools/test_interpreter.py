@@ -377,6 +377,7 @@ def test_background_threads_end_with_their_call(any_box) -> None:
         )
         text, state = await call(session, root, code)
         assert text == "True"
+        assert (await call(session, state, "threading.active_count()"))[0] == "1"
         first, after = await call(session, state, "n")
         await asyncio.sleep(0.1)
         assert (await call(session, after, "n"))[0] == first
