@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.timeout(1800)
 def test_tiny_tier_learns(tmp_path: Path) -> None:
     elpo = Path(sys.executable).with_name("elpo")
-    subprocess.run(
-        [elpo, "train", "configs/tiny.yaml", f"run.dir={tmp_path}"], cwd=ROOT, check=True
-    )
-    run = tmp_path / "tiny"
+    runs = tmp_path / "runs"
+    subprocess.run([elpo, "train", "configs/tiny.yaml", f"run.dir={runs}"], cwd=ROOT, check=True)
+    run = runs / "tiny"
     records = read_metrics(run)
     success = {r["name"]: r["success"] for r in records if r["phase"] == "eval"}
     assert success["before SFT"] < 0.05
@@ -40,3 +40,11 @@ def test_tiny_tier_learns(tmp_path: Path) -> None:
         env={"COLUMNS": "160"},
     ).stdout
     assert "irrecoverable" in shown
+
+    tutorial = (ROOT / "docs/tutorial.md").read_text()
+    look = tutorial.split("## Look before you read")[1].split("\n## ")[0]
+    commands = [shlex.split(line, comments=True) for line in look.split("```")[1].splitlines()]
+    for _, *words in filter(None, commands):
+        subprocess.run([elpo, *words], cwd=tmp_path, check=True)
+    assert all((run / page).stat().st_size for page in ("trees.html", "report.html"))
+    assert (tmp_path / "evals/tiny").is_dir()
