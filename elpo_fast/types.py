@@ -101,9 +101,11 @@ class TaskSource(Protocol):
         return None
 
     def vocabulary_texts(self) -> Iterable[str]:
-        """Texts to make a small tokenizer from; by default those of the first training tasks."""
+        """Texts to make a small tokenizer from; by default those of the first training tasks, and
+        the roles of a chat, which each of its messages begins with."""
         size = 500 if self.train_size is None else min(500, self.train_size)
-        return [m["content"] for index in range(size) for m in self.train(index).messages]
+        said = [m["content"] for index in range(size) for m in self.train(index).messages]
+        return [*said, *["system\nuser\nassistant\ntool\n"] * size]
 
     @abstractmethod
     def grade(self, task: Task, messages: Sequence[Message], end: End) -> Awaitable[Verdict]:

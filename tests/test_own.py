@@ -265,7 +265,7 @@ def test_a_class_is_a_source(tmp_path: Path) -> None:
     found = source(source="mine:Source", options={"level": 4})
     assert (found.seed, found.key, found.level) == (3, 0, 4)
     assert (found.train_size, found.held_out_size, found.demonstration(None)) == (None, None, None)
-    assert set(found.vocabulary_texts()) == {"level 4"}
+    assert {"level 4", "system\nuser\nassistant\ntool\n"} == {*found.vocabulary_texts()}
 
 
 def test_entry_points_are_names(tmp_path: Path) -> None:
