@@ -79,6 +79,7 @@ def test_fault_is_one_clear_line(data: dict[str, object], said: str) -> None:
         ("train.lr=[", "not valid YAML"),
         ("train.lr.deeper=1", "is a value, not a section"),
         ("train.lrr=1", "did you mean train.lr?"),
+        ("actor_rollout_ref.rollout.n=8", "docs/migrating.md says where each of verl's keys went"),
     ],
 )
 def test_faulty_override_is_one_clear_line(override: str, said: str, tmp_path: Path) -> None:

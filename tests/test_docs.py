@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -16,6 +18,7 @@ from pydantic import BaseModel
 
 from elpo_fast import cli
 from elpo_fast.config import Config, load_config, parse_config
+from elpo_fast.tasks import make_source
 from elpo_fast.types import Task
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +122,35 @@ def test_the_site_builds(tmp_path: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_a_reward_of_verl_goes_on_judging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/migrating.md").read_text()
+    [text] = re.findall(r"^```python\n(# scores.py\n.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "scores.py").write_text(text)
+    (tmp_path / "my_rewards.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    told = (data_source, ground_truth, extra_info)\n"
+        "    assert told == ('sums', '42', {'split': 'train'})\n"
+        "    return {'score': float(solution_str == ground_truth)}\n"
+    )
+    row = {
+        "data_source": "sums",
+        "reward_model": {"ground_truth": "42", "style": "rule"},
+        "extra_info": {"split": "train"},
+    }
+    questions = ([{"role": "user", "content": f"{n} x 7?"}] for n in range(9))
+    rows = (json.dumps(row | {"prompt": question}) + "\n" for question in questions)
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = {
+        "source": "file",
+        "reward": "scores:score",
+        "options": {"preset": "verl", "path": "rows.jsonl", "held_out_fraction": 0.5},
+    }
+    source = make_source(parse_config({"task": task}).task, 0, None)
+    for said, reward in (("42", 1.0), ("41", 0.0)):
+        messages = [*source.train(0).messages, {"role": "assistant", "content": said}]
+        verdict = asyncio.run(source.grade(source.train(0), messages, "answer"))
+        assert verdict.reward == reward

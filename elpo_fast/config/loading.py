@@ -173,6 +173,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     node[last] = parsed
 
 
+_VERL = ("actor_rollout_ref", "algorithm", "critic", "custom_reward_function", "data", "trainer")
+
+
 def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
     """Refuse unknown keys, nested ones too, before values are looked at."""
     if not isinstance(data, dict):
@@ -189,6 +192,8 @@ def _known(data: Any, model: type[BaseModel], prefix: str) -> None:
                 if elsewhere
                 else f"known: {', '.join(names) or 'none'}"
             )
+            if not prefix and key in _VERL:
+                hint = "docs/migrating.md says where each of verl's keys went"
             raise ConfigError(f"unknown key {prefix}{key}; {hint}")
         child = _section(model.model_fields[key].annotation)
         optional = type(None) in get_args(model.model_fields[key].annotation)

@@ -229,11 +229,17 @@ class Template:
         return notes
 
 
+_EXAMPLES = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}}
+
+
 def description(tools: Sequence[Mapping[str, Any]], write_calls: Callable[[Message], str]) -> str:
     """The tools in words for a system message, and how to call the first of them."""
     first = tools[0]["function"]
-    needed = first.get("parameters", {}).get("required", ())
-    call = {"name": first["name"], "arguments": dict.fromkeys(needed, "...")}
+    schema = first.get("parameters", {})
+    kinds = {name: each.get("type") for name, each in schema.get("properties", {}).items()}
+    needed = schema.get("required", ())
+    arguments = {name: _EXAMPLES.get(str(kinds.get(name)), "...") for name in needed}
+    call = {"name": first["name"], "arguments": arguments}
     example = write_calls({"role": "assistant", "tool_calls": [{"function": call}]})
     schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     return (

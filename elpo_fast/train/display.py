@@ -56,8 +56,9 @@ class Phase:
     ) -> None:
         self._console, self._progress, self._name, self._total = console, progress, name, total
         self._bar = progress.add_task(name, total=total, completed=done, figures="")
-        self._done = self._first = done
-        self._began = self._spoke = time.monotonic()
+        self._done = self._timed = done
+        self._since: float | None = None  # `_timed` were done; before it kernels may be compiled
+        self._spoke = time.monotonic()
 
     def say(self, text: str) -> None:
         _print(self._console, text)
@@ -75,14 +76,16 @@ class Phase:
                 self.say(f"{self._name:<12} {self._done:>4}/{self._total}  {figures}")
             return
         now = time.monotonic()
+        if self._since is None:
+            self._since, self._timed = now, self._done
         if report or now - self._spoke >= QUIET_S:
             self._spoke = now
             at = f"{self._name:<12} {self._done:>4}/{self._total}"
-            self.say(f"{at}  left {self._left(now - self._began)}  {figures}".rstrip())
+            self.say(f"{at}  left {self._left(now - self._since)}  {figures}".rstrip())
 
     def _left(self, passed_s: float) -> str:
-        """Time for the units to come, if they take as long as those of this process did."""
-        done, to_do = self._done - self._first, self._total - self._done
+        """Time for the units to come, if they take as long as those did that `passed_s` had."""
+        done, to_do = self._done - self._timed, self._total - self._done
         if to_do and not done:
             return "?"
         return str(timedelta(seconds=round(passed_s / max(done, 1) * to_do)))
