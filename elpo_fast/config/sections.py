@@ -101,7 +101,9 @@ class ModelConfig(Section):
     # of packed trees; auto: path on CPUs, triton on GPUs (see model/attention.py)
     attention: Literal["auto", "sdpa", "path", "flex", "varlen", "triton"] = "auto"
     device: str = "auto"  # "auto", "cpu", "cuda", "cuda:1"
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    # true: keep a block's input alone for the backward pass, and compute it twice; selective: keep
+    # matrix products and attention, and compute what lies between them twice
+    gradient_checkpointing: Literal[False, True, "selective"] = False
     # decoder blocks by torch.compile, in training; auto: on GPUs, where there is a compiler
     compile: Literal["auto", True, False] = "auto"
     lora: LoraConfig | None = None  # None: train all weights

@@ -1,6 +1,6 @@
 """`torch.compile` of decoder blocks, for packed trees.
 
-Every block's `forward` is compiled, and what stands around it is not: hooks of FSDP, activation
+Every block's `forward` is compiled, and what stands around it is not: hooks of FSDP, full
 checkpointing and the loss. Blocks of one class share compiled code, which takes any number of
 tokens from two on; trees are tensors to it (`path_attention`), so that neither their number nor
 their shape compiles anything again. Calls without trees run as they were.
@@ -12,7 +12,6 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache
-from types import MethodType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 
 from elpo_fast.config import ConfigError
+from elpo_fast.model.forward import wrap_blocks
 
 BACKENDS = ("auto", "path", "triton")
 """The attentions that are one operator to the compiler."""
@@ -36,9 +36,7 @@ def has_compiler() -> bool:
 def compile_blocks(model: PreTrainedModel) -> None:
     """Compile the blocks of a model in place, at their first calls. Parameters keep their names,
     and it may be sharded before or after."""
-    for child in model.base_model.children():
-        for block in child if isinstance(child, nn.ModuleList) else ():
-            block.forward = MethodType(_forward(type(block).forward), block)
+    wrap_blocks(model, _forward)
 
 
 @cache

@@ -6,6 +6,10 @@ hidden state is the one that the plain row of any trajectory through it would gi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from elpo_kernels import TreePlan
@@ -51,6 +55,15 @@ def packed_hidden(
     )
     hidden: torch.Tensor = output.last_hidden_state.squeeze(0)
     return hidden
+
+
+def wrap_blocks(model: PreTrainedModel, wrap: Callable[..., Any]) -> None:
+    """Put `wrap(forward)` in the place of the `forward` of every decoder block, in place. What
+    stands around a block, hooks of FSDP among it, and the names of its parameters are as before."""
+    for child in model.base_model.children():
+        for block in child if isinstance(child, nn.ModuleList) else ():
+            plain = block.forward.__func__  # type: ignore[attr-defined]
+            block.forward = MethodType(wrap(plain), block)
 
 
 def bucket(tokens: int) -> int:

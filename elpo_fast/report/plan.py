@@ -89,6 +89,7 @@ SERVER_LEAVES = 2.5 * GB  # a server's, while it lends its memory
 SERVER_SHARE = 0.5  # `mem_fraction_static`, of what is free at its start
 _BYTES = {"float32": 4, "bfloat16": 2}
 BUDGETS = tuple(1 << power for power in range(11, 18))
+CHECKPOINTING: tuple[bool | str, ...] = (False, "selective", True)  # the quickest first
 
 
 class Lengths(NamedTuple):
@@ -138,6 +139,12 @@ class Model:
         return self.parameters - self.costs.weights
 
     @property
+    def products(self) -> float:
+        """Numbers of a token that matrix products and attention make in all layers."""
+        heads = self.costs.pair / 4
+        return 2 * heads + self.costs.cached + (2 * self.hidden + 2 * self.mlp) * self.layers
+
+    @property
     def width(self) -> int:
         """Numbers of a token in a layer, about."""
         return 4 * self.hidden + 3 * self.mlp
@@ -178,7 +185,7 @@ class Setting:
     replicate: int
     shard: int
     budget: int  # train.micro_batch_tokens
-    checkpointing: bool
+    checkpointing: bool | str  # model.gradient_checkpointing
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,13 +266,15 @@ def update_seconds(
     costs, number = model.costs, model.number
     seconds = 0.0
     bandwidth = card.bandwidth * shares.bandwidth
-    forward = passes + setting.checkpointing
+    forward = passes + (setting.checkpointing is True)
     bytes_sent = _sent(model, setting)
     for part in parts:
         body = forward * costs.forward(part.tokens, 0) / (card.products * shares.body)
         pairs = forward * costs.pair * part.pairs / (card.products * shares.attention)
         head = passes * costs.head(part.rows) / (card.products * shares.head)
         between = number * shares.elements * model.width * model.layers * part.tokens / bandwidth
+        if setting.checkpointing:
+            between *= 4 / 3  # backward has twice the forward's
         added = 10.0 * costs.trained / setting.shard / bandwidth if number == 2 else 0.0
         host = shares.launches * model.layers * forward / 3
         sent = bytes_sent / (card.link * LINK) if bytes_sent else 0.0
@@ -299,10 +308,12 @@ def memory(
         block = costs.weights / model.layers
         found["gathered by FSDP2"] = 3 * number * block + 2 * 4.0 * model.ends
     layers = 1 if setting.checkpointing else model.layers
-    kept = number * shares.kept * model.width * layers * part_tokens
+    kept = shares.kept * model.width * layers
     if setting.checkpointing:
-        kept += number * model.hidden * model.layers * part_tokens
-    found["activations"] = kept
+        kept += model.hidden * model.layers
+    if setting.checkpointing == "selective":
+        kept += model.products
+    found["activations"] = number * kept * part_tokens
     if not frozen:
         found["head's gradient"] = 4.0 * costs.head_weights
     return found
@@ -372,7 +383,7 @@ def estimate(
 def settings(gpus: int, longest: int) -> Iterator[Setting]:
     """All that may be suggested."""
     for shard in (n for n in range(1, gpus + 1) if gpus % n == 0):
-        for checkpointing in (False, True):
+        for checkpointing in CHECKPOINTING:
             for budget in BUDGETS:
                 if budget >= longest:
                     yield Setting(gpus // shard, shard, budget, checkpointing)
@@ -386,7 +397,8 @@ def best(estimates: Sequence[Estimate], card: Card) -> Estimate | None:
         return None
     least = min(e.update + e.rollout for e in fit)
     close = [e for e in fit if e.update + e.rollout <= 1.03 * least]
-    return min(close, key=lambda e: (e.setting.checkpointing, e.peak))
+    dear = CHECKPOINTING.index
+    return min(close, key=lambda e: (dear(e.setting.checkpointing), e.peak))
 
 
 def this_cpu() -> Card:

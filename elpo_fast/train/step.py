@@ -22,7 +22,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from elpo_fast.config import TrainConfig
+from elpo_fast.model.checkpointed import checkpoint_blocks
 from elpo_fast.model.compiled import compile_blocks
 from elpo_fast.model.forward import packed_hidden
 from elpo_fast.model.lora import lora_of
@@ -141,7 +142,7 @@ class PolicyOptimizer:
         dtype: torch.dtype = torch.float32,
         optimizer: adamw.Kind = "adamw",
         schedule: Schedule | None = None,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Literal[False, True, "selective"] = False,
         compiled: bool = False,
         ranks: Ranks = ALONE,
         root: nn.Module | None = None,
@@ -164,7 +165,9 @@ class PolicyOptimizer:
         else:
             exact = all(p.dtype == dtype for p in model.parameters() if p.requires_grad)
             self.compute = model if exact else _compute_copy(model, dtype)
-        if gradient_checkpointing:
+        if gradient_checkpointing == "selective":
+            checkpoint_blocks(self.compute)
+        elif gradient_checkpointing:
             self.compute.gradient_checkpointing_enable({"use_reentrant": False})
             self.compute.train()  # transformers checkpoints in this mode only; dropout is 0
         if compiled:

@@ -73,6 +73,8 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     # The first block's input has a gradient that others' have not, or the other way round.
     "checkpointed": (qwen3, {"gradient_checkpointing": True}, 3),
     "adapters, checkpointed": (adapted, {"gradient_checkpointing": True}, 3),
+    "selective": (qwen3, {"gradient_checkpointing": "selective"}, 2),
+    "adapters, selective": (adapted, {"gradient_checkpointing": "selective"}, 3),
 }
 """Model, options of the optimizer, and how often its blocks are compiled."""
 

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "untied head": {"tied": False},
     "adapters": {"tied": False, "lora": ["q_proj", "down_proj", "lm_head"]},
     "adapters, bf16": {"lora": "all-linear", "dtype": torch.bfloat16},
+    "bf16, selective": {"dtype": torch.bfloat16, "gradient_checkpointing": "selective"},
     "compiled, checkpointed": {"compiled": True, "gradient_checkpointing": True},
 }
 EIGHT_BITS = {"optimizer": "adamw8bit", "width": 256}  # small shards are not quantised

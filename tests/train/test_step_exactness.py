@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from transformers import (
 
 from elpo_fast.algo import score
 from elpo_fast.config import AlgoConfig, LoraConfig
+from elpo_fast.model import checkpointed
 from elpo_fast.model.attention import ATTENTION
 from elpo_fast.model.lora import adapters, add_adapters, initialise
 from elpo_fast.train.step import PolicyOptimizer
@@ -257,15 +259,16 @@ def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
-    ("kind", "budget"),
+    ("kind", "budget", "checkpointing"),
     [
-        ("distinct", 100),
-        ("distinct", 230),
-        ("distinct", 100_000),
-        ("repeating", 60),
-        ("repeating", 100_000),
+        ("distinct", 100, False),
+        ("distinct", 230, False),
+        ("distinct", 230, "selective"),
+        ("distinct", 100_000, False),
+        ("repeating", 60, False),
+        ("repeating", 100_000, False),
     ],
-    ids=["by-path", "cut", "one-batch", "repeating-cut", "repeating"],
+    ids=["by-path", "cut", "cut-selective", "one-batch", "repeating-cut", "repeating"],
 )
 def test_packed_step_equals_one_row_per_trajectory(
     model: PreTrainedModel,
@@ -274,7 +277,10 @@ def test_packed_step_equals_one_row_per_trajectory(
     tolerance: float,
     kind: str,
     budget: int,
+    checkpointing: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(checkpointed, "_DEAR", 8)  # keep the products of models as small as these
     trees, config = FORESTS[kind](), ALGORITHMS[algorithm]
     scored = score(trees, config)
     expected, size, held = plain_loss(model, trees, scored, config)
@@ -283,7 +289,13 @@ def test_packed_step_equals_one_row_per_trajectory(
     expected_gradients = gradients(model)
 
     model = model.to(dtype)
-    optimizer = PolicyOptimizer(model, lr=1.0, temperature=TEMPERATURE, dtype=dtype)
+    optimizer = PolicyOptimizer(
+        model,
+        lr=1.0,
+        temperature=TEMPERATURE,
+        dtype=dtype,
+        gradient_checkpointing=checkpointing,
+    )
     scale = 1 / len(trees)
     batches = micro_batches(trees, scored, range(len(trees)), budget, scale=scale)
     computed = [tree for batch in batches for tree in batch.trees]

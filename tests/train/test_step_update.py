@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,9 +228,9 @@ def test_nll_update_is_weighted_cross_entropy(model: PreTrainedModel, forest: Fo
     assert losses == sorted(losses, reverse=True)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_bfloat16_copy_follows_float32_masters(
-    model: PreTrainedModel, batches: list[PackedBatch], checkpointing: bool
+    model: PreTrainedModel, batches: list[PackedBatch], checkpointing: Any
 ) -> None:
     exact = copy.deepcopy(model)
     reference = PolicyOptimizer(exact, lr=1e-2)
@@ -252,12 +253,14 @@ def test_bfloat16_copy_follows_float32_masters(
     assert torch.equal(inverse_frequency, model.model.rotary_emb.inv_freq)
 
 
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
 def test_gradient_checkpointing_gives_the_same_gradient(
-    model: PreTrainedModel, batches: list[PackedBatch]
+    model: PreTrainedModel, batches: list[PackedBatch], checkpointing: Any
 ) -> None:
     other = copy.deepcopy(model)
     PolicyOptimizer(model, lr=1.0).policy_backward(batches[0])
-    PolicyOptimizer(other, lr=1.0, gradient_checkpointing=True).policy_backward(batches[0])
+    policy = PolicyOptimizer(other, lr=1.0, gradient_checkpointing=checkpointing)
+    policy.policy_backward(batches[0])
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
