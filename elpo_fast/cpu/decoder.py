@@ -36,13 +36,19 @@ class FusedForward:
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
         self._cos, self._sin = decoder.cos.numpy(), decoder.sin.numpy()
-        stores = as_numpy(decoder.keys), as_numpy(decoder.values)
-        kind = head(stores[0].dtype, decoder.width)
-        self._stores = *stores, *(elements(store, kind) for store in stores)
+        self.release()
+
+    def release(self) -> None:
+        """Have no memory, until `load`."""
+        self._weights: Any = None
+        self._stores: tuple[np.ndarray, ...] = ()  # keys and values, also as heads
         self._buffers: dict[str, np.ndarray] = {}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Pack all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
+        stores = as_numpy(self._decoder.keys), as_numpy(self._decoder.values)
+        kind = head(stores[0].dtype, self._decoder.width)
+        self._stores = *stores, *(elements(store, kind) for store in stores)
         dtype, layers = self._decoder.dtype, self._decoder.layers
         stacks: dict[str, np.ndarray] = {}
 

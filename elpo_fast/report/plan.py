@@ -352,7 +352,8 @@ def estimate(
     if rollout.engine == "local":
         own = costs.engine(engine.number, engine.number, sizes.cache_tokens)
         sampling |= own
-        updating |= own
+        if train.overlap:
+            updating |= own
         cached = sizes.cache_tokens
     elif not rollout.sglang.urls:
         held = state.get("float32 masters", 0.0) + state.get(COPY, 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -392,6 +393,31 @@ def test_diverged_weights_are_an_error_for_everyone_and_can_be_replaced(
         return await engine.generate(prompt(6), 1, Sampling(max_tokens=4))
 
     check(model, prompt(6), use(model, work)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_memory_comes_back_with_the_next_weights(
+    model: Any, prompt: Any, use: Any, dtype: torch.dtype
+) -> None:
+    sampling = Sampling(max_tokens=30, seed=0)
+
+    async def work(engine: LocalEngine) -> Any:
+        decoder = engine._decoder
+        held = [weakref.ref(each) for each in (decoder.embedding, decoder.keys, decoder.values)]
+        running = asyncio.create_task(engine.generate(prompt(9), 2, sampling))
+        await asyncio.sleep(0)
+        await engine.release()
+        await engine.release()
+        assert not any(each() is not None for each in held)
+        for asked in (engine.generate(prompt(9), 1, sampling), engine.score(prompt(9))):
+            with pytest.raises(RuntimeError, match="update_weights"):
+                await asked
+        await engine.update_weights(model.named_parameters(), 1)
+        return await running, await engine.generate(prompt(9), 2, sampling)
+
+    before, after = use(model, work, dtype=dtype)
+    assert texts_of(before) == texts_of(after)
+    assert [c.weight_version for c in (*before, *after)] == [0, 0, 1, 1]
 
 
 def test_closing_fails_what_runs_refuses_what_comes_and_ends_the_thread(

@@ -138,17 +138,13 @@ class Decoder:
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         self.eps: float = config.rms_norm_eps
-        self.layers = [_Layer(f"model.layers.{i}") for i in range(config.num_hidden_layers)]
-        self.head = _Linear("lm_head")
+        self._depth: int = config.num_hidden_layers
         angles = torch.outer(
             torch.arange(self.context, dtype=torch.float32),
             rotary.inv_freq.float().cpu(),
         )
         self.cos = (angles.cos() * rotary.attention_scaling).to(self.device)
         self.sin = (angles.sin() * rotary.attention_scaling).to(self.device)
-        shape = (len(self.layers), slots, self.kv_heads, self.width)
-        self.keys = torch.empty(shape, dtype=dtype, device=self.device)
-        self.values = torch.empty(shape, dtype=dtype, device=self.device)
         self._step: Callable[..., Any] = _TorchStep
         self._fused: Any = None
         if self.device.type == "cpu":
@@ -157,6 +153,7 @@ class Decoder:
 
             self._step = Step
             self._fused = FusedForward(self) if multiplies(self.products) else None
+        self.release()
 
     @cached_property
     def cache_views(self) -> list[tuple[np.ndarray, ...]]:
@@ -165,10 +162,23 @@ class Decoder:
 
         return cache_views(self)
 
+    def release(self) -> None:
+        """Have no memory for weights, keys and values, until `load`."""
+        self.layers = [_Layer(f"model.layers.{i}") for i in range(self._depth)]
+        self.head = _Linear("lm_head")
+        self.embedding = self.keys = self.values = torch.empty(0)
+        self.__dict__.pop("cache_views", None)
+        if self._fused:
+            self._fused.release()
+
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy all weights; `tensors` maps the model's parameter names, `lm_head.weight` too."""
+        """Copy all weights; `tensors` maps the model's parameter names, `lm_head.weight` too. Makes
+        room for keys and values where there is none."""
         like = torch.empty(0, dtype=self.dtype, device=self.device)
+        if not len(self.keys):
+            shape = self._depth, self.slots, self.kv_heads, self.width
+            self.keys, self.values = (like.new_empty(shape) for _ in range(2))
         self.embedding = tensors["model.embed_tokens.weight"].to(like, copy=True)
         if self._fused:
             self._fused.load(tensors)

@@ -57,7 +57,8 @@ class LocalEngine:
     (default: the model's); `update_weights` takes new ones by name. `cache_tokens` bounds the
     key/value store, `max_batch` the rows decoded together, `prefill_chunk` the prompt tokens
     computed in one step. `tokenizer` serves stop strings alone. On CPUs that multiply no faster in
-    bfloat16, weights of that dtype take the memory of float32.
+    bfloat16, weights of that dtype take the memory of float32. `release` gives the memory of
+    weights and store to the trainer, until `update_weights`.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class LocalEngine:
         self._queue: deque[Generation | _Exclusive] = deque()
         self._running = False
         self._closed = False
+        self._released = False
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="local-engine")
 
     @property
@@ -114,6 +116,7 @@ class LocalEngine:
             room=self._decoder.context,
             because=f"the model's context and cache_tokens={self._decoder.slots}",
         )
+        self._check_weights()
         seed = sampling.seed
         if seed is None:
             seed = int(self._seeds.integers(2**63))
@@ -130,6 +133,7 @@ class LocalEngine:
         changing nothing, for unknown, missing or wrongly shaped tensors.
         """
         tensors = self._checked(named_tensors)
+        self._released = False
 
         def work() -> None:
             self._batcher.forget()
@@ -141,10 +145,18 @@ class LocalEngine:
     async def score(self, token_ids: np.ndarray) -> np.ndarray:
         """See `types.Engine`; waits for running requests."""
         tokens = check_tokens(token_ids, self._decoder.vocab_size)
+        self._check_weights()
         return (await self._alone(lambda: self._batcher.score(tokens)))[None]
 
     async def release(self) -> None:
-        """See `types.Engine`: this engine keeps its memory."""
+        """See `types.Engine`: what runs is finished, then weights, keys and values go."""
+        self._released = True
+
+        def work() -> None:
+            self._batcher.forget()
+            self._decoder.release()
+
+        await self._alone(work)
 
     def stats(self) -> EngineStats:
         """Token counts since the engine started; a prompt counts once its logits are there."""
@@ -164,6 +176,12 @@ class LocalEngine:
                 self._texts = TokenTexts(self._tokenizer, self._decoder.vocab_size)
             self._stop_strings[strings] = StopStrings(self._texts, strings)
         return self._stop_strings[strings]
+
+    def _check_weights(self) -> None:
+        if self._released:
+            raise RuntimeError(
+                "the engine has released its memory; give it weights by update_weights first"
+            )
 
     def _checked(self, named_tensors: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         """All parameters by name, the tied head included."""
