@@ -4,7 +4,9 @@
 
 Completions of a tree are `TURNS` steps of equal length, which count as tool calls that answer
 nothing. Whether a trajectory is right is drawn, the less likely the later it branched off: the
-tokens of such a model decide nothing.
+tokens of such a model decide nothing. Products and attention are kept for the backward pass and the
+rest computed again (`gradient_checkpointing: selective`), while TRL keeps everything; and as in a
+run the engine gives its memory to the update.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from elpo_fast.config import AlgoConfig, ClipConfig, ModelConfig
 from elpo_fast.model.load import load_model, resolve_compile
 from elpo_fast.rollout.local.engine import LocalEngine
 from elpo_fast.train.step import PolicyOptimizer
+from elpo_fast.train.update import release_memory
 from elpo_fast.tree.pack import PackedBatch, micro_batches
 from elpo_fast.tree.store import Forest, Tree
 from elpo_fast.types import Completion, Sampling
@@ -59,6 +62,7 @@ class Side:
             weight_decay=job.weight_decay,
             grad_clip=job.grad_clip,
             dtype=getattr(torch, job.dtype),
+            gradient_checkpointing="selective",
             compiled=resolve_compile(config),
         )
         rows = len(job.texts) * job.rollouts
@@ -86,6 +90,7 @@ class Side:
             for b, p in zip(batches, present, strict=True)
         ]
         norm = self.policy.update(batches).grad_norm
+        release_memory()
         await self._sample(self.prompts[0], self.job.rollouts, self.job.probe_tokens)
         return norm
 
@@ -96,7 +101,9 @@ class Side:
         began, cpu = settled(device, perf_counter), process_time()
         trees = await asyncio.gather(*map(self._grow, self.prompts))
         collected = settled(device, perf_counter)
+        await self.engine.release()
         stats = self.policy.update(self._batches(trees, self.algo))
+        release_memory()
         weights = self.policy.compute.named_parameters()
         await self.engine.update_weights(weights, self.engine.weight_version + 1)
         ended = settled(device, perf_counter)
