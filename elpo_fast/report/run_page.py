@@ -189,7 +189,7 @@ def _learning(steps: Records, evaluations: Records, found: Sequence[_StepTrees])
 
     says = "Share of correct trajectories with 95 % intervals, those of training over tasks."
     if any(each.depths or each.open for each in found):
-        says += " Probes start from failures, so that trees mostly show less success than held-out tasks."
+        says += " Probes start from failures: trees mostly show less success than held-out tasks."
     return _Plot("learning", "Success", says, figure)
 
 
