@@ -61,11 +61,11 @@ def _prctl(step: str, option: int, value: int = 0, address: bytes | None = None)
 def use_huge_pages() -> None:
     """Put the memory that this process wrote into huge pages, so that a fork copies one entry of a
     page table where it copied 512. Where the kernel has none to give, forks take longer."""
-    with open("/proc/self/maps") as file:
+    with open("/proc/self/maps", "rb") as file:
         mappings = [line.split() for line in file]
     for bounds, mode, _, _, inode, *_ in mappings:
-        if mode == "rw-p" and inode == "0":
-            start, end = (int(bound, 16) for bound in bounds.split("-"))
+        if mode == b"rw-p" and inode == b"0":
+            start, end = (int(bound, 16) for bound in bounds.split(b"-"))
             start = -(-start // _HUGE) * _HUGE
             _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), _COLLAPSE)
 

@@ -426,7 +426,7 @@ class Server:
         if snapshot.pidfd >= 0:
             self._unwatch(snapshot.control.fileno())
             snapshot.control.close()
-            with contextlib.suppress(ProcessLookupError):  # its end, a millisecond, can wait
+            with contextlib.suppress(OSError):  # its end, a millisecond of work, can wait
                 os.sched_setscheduler(snapshot.pid, os.SCHED_IDLE, os.sched_param(0))
             self._end(snapshot.pidfd)
         self._end_session_if_unused(snapshot.child)
