@@ -110,7 +110,7 @@ def use() -> Callable[..., Any]:
         async def whole() -> Any:
             engine = LocalEngine(model, tokenizer, **options)
             try:
-                return await asyncio.wait_for(work(engine), 60)
+                return await work(engine)
             finally:
                 await engine.close()
 
@@ -251,7 +251,7 @@ def use_sglang(tmp_path: Path, tokenizer: Any) -> Callable[..., Any]:
                 config, model, tokenizer, dtype=torch.float32, log=tmp_path / "log"
             )
             try:
-                return await asyncio.wait_for(work(engine), 120)
+                return await work(engine)
             finally:
                 await engine.close()
 
